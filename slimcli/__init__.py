@@ -1,0 +1,41 @@
+"""slim: make a Vision Transformer faster by dropping patches whose life is over.
+
+>>> import slimcli, timm
+>>> model = slimcli.slim(timm.create_model("deit_small_patch16_224", pretrained=True), keep_rate=0.7)
+>>> logits = model(images)
+>>> model.life  # (B, 196): the life of every patch of the last batch
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slimcli.errors import SlimError
+from slimcli.hookspecs import hookimpl
+from slimcli.schedule import Architecture, Schedule
+
+if TYPE_CHECKING:
+    from slimcli.backbones.base import Backbone
+    from slimcli.life import LifeHead
+    from slimcli.slimming import SlimModel, slim
+    from slimcli.store import load
+
+__version__ = "0.1.0"
+__all__ = ["Architecture", "Backbone", "LifeHead", "Schedule", "SlimError", "SlimModel", "hookimpl", "load", "slim"]
+
+# Names whose modules import torch are looked up when they are first used: `slim --help` must be instant.
+_LAZY = {
+    "Backbone": "slimcli.backbones.base",
+    "LifeHead": "slimcli.life",
+    "SlimModel": "slimcli.slimming",
+    "slim": "slimcli.slimming",
+    "load": "slimcli.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'slimcli' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,4 @@
+from slimcli.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The `slim` command: a file a subcommand, each imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from slimcli import __version__
+from slimcli.errors import Interrupted, SlimError
+
+COMMANDS = {
+    "calibrate": "A working slimmed model before any training, in about two minutes.",
+    "eval": "Accuracy, cost and speed, dense against slimmed, on real images.",
+    "plugins": "What is installed, and which models each plugin serves.",
+    "profile": "Cost, speed and memory of a model, without any data.",
+    "prune": "Bake a schedule into a folder that is ready to deploy.",
+    "recipes": "List the built-in recipes, copy one out, check one.",
+    "train": "Train a model by a recipe.",
+}
+
+
+class SlimGroup(click.Group):
+    """Loads a subcommand when it is asked for, and turns errors into one line and an exit code.
+
+    0: done. 1: failed or interrupted. 2: something the user can put right.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"slimcli.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click would import every command for its help line
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            # the reader went away, as `slim ... | head` does: nothing more to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except Exception as error:
+            if ctx.meta.get("slim.debug"):
+                raise
+            message, code = _explain(error)
+            click.echo(message, err=True)
+            ctx.exit(code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    if isinstance(error, click.UsageError):
+        name = error.ctx.command_path if error.ctx else "slim"
+        return f"Error: {error.format_message()} (see `{name} --help`)", 2
+    if isinstance(error, SlimError):
+        return f"Error: {error}", 2
+    if isinstance(error, Interrupted):
+        return f"Stopped; everything is saved. Go on with: slim train --resume {error}", 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"Error: out of memory ({error}): try a smaller --batch-size", 1
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"Error: {type(error).__name__}: {first} (this should not happen: --debug shows where)", 1
+
+
+def _debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["slim.debug"] = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
+)
+
+
+@click.group(cls=SlimGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="slim")
+@debug_option
+def main() -> None:
+    """Make a Vision Transformer faster by dropping image patches it no longer needs.
+
+    \b
+    First steps:
+      slim train quickstart            train on handwritten digits, two minutes
+      slim eval --keep-rate 0.7        accuracy and speed, dense against slimmed
+      slim profile deit_small_patch16_224 --keep-rate 1.0,0.9,0.8,0.7
+    """

@@ -1,0 +1,191 @@
+"""slim calibrate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimcli.cli.options import KeepRates, batch_size_option, common_options, data_option, set_option
+from slimcli.errors import SlimError
+
+
+@click.command("calibrate")
+@click.argument("target", required=False)
+@click.option("--target-flops", type=float, metavar="G", help="Cost to reach, in G multiply-adds an image.")
+@click.option("--target-speedup", type=float, metavar="X", help="Speed-up to reach, measured on this device.")
+@click.option("--keep-rate", "keep_rates", type=KeepRates(), help="Keep rate at the recipe's own layers.")
+@click.option("--images", type=click.IntRange(min=8), default=512, show_default=True, help="Images to fit on.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="Validation images to report on."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: runs/NAME-calibrated-TIME]"
+)
+@data_option
+@batch_size_option
+@set_option
+@common_options
+def command(
+    target: str | None,
+    target_flops: float | None,
+    target_speedup: float | None,
+    keep_rates: list[float] | None,
+    images: int,
+    limit: int,
+    output: Path | None,
+    data: str | None,
+    batch_size: int | None,
+    overrides: tuple[str, ...],
+    device: str,
+    precision: str | None,
+    as_json: bool,
+) -> None:
+    """A working slimmed model before any training.
+
+    Chooses where patches leave, and teaches the life head the attention that later blocks pay to each patch; no
+    labels are needed. TARGET is a recipe, a run, a model folder or a model's name; without one, the model that
+    comes with slim. Writes a folder that `slim eval` runs at once and a recipe that `slim train` starts from.
+    """
+    goals = {"--target-flops": target_flops, "--target-speedup": target_speedup, "--keep-rate": keep_rates}
+    given = [name for name, value in goals.items() if value is not None]
+    if len(given) > 1:
+        raise SlimError(f"{' and '.join(given)} are two goals: choose one")
+    if keep_rates is not None and len(keep_rates) > 1:
+        raise SlimError("--keep-rate takes one keep rate here: the head that is fitted serves the others too")
+
+    from slimcli import calibrate, train
+    from slimcli import data as datasets
+    from slimcli.cli.display import Display, across
+    from slimcli.device import find_device, find_dtype, versions
+    from slimcli.evaluate import agreement, check_classes, evaluate, first_images
+    from slimcli.files import point_latest, write_file, write_json
+    from slimcli.store import save_model
+    from slimcli.targets import calibrated_recipe, choose_data, embedded_target, find_target
+
+    calibrate.check_target("--target-flops", target_flops)
+    calibrate.check_target("--target-speedup", target_speedup)
+    display = Display(as_json)
+    where = find_device(device)
+    found = embedded_target() if target is None else find_target(target, overrides, pretrained=True)
+    model = found.model
+    chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
+    dtype = find_dtype(chosen_precision, where)
+    section = choose_data(found, data, None, limit, batch_size)
+    layers = calibrate.candidate_life_layers(model.backbone.depth)
+    count = calibrate.images_that_fit(model.backbone, images, len(layers))
+    check_count = max(8, count // 4)
+    teach = datasets.open_dataset(section.model_copy(update={"train_limit": count + check_count}), train=True)
+    show = datasets.open_dataset(section, train=False)
+    check_classes(model, getattr(show, "class_names", None))
+    prepare = datasets.preprocessing(found.preprocessing, section)
+    batch = min(section.batch_size, 64)
+    workers = datasets.num_workers(section, show, where)
+
+    with display.progress() as progress:
+        model.to(where, dtype)
+        if target_speedup is not None:
+            target_flops = (
+                calibrate.cost_for_speedup(model, target_speedup, section.batch_size, where, dtype, progress) / 1e9
+            )
+        if target_flops is not None:
+            schedules = calibrate.schedules_for_cost(model, target_flops * 1e9, layers)
+        else:
+            schedules = [model.schedule.at_keep_rate(keep_rates[0]) if keep_rates else model.schedule]
+        teach_loader = datasets.eval_loader(datasets.shuffled(teach), prepare, batch, workers, where)
+        *fit_on, check_on = _split(list(first_images(teach_loader, count + check_count)), count)
+        untaught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
+        tried = calibrate.calibrate(model, schedules, fit_on[0], check_on, count, where, dtype, progress)
+        taught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
+        rows = evaluate(model, _loader(show, prepare, batch, workers, where), None, where, dtype, progress)
+    model.float()
+    report = calibrate.comparison(untaught, taught)
+
+    recipe = calibrated_recipe(found, section, model, chosen_precision)
+    folder = output or train.new_run_folder(recipe, "-calibrated")
+    config = {
+        **found.config,
+        "preprocessing": prepare,
+        "class_names": getattr(show, "class_names", None),
+        "data": recipe.data.model_dump(mode="json", exclude_none=True),
+    }
+    save_model(folder, model, config)
+    recipe.model.weights = (folder / "model.safetensors").resolve()
+    write_file(folder / "recipe.toml", recipe.to_toml().encode())
+
+    import torch
+
+    document = {
+        "model": found.model_name,
+        "output": str(folder),
+        "device": where.type,
+        "threads": torch.get_num_threads(),
+        "precision": chosen_precision,
+        "batch_size": batch,
+        "versions": versions(),
+        "images": count,
+        "chosen": _describe(tried[0]),
+        "tried": [_describe(candidate) for candidate in tried],
+        **{key: value for key, value in report.items() if key in ("before", "after")},
+        "rows": rows,
+    }
+    write_json(folder / "summary.json", document)
+    if output is None:
+        point_latest(folder)
+    _print_report(display, tried, report)
+    across(display, rows, f"on {len(show)} validation images")
+    display.line(
+        f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / 'recipe.toml'}"
+    )
+    display.document(document)
+
+
+def _loader(dataset: Any, prepare: dict[str, Any], batch: int, workers: int, device: Any) -> Any:
+    from slimcli.data import eval_loader
+
+    return eval_loader(dataset, prepare, batch, workers, device)
+
+
+def _split(batches: list[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """Batches that hold the first `count` images, and the others."""
+    import torch
+
+    images = torch.cat([images for images, _ in batches])
+    targets = torch.cat([targets for _, targets in batches])
+    size = batches[0][0].shape[0]
+    pairs = [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
+    edge = min(-(-count // size), len(pairs) - 1) or 1
+    return pairs[:edge], pairs[edge:] or pairs[:1]
+
+
+def _describe(candidate: Any) -> dict[str, Any]:
+    return {
+        "life_layer": candidate.schedule.life_layer,
+        "drops": [list(drop) for drop in candidate.schedule.drops],
+        "gmacs": round(candidate.gmacs, 4),
+        "fit_error": round(candidate.fit_error, 4),
+        "agreement": round(candidate.agreement, 2),
+    }
+
+
+def _print_report(display: Any, tried: list[Any], report: dict[str, Any]) -> None:
+    body = []
+    for candidate in tried:
+        drops = ", ".join(f"{layer}: {rate:g}" for layer, rate in candidate.schedule.drops) or "own schedule"
+        body.append(
+            [
+                str(candidate.schedule.life_layer),
+                drops,
+                f"{candidate.gmacs:.3f}",
+                f"{candidate.fit_error:.2f}",
+                f"{candidate.agreement:.1f} %",
+            ]
+        )
+    display.table(["Life layer", "Keep rate after block", "G MACs", "Fit error", "Agrees with dense"], body)
+    before, after = report["before"], report["after"]
+    display.line(
+        f"on {report['images']} validation images, head before fitting -> after: "
+        f"agreement with dense {before['agreement']:.1f} % -> {after['agreement']:.1f} %, "
+        f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {report['dense_top1']:.2f} %)"
+    )

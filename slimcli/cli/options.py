@@ -1,0 +1,71 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from slimcli.cli import debug_option
+from slimcli.errors import SlimError
+from slimcli.schedule import check_keep_rate
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class KeepRates(click.ParamType):
+    """One keep rate or several, separated by commas."""
+
+    name = "RATE[,RATE...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if isinstance(value, list):
+            return value
+        rates = []
+        for part in str(value).split(","):
+            try:
+                rates.append(check_keep_rate(float(part)))
+            except ValueError:
+                raise SlimError(
+                    f"--keep-rate {value}: {part.strip()!r} is not a number: expected one above 0 and at most 1, "
+                    "such as 0.7, or several separated by commas"
+                ) from None
+            except SlimError as error:
+                raise SlimError(f"--keep-rate {value}: {error}") from None
+        return rates
+
+
+def keep_rate_option(help_text: str) -> Callable[[F], F]:
+    """--keep-rate, one or several."""
+    return click.option("--keep-rate", "keep_rates", type=KeepRates(), help=help_text)
+
+
+def common_options(command: F) -> F:
+    """--device, --precision, --json and --debug."""
+    for option in reversed(
+        (
+            click.option(
+                "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"])
+            ),
+            click.option(
+                "--precision",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                help="What the arithmetic runs in.  [default: the recipe's, or float32]",
+            ),
+            json_option,
+            debug_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; progress on stderr.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."
+)
+data_option = click.option(
+    "--data", metavar="PATH", help="Folder or .tar of images in class folders, or digits.  [default: the target's own]"
+)
+batch_size_option = click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.")

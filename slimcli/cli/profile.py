@@ -1,0 +1,116 @@
+"""slim profile"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from slimcli.cli.options import batch_size_option, common_options, keep_rate_option, set_option
+
+#: under this share of the arithmetic's saving, a user should hear why
+REALISED_ENOUGH = 0.9
+
+
+@click.command("profile")
+@click.argument("target", required=False)
+@keep_rate_option("One or several.  [default: the model's own schedule, 0.7 for a model's name]")
+@batch_size_option
+@click.option("--img-size", type=click.IntRange(min=1), help="Height and width in pixels, for a model's name.")
+@click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="Shortest time to measure."
+)
+@set_option
+@common_options
+def command(
+    target: str | None,
+    keep_rates: list[float] | None,
+    batch_size: int | None,
+    img_size: int | None,
+    per_layer: bool,
+    seconds: float,
+    overrides: tuple[str, ...],
+    device: str,
+    precision: str | None,
+    as_json: bool,
+) -> None:
+    """Cost, throughput, latency and memory of a model, dense and slimmed, without any data.
+
+    TARGET is a model's name (random weights will do), a run, a model folder or a recipe.
+    """
+    import torch
+
+    from slimcli import profile
+    from slimcli.cli.display import Display, number, rate_title
+    from slimcli.device import find_device, find_dtype, versions
+    from slimcli.targets import find_target
+
+    display = Display(as_json)
+    where = find_device(device)
+    found = find_target(target, overrides, img_size=img_size)
+    chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
+    dtype = find_dtype(chosen_precision, where)
+    batch = batch_size or profile.DEFAULT_BATCH[where.type]
+    layers: list[dict[str, Any]] | None = None
+    with display.progress() as progress:
+        rows = profile.profile(found.model, keep_rates, batch, where, dtype, seconds, progress)
+        if per_layer:
+            layers = profile.per_layer(found.model, keep_rates, batch, where, dtype, progress=progress)
+
+    threads = torch.get_num_threads()
+    display.line(f"{found.model_name}: {where.type}, {threads} threads, {chosen_precision}, batch {batch}")
+    titles = ["Keep", "G MACs", "M params", "img/s", "Speed-up", "of ideal", "p50 ms", "p95 ms", "MiB"]
+    columns = (("gmacs", 2), ("params_millions", 1), ("images_per_second", 1), ("speedup", 2))
+    body = [
+        [
+            rate_title(row, index == 0),
+            *(number(row[key], digits) for key, digits in columns),
+            f"{100 * row['realised']:.0f} %",
+            number(row["latency_ms_p50"], 1),
+            number(row["latency_ms_p95"], 1),
+            number(row["peak_memory_mib"], 0),
+        ]
+        for index, row in enumerate(rows)
+    ]
+    display.table(titles, body, "of ideal: speed-up over the ratio of multiply-adds; p50, p95: latency at batch 1")
+    for row in rows[1:]:
+        if row["realised"] < REALISED_ENOUGH:
+            display.warn(
+                f"keep rate {rate_title(row, False)} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
+                f"{likely_reason(batch, found.model.num_patches)}"
+            )
+    for table in layers or []:
+        _print_layers(display, table, dense=table is (layers or [None])[0])
+    document = {
+        "model": found.model_name,
+        "device": where.type,
+        "threads": threads,
+        "precision": chosen_precision,
+        "batch_size": batch,
+        "versions": versions(),
+        "rows": rows,
+    }
+    if layers is not None:
+        document["per_layer"] = layers
+    display.document(document)
+
+
+def likely_reason(batch: int, num_patches: int) -> str:
+    """Why time may not follow arithmetic."""
+    if batch * num_patches < 2048:
+        return f"{batch} images of {num_patches} patches are too little work for this device; try a larger --batch-size"
+    return "other programs may be using the device; run again with --seconds 10, and see --per-layer"
+
+
+def _print_layers(display: Any, table: dict[str, Any], dense: bool) -> None:
+    from slimcli.cli.display import number, rate_title
+
+    display.line()
+    display.line("dense" if dense else f"keep rate {rate_title(table, False)}")
+    body = [
+        [str(row["layer"]), str(row["patches"]), number(row["gmacs"], 4), number(row["ms"], 2)]
+        for row in table["layers"]
+    ]
+    body.append(["other", "", "", number(table["other_ms"], 2)])
+    display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body)

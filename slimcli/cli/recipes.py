@@ -1,0 +1,60 @@
+"""slim recipes"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from slimcli.cli import debug_option
+from slimcli.cli.options import json_option, set_option
+from slimcli.errors import SlimError
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+@click.option("--copy", "copy_to", type=click.Path(path_type=Path), help="Write the built-in recipe NAME to this file.")
+@click.option("--check", is_flag=True, help="Validate the recipe NAME (a file or a built-in one).")
+@click.option("--force", is_flag=True, help="With --copy: overwrite the file if it exists.")
+@set_option
+@json_option
+@debug_option
+def command(
+    name: str | None, copy_to: Path | None, check: bool, force: bool, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """List the built-in recipes, print one, copy one out, or check one.
+
+    \b
+      slim recipes                                   list them
+      slim recipes quickstart                        print one
+      slim recipes quickstart --copy my.toml         copy one, to edit
+      slim recipes my.toml --check                   validate one
+    """
+    from slimcli.cli.display import Display
+    from slimcli.files import write_file
+    from slimcli.recipe import find_recipe, load_recipe, summary_lines
+
+    display = Display(as_json)
+    if name is None:
+        if copy_to is not None or check:
+            raise SlimError("--copy and --check need the NAME of a recipe: `slim recipes` lists the built-in ones")
+        lines = summary_lines()
+        display.table(["Recipe", "About"], lines, left=True)
+        display.document({"recipes": [{"name": name, "description": about} for name, about in lines]})
+        return
+    path = find_recipe(name)
+    if check:
+        recipe = load_recipe(path, overrides)
+        display.line(f"{path}: valid: {recipe.model.name}, {len(recipe.stages)} stages")
+        display.document({"recipe": str(path), "valid": True, "resolved": recipe.model_dump(mode="json")})
+    elif copy_to is not None:
+        if copy_to.is_dir():
+            copy_to = copy_to / path.name
+        if copy_to.exists() and not force:
+            raise SlimError(f"{copy_to}: is there already: choose another name, or --force to overwrite it")
+        write_file(copy_to, path.read_bytes())
+        display.line(f"{copy_to} written: edit it, then `slim train {copy_to}`")
+        display.document({"recipe": str(path), "copied_to": str(copy_to)})
+    else:
+        display.line(path.read_text(encoding="utf-8").rstrip())
+        display.document({"recipe": str(path), "text": path.read_text(encoding="utf-8")})

@@ -1,0 +1,109 @@
+"""slim train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimcli.cli.options import common_options, set_option
+from slimcli.errors import SlimError
+
+
+@click.command("train")
+@click.argument("recipe", required=False)
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    metavar="[RUN]",
+    help="Go on with RUN, or with RECIPE's newest unfinished run, to the same weights as without the break.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the model, what learns, the schedule and the cost; train nothing.")
+@set_option
+@common_options
+def command(
+    recipe: str | None,
+    resume: str | None,
+    dry_run: bool,
+    overrides: tuple[str, ...],
+    device: str,
+    precision: str | None,
+    as_json: bool,
+) -> None:
+    """Train a model by RECIPE: a file, or the name of a built-in recipe such as quickstart.
+
+    Writes runs/NAME-TIME/: the best model (and the last, in last/), the resolved recipe, metrics.jsonl, the
+    environment and a summary. Under `torchrun -m slimcli` or `accelerate launch -m slimcli` it uses every process.
+    """
+    from slimcli.recipe import load_recipe
+
+    if precision is not None:
+        overrides = (*overrides, f'precision="{precision}"')
+    run: Path | None = None
+    if resume and not Path(resume).is_dir():
+        if recipe is not None:
+            raise SlimError(f"--resume {resume}: no such run folder")
+        recipe, resume = resume, ""
+    if resume:
+        if recipe is not None or overrides:
+            raise SlimError(
+                f"--resume {resume} goes on with the run's own recipe: leave RECIPE, --set and --precision out"
+            )
+        run = Path(resume).resolve() if Path(resume).is_symlink() else Path(resume)
+        recipe = str(run / "recipe.toml")
+        if not Path(recipe).is_file():
+            raise SlimError(f"{run}: is not a run: expected recipe.toml in it")
+    if recipe is None:
+        raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
+    loaded = load_recipe(recipe, overrides)
+
+    from slimcli import train
+    from slimcli.cli.display import Display, across
+
+    if dry_run:
+        _print_plan(Display(as_json), train.dry_run(loaded))
+        return
+    if resume == "":
+        run = train.unfinished_run(loaded)
+    if run is not None and (run / train.SUMMARY).is_file():
+        raise SlimError(f"{run}: this run has ended: `slim eval {run}` shows its figures")
+
+    import os
+
+    display = Display(as_json, quiet=int(os.environ.get("RANK", "0")) != 0)
+    with display.progress() as progress:
+        folder, summary = train.train(loaded, device, run, progress, display.line)
+    if not summary:
+        return
+    display.line()
+    across(display, summary["rows"], f"{loaded.data.name or loaded.data.root} ({loaded.data.val_split}), best epoch")
+    start = summary["before"]
+    display.line(f"before training, dense: top-1 {start['top1']:.2f} %")
+    display.line(f"{folder} holds the model; next: slim eval --keep-rate 0.9,0.8,0.7,0.5")
+    display.document(summary)
+
+
+def _print_plan(display: Any, plan: dict[str, Any]) -> None:
+    from slimcli.cli.display import across
+
+    display.line(f"{plan['model']}: {plan['train_images']} training images; nothing is trained")
+    across(display, plan["rows"])
+    slimmed = plan["rows"][1]["schedule"]
+    display.line(f"patches in each block: {', '.join(str(n) for n in slimmed)}")
+    titles = ["Stage", "Learns", "Mode", "Epochs", "Updates", "lr", "Parameters (M)"]
+    body = [
+        [
+            str(number),
+            stage["learns"],
+            stage["mode"],
+            str(stage["epochs"]),
+            str(stage["updates"]),
+            f"{stage['lr']:g}",
+            f"{stage['learning_parameters'] / 1e6:.3f}",
+        ]
+        for number, stage in enumerate(plan["stages"], 1)
+    ]
+    display.table(titles, body)
+    display.document(plan)

@@ -1,0 +1,107 @@
+"""The one place that turns a device string into a device, and says what the machine is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+
+from slimcli.errors import SlimError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` takes CUDA, then MPS, then the CPU. `SlimError` if it is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in available.items() if here))
+    if not available.get(name, False):
+        here = ", ".join(kind for kind, present in available.items() if present)
+        raise SlimError(f"--device {name}: not available here: expected one of auto, {here}")
+    return torch.device(name)
+
+
+def find_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype called `precision`; `SlimError` where the device cannot run a ViT in it."""
+    if precision == "float16" and device.type == "cpu":
+        raise SlimError("--precision float16: too slow to use on a CPU: expected float32 or bfloat16")
+    return DTYPES[precision]
+
+
+def make_accelerator(device: torch.device, precision: str, accumulation: int, seed: int) -> Accelerator:
+    """Accelerate set up for training: device, mixed precision, processes, and shuffling that depends on the seed."""
+    find_dtype(precision, device)
+    if not torch.distributed.is_initialized():
+        # a second training in one Python process may want another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision],
+        gradient_accumulation_steps=accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """A name for people: the GPU's or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else device.type
+
+
+def versions() -> dict[str, str]:
+    """Versions of slim and of the packages that decide its results."""
+    found = {"python": platform.python_version()}
+    for package in ("slimcli", "torch", "timm", "accelerate", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What is worth knowing when a figure is read again: versions, device, threads, and the git commit if any."""
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "git_commit": _git_commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the command runs in, with `-dirty` if it has changes; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,188 @@
+"""Accuracy, cost and throughput of a model, dense and slimmed, on the same images in one run."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from slimcli import measure
+from slimcli.errors import SlimError
+from slimcli.progress import Progress, no_progress
+from slimcli.schedule import Schedule
+from slimcli.slimming import SlimModel
+
+
+@dataclass
+class Accuracy:
+    """Running sums of top-1, top-5 and cross-entropy over batches."""
+
+    count: int = 0
+    top1: int = 0
+    top5: int = 0
+    loss: float = 0.0
+    agree: int = 0
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
+        """Add a batch: logits (B, C), classes (B,), and the predictions (B,) to compare with, if any."""
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == targets[:, None]
+        self.count += targets.shape[0]
+        self.top1 += int(hits[:, 0].sum())
+        self.top5 += int(hits.sum())
+        self.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        if reference is not None:
+            self.agree += int((best[:, 0] == reference).sum())
+
+    def row(self) -> dict[str, float]:
+        """Percentages of `count` images, and the mean loss."""
+        share = 100 / max(self.count, 1)
+        return {
+            "top1": round(self.top1 * share, 3),
+            "top5": round(self.top5 * share, 3),
+            "loss": round(self.loss / max(self.count, 1), 5),
+        }
+
+
+@dataclass
+class Variant:
+    """A way to run the model: dense (`schedule` None) or under a schedule."""
+
+    schedule: Schedule | None
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    seconds: list[float] = field(default_factory=list)
+
+    def set(self, model: SlimModel) -> None:
+        model.mode = "none" if self.schedule is None else "hard"
+        if self.schedule is not None:
+            model.schedule = self.schedule
+
+
+def describe(model: SlimModel, schedule: Schedule | None) -> dict[str, Any]:
+    """What can be said of a variant without running it: keep rate, schedule, cost, parameters."""
+    architecture = model.architecture()
+    counts = schedule.resolve(architecture.num_patches) if schedule else None
+    dense = sum(p.numel() for p in model.model.parameters())
+    head = sum(p.numel() for p in model.life_head.parameters()) if schedule else 0
+    return {
+        "keep_rate": schedule.keep_rate if schedule else None,
+        "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
+        "gmacs": round(architecture.multiply_adds(counts) / 1e9, 4),
+        "params_millions": round((dense + head) / 1e6, 4),
+    }
+
+
+def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Schedule | None]:
+    """The dense model, then the model's own schedule or, where given, one schedule a keep rate."""
+    if keep_rates is None:
+        return [None, model.schedule]
+    return [None, *(model.schedule.at_keep_rate(rate) for rate in keep_rates)]
+
+
+def check_classes(model: SlimModel, class_names: Sequence[str] | None) -> None:
+    """`SlimError` if the data's classes are not the model's."""
+    outputs = model.architecture().num_outputs
+    if class_names is not None and outputs and len(class_names) != outputs:
+        raise SlimError(f"the data has {len(class_names)} classes and the model {outputs}: they must be the same")
+    if not outputs:
+        raise SlimError("the model has no classifier (num_classes = 0): there is no accuracy to measure")
+
+
+@torch.inference_mode()
+def evaluate(
+    model: SlimModel,
+    loader: DataLoader[Any],
+    keep_rates: Sequence[float] | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = no_progress,
+) -> list[dict[str, Any]]:
+    """Rows for the dense model and each keep rate: accuracy on all images of `loader`, cost, and speed.
+
+    The variants run in turn on every batch; speed is the median over the full batches and the speed-up the median
+    of the ratios within a batch. Small sets are topped up with more rounds on the last full batch.
+    """
+    model = model.to(device, dtype).eval()
+    variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
+    before = model.mode, model.schedule
+    timed: Tensor | None = None
+    warm = False
+    total = len(loader)
+    for index, (images, targets) in enumerate(loader):
+        progress("evaluating", index, total)
+        images, targets = images.to(device, dtype), targets.to(device)
+        full = timed is None or images.shape[0] == timed.shape[0]
+        if full and not warm:
+            for variant in variants:
+                variant.set(model)
+                model(images)
+            warm = True
+        for variant in variants:
+            variant.set(model)
+            outputs: list[Tensor] = []
+            took = measure.seconds(lambda images=images, outputs=outputs: outputs.append(model(images)), device)
+            variant.accuracy.add(outputs[0], targets)
+            if full:
+                variant.seconds.append(took)
+        timed = images if full else timed
+    progress("evaluating", total, total)
+    if timed is None:
+        raise SlimError("there are no images to evaluate on")
+
+    extra = 10 - len(variants[0].seconds)
+    if extra > 0:
+        more = measure.interleave([partial(_run, model, variant, timed) for variant in variants], device, extra, 0.0)
+        for variant, seconds in zip(variants, more, strict=True):
+            variant.seconds += seconds
+    model.mode, model.schedule = before
+    rows = []
+    for variant in variants:
+        rows.append(
+            {
+                **describe(model, variant.schedule),
+                **variant.accuracy.row(),
+                "images_per_second": round(timed.shape[0] / statistics.median(variant.seconds), 2),
+                "speedup": round(measure.speedup(variants[0].seconds, variant.seconds), 4),
+            }
+        )
+    return rows
+
+
+def _run(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
+    variant.set(model)
+    return model(images)
+
+
+@torch.inference_mode()
+def agreement(
+    model: SlimModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
+) -> tuple[float, Accuracy, Accuracy]:
+    """How often dense and slimmed model predict the same class, in percent, and the accuracy of each."""
+    mode = model.mode
+    dense, slim = Accuracy(), Accuracy()
+    for images, targets in batches:
+        images, targets = images.to(device, dtype), targets.to(device)
+        model.mode = "none"
+        logits = model(images)
+        dense.add(logits, targets)
+        model.mode = "hard"
+        slim.add(model(images), targets, logits.argmax(dim=1))
+    model.mode = mode
+    return 100 * slim.agree / max(slim.count, 1), dense, slim
+
+
+def first_images(loader: DataLoader[Any], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `loader` until `count` images have come."""
+    taken = 0
+    for images, targets in itertools.takewhile(lambda _batch: taken < count, loader):
+        yield images[: count - taken], targets[: count - taken]
+        taken += images.shape[0]

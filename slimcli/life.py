@@ -1,0 +1,91 @@
+"""Life regression on tensors: the life head, soft weights and the order of the patches.
+
+Equation numbers are the paper's. Shapes: B images, P prefix tokens, N patches, D embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def normalise_life(score: Tensor, life_mean: float, life_std: float, eps: float = 1e-6) -> Tensor:
+    """Importance scores (B, N) to lives (B, N) with the given mean and standard deviation in each image (eq. 3).
+
+    The population standard deviation is used, and the result is float32 whatever the input is.
+    """
+    score = score.float()
+    centred = score - score.mean(dim=-1, keepdim=True)
+    std = centred.square().mean(dim=-1, keepdim=True).sqrt()
+    return life_std * centred / (std + eps) + life_mean
+
+
+def log_soft_weight(life: Tensor, layer: int, temperature: float) -> Tensor:
+    """log w_t(tau) = logsigmoid(U (tau - t)) of eqs. 4-8: the bias (B, N) that block `layer` adds to its keys.
+
+    Added to the attention logits it equals multiplying the exponentials by w_t, and never underflows.
+    """
+    return F.logsigmoid(temperature * (life - layer))
+
+
+def longest_lives_first(life: Tensor, count: int) -> Tensor:
+    """Indices (B, count) of the `count` patches with the longest lives, longest first; ties in raster order."""
+    return life.argsort(dim=-1, descending=True, stable=True)[:, :count]
+
+
+def life_rank(life: Tensor) -> Tensor:
+    """Position (B, N) of every patch in the order of lives: 0 for the longest."""
+    return life.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def take_patches(patches: Tensor, order: Tensor) -> Tensor:
+    """Gather `patches` (B or 1, N, ...) in `order` (B, n) to (B, n, ...)."""
+    index = order.reshape(*order.shape, *(1,) * (patches.dim() - 2))
+    return patches.expand(order.shape[0], *patches.shape[1:]).gather(1, index.expand(*order.shape, *patches.shape[2:]))
+
+
+def prefix_bias(patch_bias: Tensor, num_prefix_tokens: int) -> Tensor:
+    """A bias for patches (B, N) to one for all keys (B, P + N): prefix tokens live for ever, so theirs is 0."""
+    return F.pad(patch_bias, (num_prefix_tokens, 0))
+
+
+class LifeHead(nn.Module):
+    """Predicts the life of every patch from the tokens after one block (eqs. 1-3).
+
+    s_i = (W_q h_0) . (W_k h_i) with h = LayerNorm(x). h_0 is the class token, or with `global_token="mean"`
+    the mean of the patches' h_i. Everything is computed in float32, also under autocast.
+    """
+
+    def __init__(self, embed_dim: int, global_token: str = "cls") -> None:
+        super().__init__()
+        if global_token not in ("cls", "mean"):
+            raise ValueError(f"global_token must be 'cls' or 'mean', not {global_token!r}")
+        self.global_token = global_token
+        self.norm = nn.LayerNorm(embed_dim)
+        self.query = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.key = nn.Linear(embed_dim, embed_dim, bias=False)
+        for projection in (self.query, self.key):
+            nn.init.trunc_normal_(projection.weight, std=0.02)
+
+    def score(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+        """Importance s (B, N) of the patches in `tokens` (B, P + N, D).
+
+        The product is folded, s_i = (W_k^T W_q h_0) . h_i, which costs 2 D^2 + N D multiply-adds an image.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            h = F.layer_norm(
+                tokens.float(),
+                self.norm.normalized_shape,
+                self.norm.weight.float(),
+                self.norm.bias.float(),
+                self.norm.eps,
+            )
+            patches = h[:, num_prefix_tokens:]
+            whole = h[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
+            folded = F.linear(whole, self.query.weight.float()) @ self.key.weight.float()
+            return torch.bmm(patches, folded.unsqueeze(-1)).squeeze(-1)
+
+    def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:
+        """Lives tau (B, N), float32, with mean `life_mean` and standard deviation `life_std` in every image."""
+        return normalise_life(self.score(tokens, num_prefix_tokens), life_mean, life_std)

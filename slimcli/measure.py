@@ -1,0 +1,86 @@
+"""Timing and memory of forward passes: interleaved rounds and medians, so that ratios hold on a noisy machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from slimcli.device import synchronise
+from slimcli.progress import Progress, no_progress
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds that one call takes, the device's work included."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def interleave(
+    runs: Sequence[Callable[[], object]],
+    device: torch.device,
+    min_rounds: int = 5,
+    min_seconds: float = 3.0,
+    max_rounds: int = 200,
+    progress: Progress = no_progress,
+    label: str = "timing",
+) -> list[list[float]]:
+    """Time all runs in turn, round after round; return the seconds of every round for each run.
+
+    One warm-up call each comes first. Rounds go on until there are `min_rounds` and `min_seconds` have passed.
+    """
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    for done in range(max_rounds):
+        passed = time.perf_counter() - start
+        if done >= min_rounds and passed >= min_seconds:
+            break
+        share = min(done / min_rounds, passed / min_seconds if min_seconds else 1.0)
+        progress(label, min(share, 1.0), 1.0)
+        for run, found in zip(runs, times, strict=True):
+            found.append(seconds(run, device))
+    progress(label, 1.0, 1.0)
+    return times
+
+
+def speedup(dense: Sequence[float], slim: Sequence[float]) -> float:
+    """Median over the rounds of dense seconds / slim seconds, paired within each round."""
+    return statistics.median(a / b for a, b in zip(dense, slim, strict=True))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie, interpolated."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def peak_memory_mib(run: Callable[[], object], model: torch.nn.Module, device: torch.device) -> float:
+    """Peak of the memory that tensors take during one call, the model's weights included, in MiB.
+
+    On a GPU it is the allocator's peak; elsewhere the running sum of the allocations that torch records.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    used = peak = 0
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    return (peak + weights) / 2**20

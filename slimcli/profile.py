@@ -1,0 +1,152 @@
+"""Cost and time of a model without a data set: throughput, latency and memory, dense and slimmed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from slimcli import measure
+from slimcli.backbones.base import Backbone
+from slimcli.device import synchronise
+from slimcli.evaluate import Variant, describe, schedules
+from slimcli.progress import Progress, no_progress
+from slimcli.slimming import SlimModel
+
+DEFAULT_BATCH = {"cuda": 128, "mps": 32, "cpu": 16}
+
+
+def random_images(model: SlimModel, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A batch (B, 3, H, W) of noise in the model's own size; its content does not change the cost."""
+    generator = torch.Generator().manual_seed(0)
+    channels = model.backbone.preprocessing()["input_size"][0]
+    return torch.randn(batch_size, channels, *model.backbone.image_size, generator=generator).to(device, dtype)
+
+
+@torch.inference_mode()
+def profile(
+    model: SlimModel,
+    keep_rates: Sequence[float] | None,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    min_seconds: float = 3.0,
+    progress: Progress = no_progress,
+) -> list[dict[str, Any]]:
+    """Rows for the dense model and each keep rate.
+
+    Throughput is the median over interleaved rounds at `batch_size`, latency the p50 and p95 at batch 1, and
+    `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
+    """
+    model = model.to(device, dtype).eval()
+    before = model.mode, model.schedule
+    variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
+    images = random_images(model, batch_size, device, dtype)
+
+    def runs(batch: Tensor) -> list[partial[Tensor]]:
+        return [partial(_forward, model, variant, batch) for variant in variants]
+
+    times = measure.interleave(runs(images), device, 5, min_seconds, progress=progress, label="throughput")
+    latencies = measure.interleave(runs(images[:1]), device, 20, min_seconds / 2, progress=progress, label="latency")
+    rows = []
+    for index, (variant, seconds, latency) in enumerate(zip(variants, times, latencies, strict=True)):
+        progress("memory", index, len(variants))
+        row = describe(model, variant.schedule)
+        faster = measure.speedup(times[0], seconds)
+        arithmetic = rows[0]["gmacs"] / row["gmacs"] if rows else 1.0
+        rows.append(
+            {
+                **row,
+                "images_per_second": round(batch_size / statistics.median(seconds), 2),
+                "speedup": round(faster, 4),
+                "realised": round(faster / arithmetic, 4),
+                "latency_ms_p50": round(1000 * statistics.median(latency), 3),
+                "latency_ms_p95": round(1000 * measure.percentile(latency, 0.95), 3),
+                "peak_memory_mib": round(
+                    measure.peak_memory_mib(partial(_forward, model, variant, images), model, device), 1
+                ),
+            }
+        )
+    progress("memory", 1, 1)
+    model.mode, model.schedule = before
+    return rows
+
+
+def _forward(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
+    variant.set(model)
+    return model(images)
+
+
+@torch.inference_mode()
+def per_layer(
+    model: SlimModel,
+    keep_rates: Sequence[float] | None,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 5,
+    progress: Progress = no_progress,
+) -> list[dict[str, Any]]:
+    """For each variant: patches, multiply-adds and milliseconds (median, whole batch) of every block.
+
+    What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
+    """
+    model = model.to(device, dtype).eval()
+    before = model.mode, model.schedule, model.backbone
+    variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
+    images = random_images(model, batch_size, device, dtype)
+    architecture = model.architecture()
+    clock = _BlockClock(model.backbone, device)
+    seconds: list[list[list[float]]] = [[] for _ in variants]
+    model.backbone = cast(Backbone, clock)
+    try:
+        for done in range(rounds + 1):
+            progress("per layer", done, rounds + 1)
+            for variant, found in zip(variants, seconds, strict=True):
+                clock.seconds = []
+                variant.set(model)
+                whole = measure.seconds(lambda: model(images), device)
+                if done:
+                    found.append([*clock.seconds, whole - sum(clock.seconds)])
+    finally:
+        model.mode, model.schedule, model.backbone = before
+    progress("per layer", 1, 1)
+    tables = []
+    for variant, found in zip(variants, seconds, strict=True):
+        row = describe(model, variant.schedule)
+        *blocks, other = [statistics.median(column) * 1000 for column in zip(*found, strict=True)]
+        layers = [
+            {
+                "layer": layer,
+                "patches": patches,
+                "gmacs": round(architecture.block(layer, patches) / 1e9, 5),
+                "ms": round(ms, 3),
+            }
+            for layer, (patches, ms) in enumerate(zip(row["schedule"], blocks, strict=True), 1)
+        ]
+        tables.append({"keep_rate": row["keep_rate"], "layers": layers, "other_ms": round(other, 3)})
+    return tables
+
+
+class _BlockClock:
+    """A backbone that notes how long each of its blocks takes."""
+
+    def __init__(self, backbone: Backbone, device: torch.device) -> None:
+        self.backbone, self.device = backbone, device
+        self.seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backbone, name)
+
+    def block(self, *args: Any, **kwargs: Any) -> Tensor:
+        synchronise(self.device)
+        start = time.perf_counter()
+        output = self.backbone.block(*args, **kwargs)
+        synchronise(self.device)
+        self.seconds.append(time.perf_counter() - start)
+        return output

@@ -1,0 +1,366 @@
+"""The schema of a recipe, and errors that name the file, the line, the field and what was expected.
+
+A recipe is TOML or YAML. Nothing heavy is imported here, so a wrong field is refused before any weight loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli
+import tomli_w
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slimcli.errors import SlimError
+
+Location = tuple[str | int, ...]
+KeepRate = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The dense model to start from."""
+
+    name: str
+    weights: Path | None = Field(
+        None, description="safetensors or a weights-only .pth; of the dense or a slimmed model"
+    )
+    pretrained: bool = Field(False, description="fetch the weights that the model's library has for it")
+    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    num_classes: Annotated[int, Field(ge=0)] | None = None
+    args: dict[str, Any] = Field(default_factory=dict, description="more arguments for the model's constructor")
+
+
+class DataSection(Section):
+    """Images with classes: whatever timm.data.create_dataset takes, or `digits`."""
+
+    name: str = Field("", description="'' for a folder or .tar, 'digits', or timm's hfds/..., wds/..., torch/...")
+    root: Path | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    train_limit: PositiveInt | None = Field(None, description="train on this many images, spread over the classes")
+    val_limit: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"] | None = None
+    crop_pct: Annotated[float, Field(gt=0)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+
+
+class SlimmingSection(Section):
+    """Which patches leave when. Layers count from 1; patches leave after a drop layer."""
+
+    life_layer: PositiveInt | None = None
+    drop_layers: list[PositiveInt] | None = None
+    keep_rate: KeepRate = 0.7
+    drops: list[tuple[PositiveInt, KeepRate]] | None = Field(None, description="(layer, keep rate) pairs")
+    patches_per_layer: list[PositiveInt] | None = Field(None, description="N_1..N_L")
+    temperature: Annotated[float, Field(gt=0)] = 1.5
+
+    @model_validator(mode="after")
+    def one_schedule(self) -> SlimmingSection:
+        given = [name for name in ("drop_layers", "drops", "patches_per_layer") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given: choose one")
+        if given and given[0] != "drop_layers" and "keep_rate" in self.model_fields_set:
+            raise ValueError(f"keep_rate and {given[0]} are both given: choose one")
+        return self
+
+
+class StageSection(Section):
+    """One stage of training: what learns, how the blocks run meanwhile, and for how long."""
+
+    name: str | None = None
+    learns: Literal["life", "backbone", "both"]
+    mode: Literal["none", "soft", "hard"]
+    epochs: PositiveInt = 1
+    lr: Annotated[float, Field(gt=0)]
+    backbone_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="for learns = 'both'; lr by default")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "tanh", "step", "poly", "constant"] = "cosine"
+
+    @model_validator(mode="after")
+    def life_needs_soft_weights(self) -> StageSection:
+        if self.learns != "backbone" and self.mode != "soft":
+            raise ValueError(
+                f"mode = '{self.mode}' gives the life head no gradient: learns = '{self.learns}' needs mode = 'soft'"
+            )
+        if self.backbone_lr is not None and self.learns != "both":
+            raise ValueError("backbone_lr is for learns = 'both': here lr is the backbone's")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or f"{self.learns}, {self.mode}"
+
+
+class OptimizerSection(Section):
+    """timm's optimizers."""
+
+    opt: str = "adamw"
+    betas: tuple[float, float] | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
+    momentum: Annotated[float, Field(ge=0)] = 0.9
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    accumulation: PositiveInt = Field(1, description="batches whose gradients make one step")
+    grad_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+
+
+class AugmentationSection(Section):
+    """timm's training transforms, mixup and label smoothing."""
+
+    enabled: bool = True
+    crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = None
+    scale: tuple[Fraction, Annotated[float, Field(gt=0)]] = (0.08, 1.0)
+    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.75, 4 / 3)
+    hflip: Fraction = 0.5
+    vflip: Fraction = 0.0
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    auto_augment: str | None = None
+    random_erasing: Fraction = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mixup_prob: Fraction = 1.0
+    mixup_switch_prob: Fraction = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    precision: Precision = "float32"
+    output: Path = Path("runs")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="how often to write what resuming needs"
+    )
+    model: ModelSection
+    data: DataSection
+    slimming: SlimmingSection = Field(default_factory=SlimmingSection)
+    stages: list[StageSection] = Field(default_factory=list)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+
+    def to_toml(self) -> str:
+        """The recipe with every default spelt out, as TOML."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        return tomli_w.dumps({key: value for key, value in plain.items() if value != {} and value != []})
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that come with slim, by name."""
+    here = Path(__file__).parent
+    folder = next((f for f in (here / "recipes", here.parent / "recipes") if f.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe's file from its path, or from the name of a built-in one (`quickstart`, `recipes/quickstart.toml`)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = builtin_recipes()
+    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".toml") and path.stem in known:
+        return known[path.stem]
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"built in are {', '.join(known)}"
+    raise SlimError(f"{path}: no such recipe: expected a .toml or .yaml file or a built-in name; {hint}")
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), check_files: bool = True) -> Recipe:
+    """Read, override (`stages.0.lr=1e-3`) and validate a recipe; every problem found is a line of the `SlimError`."""
+    path = find_recipe(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlimError(f"{path}: cannot be read: {error}") from error
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
+    raw, lines = _parse_yaml(path, text) if is_yaml else _parse_toml(path, text)
+    sources: dict[Location, str] = {place: f"{path}:{line}" for place, line in lines.items()}
+    for override in overrides:
+        place = _apply_override(raw, override)
+        sources = {known: source for known, source in sources.items() if known[: len(place)] != place}
+        sources[place] = f"--set {override}"
+    return validate(raw, str(path), sources, check_files)
+
+
+def validate(raw: Any, source: str, sources: dict[Location, str] | None = None, check_files: bool = True) -> Recipe:
+    """Validate a parsed recipe. `sources` says where each field stands, for the errors."""
+    sources = sources or {}
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        found = [_explain(item, source, sources) for item in error.errors()]
+        raise SlimError("\n".join(dict.fromkeys(found))) from None
+    if check_files:
+        for place, file in ((("model", "weights"), recipe.model.weights), (("data", "root"), recipe.data.root)):
+            if file is not None and not file.exists():
+                where = _where(place, source, sources)
+                raise SlimError(
+                    f"{where}: {'.'.join(place)}: {str(file)!r} does not exist in {Path.cwd()}: "
+                    f"give the right path with --set {'.'.join(place)}=PATH"
+                )
+    return recipe
+
+
+def _explain(item: Any, source: str, sources: dict[Location, str]) -> str:
+    """One of pydantic's errors as `file:line: field: what was found, what is allowed, the nearest name`."""
+    # a union's members appear in the location as words of pydantic's own, which no user wrote
+    place = tuple(part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", part))
+    fields = ".".join(str(part) for part in place)
+    kind, found, context = item["type"], item.get("input"), item.get("ctx", {})
+    where = _where(place, source, sources)
+    if kind == "extra_forbidden":
+        allowed = _fields_at(place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), allowed, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{where}: {fields}: unknown field; {hint}allowed here: {', '.join(allowed)}"
+    if kind == "missing":
+        return f"{where}: {fields}: is missing"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        near = difflib.get_close_matches(str(found), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{where}: {fields}: found {found!r}, expected {context['expected']}{hint}"
+    if kind == "value_error":
+        return f"{where}: {fields or 'recipe'}: {context['error']}"
+    message = item["msg"].replace("Input should be", "expected").replace("Field required", "is missing")
+    return f"{where}: {fields or 'recipe'}: found {found!r}, {message[0].lower()}{message[1:]}"
+
+
+def _where(place: Location, source: str, sources: dict[Location, str]) -> str:
+    for length in range(len(place), 0, -1):
+        if place[:length] in sources:
+            return sources[place[:length]]
+    return source
+
+
+def _fields_at(place: Location) -> list[str]:
+    """Names of the fields that a section at `place` may have."""
+    section: Any = Recipe
+    for part in place:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            section = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if _is_section(a)), section)
+    return list(section.model_fields)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _parse_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
+    try:
+        raw = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        where = f"{path}:{line[1]}" if line else str(path)
+        raise SlimError(f"{where}: not valid TOML: {error}") from None
+    return raw, _toml_lines(text)
+
+
+def _toml_lines(text: str) -> dict[Location, int]:
+    """Line numbers of tables and keys, as far as a line-by-line reading finds them."""
+    lines: dict[Location, int] = {}
+    table: Location = ()
+    seen: dict[Location, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line):
+            table = tuple(part.strip().strip("\"'") for part in header[2].split("."))
+            if header[1] == "[[":
+                index = seen.get(table, -1) + 1
+                seen[table] = index
+                table = (*table, index)
+            lines.setdefault(table, number)
+        elif key := re.match(r"\s*([A-Za-z0-9_.\"'-]+)\s*=", line):
+            names = tuple(part.strip("\"'") for part in key[1].split("."))
+            lines.setdefault((*table, *names), number)
+    return lines
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in TOML (YAML 1.1 asks for a dot)."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(path: Path, text: str) -> tuple[Any, dict[Location, int]]:
+    try:
+        raw = yaml.load(text, Loader=_YamlLoader)
+        root = yaml.compose(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise SlimError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    lines: dict[Location, int] = {}
+
+    def walk(node: yaml.Node | None, place: Location) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                lines[(*place, key.value)] = key.start_mark.line + 1
+                walk(value, (*place, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[(*place, index)] = value.start_mark.line + 1
+                walk(value, (*place, index))
+
+    walk(root, ())
+    return raw, lines
+
+
+def _apply_override(raw: Any, override: str) -> Location:
+    """Set one field of a parsed recipe from `path.to.field=value`; return its place."""
+    name, equals, text = override.partition("=")
+    place: Location = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
+    if not equals or not all(str(part) for part in place):
+        raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
+    target = raw
+    for part, following in zip(place, place[1:], strict=False):
+        try:
+            target = target[part] if isinstance(part, int) else target.setdefault(part, [] if following == 0 else {})
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise SlimError(f"--set {override}: the recipe has no {part!r} to set this in") from None
+    try:
+        if isinstance(place[-1], int) and place[-1] == len(target):
+            target.append(_value(text))
+        else:
+            target[place[-1]] = _value(text)
+    except (IndexError, TypeError):
+        raise SlimError(f"--set {override}: the recipe has no {place[-1]!r} to set this in") from None
+    return place
+
+
+def _value(text: str) -> Any:
+    """A value as TOML writes it; what is not TOML is taken as a plain string."""
+    try:
+        return tomli.loads(f"value = {text.strip()}")["value"]
+    except tomli.TOMLDecodeError:
+        return text
+
+
+def summary_lines() -> Sequence[tuple[str, str]]:
+    """Name and description of every built-in recipe."""
+    return [(name, load_recipe(path, check_files=False).description) for name, path in builtin_recipes().items()]

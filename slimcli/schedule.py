@@ -1,0 +1,210 @@
+"""How many patches each block uses, the lives that this implies, and what it costs.
+
+Layers are counted from 1 and costs are multiply-adds, as in the paper. Plain Python: no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slimcli.errors import SlimError
+
+Drops = tuple[tuple[int, float], ...]
+
+
+def default_life_layer(depth: int) -> int:
+    """The block whose output the life head reads: a third of the depth (4 of 12)."""
+    return max(1, round(depth / 3))
+
+
+def default_drop_layers(depth: int, life_layer: int | None = None) -> tuple[int, ...]:
+    """The three blocks after which patches leave, spread evenly from the life layer on (4, 7, 10 of 12)."""
+    first = default_life_layer(depth) if life_layer is None else life_layer
+    layers = {min(depth - 1, first + int(i * (depth - first) * 3 / 8)) for i in range(3)}
+    return tuple(sorted(layer for layer in layers if layer >= first))
+
+
+def check_keep_rate(keep_rate: float) -> float:
+    """Return `keep_rate` as a float; raise `SlimError` unless 0 < keep_rate <= 1."""
+    if isinstance(keep_rate, bool) or not isinstance(keep_rate, (int, float)) or not 0 < keep_rate <= 1:
+        raise SlimError(
+            f"keep rate {keep_rate!r} is not possible: expected a number above 0 and at most 1, such as 0.7"
+        )
+    return float(keep_rate)
+
+
+def patches_per_layer(num_patches: int, depth: int, drops: Sequence[tuple[int, float]]) -> tuple[int, ...]:
+    """N_t for t = 1..depth: after each drop layer, ceil(keep rate * N) patches go on (never fewer than one).
+
+    `drops` holds (layer, keep rate) pairs: the patches leave *after* that block.
+    """
+    rates = dict(drops)
+    counts, n = [], num_patches
+    for layer in range(1, depth + 1):
+        counts.append(n)
+        # the small offset keeps 0.55 * 100 = 55.000000000000007 from becoming 56
+        n = max(1, math.ceil(rates.get(layer, 1.0) * n - 1e-9))
+    return tuple(counts)
+
+
+def life_moments(counts: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of the lives under the schedule N_1..N_L.
+
+    The share of patches whose life is t is p_t = (N_t - N_{t+1}) / N with N_{L+1} = 0; mu = sum t p_t,
+    sigma^2 = sum (t - mu)^2 p_t. For N = 196 and keep rate 0.7 after blocks 4, 7, 10: 8.2908 and 3.3170.
+    """
+    ends = [*counts[1:], 0]
+    shares = [(n - after) / counts[0] for n, after in zip(counts, ends, strict=True)]
+    mean = sum(t * p for t, p in enumerate(shares, 1))
+    variance = sum((t - mean) ** 2 * p for t, p in enumerate(shares, 1))
+    return mean, math.sqrt(max(variance, 0.0))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which patches leave when, for any number of patches.
+
+    Either `drops`, (layer, keep rate) pairs, or `counts`, the explicit N_1..N_L for a grid of N_1 patches
+    (scaled when an image has another number of patches).
+    """
+
+    depth: int
+    life_layer: int
+    drops: Drops = ()
+    counts: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.life_layer < max(self.depth, 2):
+            raise SlimError(
+                f"life layer {self.life_layer} is not possible in a model of {self.depth} blocks: "
+                f"expected 1 to {self.depth - 1}"
+            )
+        layers = [layer for layer, _ in self.drops]
+        for layer, rate in self.drops:
+            check_keep_rate(rate)
+            if not self.life_layer <= layer < self.depth:
+                raise SlimError(
+                    f"drop layer {layer} is not possible: patches leave after a block from the life layer "
+                    f"({self.life_layer}) to the last but one ({self.depth - 1})"
+                )
+        if len(set(layers)) != len(layers):
+            raise SlimError(f"drop layers {layers} name a block twice: give each block one keep rate")
+        if self.counts is not None:
+            self._check_counts(self.counts)
+
+    def _check_counts(self, counts: tuple[int, ...]) -> None:
+        if len(counts) != self.depth:
+            raise SlimError(f"a schedule of {len(counts)} patch counts does not fit a model of {self.depth} blocks")
+        if any(n < 1 for n in counts) or any(a < b for a, b in zip(counts, counts[1:], strict=False)):
+            raise SlimError(f"schedule {list(counts)}: the counts must be at least 1 and never grow")
+        if counts[self.life_layer - 1] != counts[0]:
+            raise SlimError(
+                f"schedule {list(counts)} drops patches before their lives are known: "
+                f"blocks 1 to {self.life_layer} must use all {counts[0]}"
+            )
+
+    @classmethod
+    def uniform(cls, depth: int, keep_rate: float, life_layer: int, drop_layers: Sequence[int]) -> Schedule:
+        """The paper's schedule: the same keep rate after every drop layer."""
+        rate = check_keep_rate(keep_rate)
+        return cls(depth, life_layer, tuple((int(layer), rate) for layer in sorted(drop_layers)))
+
+    @property
+    def keep_rate(self) -> float | None:
+        """The keep rate common to all drop layers; None where they differ or the counts are explicit."""
+        rates = {rate for _, rate in self.drops}
+        return rates.pop() if self.counts is None and len(rates) == 1 else None
+
+    def at_keep_rate(self, keep_rate: float) -> Schedule:
+        """The same drop layers with another keep rate.
+
+        An explicit schedule keeps its drop layers too: the blocks after which its counts fall.
+        """
+        layers = [layer for layer, _ in self.drops]
+        if self.counts is not None:
+            layers = [t for t in range(1, self.depth) if self.counts[t] < self.counts[t - 1]]
+        layers = layers or list(default_drop_layers(self.depth, self.life_layer))
+        return Schedule.uniform(self.depth, keep_rate, self.life_layer, layers)
+
+    def resolve(self, num_patches: int) -> tuple[int, ...]:
+        """N_1..N_L for an image of `num_patches` patches."""
+        if self.counts is None:
+            return patches_per_layer(num_patches, self.depth, self.drops)
+        if self.counts[0] == num_patches:
+            return self.counts
+        scale = num_patches / self.counts[0]
+        return tuple(max(1, math.ceil(n * scale - 1e-9)) for n in self.counts)
+
+    def drops_patches(self) -> bool:
+        """Whether any patch ever leaves."""
+        if self.counts is not None:
+            return self.counts[-1] < self.counts[0]
+        return any(rate < 1 for _, rate in self.drops)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the cost formula needs to know of a model. Costs are multiply-adds.
+
+    `block_weights` are the weights that each token is multiplied with in each block: 12 D^2 for an MLP ratio
+    of 4. `num_outputs` are the classes, 0 without a classifier. `head_fixed` and `head_per_patch` are the classifier's cost, for an image and for each patch it reads.
+    """
+
+    embed_dim: int
+    num_patches: int
+    num_prefix_tokens: int
+    patch_weights: int
+    block_weights: tuple[int, ...]
+    head_fixed: int
+    head_per_patch: int = 0
+    attention_dim: int | None = None
+    num_outputs: int = 0
+
+    @property
+    def depth(self) -> int:
+        return len(self.block_weights)
+
+    def keep_rate_for(self, target: float, life_layer: int, drop_layers: Sequence[int]) -> float | None:
+        """The highest keep rate at which the model costs at most `target` multiply-adds; None if even few patches cost more."""
+
+        def cost(rate: float) -> int:
+            return self.multiply_adds(
+                Schedule.uniform(self.depth, rate, life_layer, drop_layers).resolve(self.num_patches)
+            )
+
+        low, high = 0.01, 1.0
+        if cost(high) <= target:
+            return high
+        if cost(low) > target:
+            return None
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) <= target else (low, middle)
+        return int(low * 10_000) / 10_000
+
+    def block(self, layer: int, num_patches: int) -> int:
+        """Multiply-adds of block `layer` on `num_patches` patches: W n + 2 n^2 D for n tokens (prefix included)."""
+        n = num_patches + self.num_prefix_tokens
+        return self.block_weights[layer - 1] * n + 2 * n * n * (self.attention_dim or self.embed_dim)
+
+    @property
+    def embedding(self) -> int:
+        """Multiply-adds of the patch embedding: N * 3 p^2 D."""
+        return self.num_patches * self.patch_weights
+
+    @property
+    def life_head(self) -> int:
+        """Multiply-adds of the folded life head: 2 D^2 + N D."""
+        return 2 * self.embed_dim**2 + self.num_patches * self.embed_dim
+
+    def multiply_adds(self, counts: Sequence[int] | None = None) -> int:
+        """Multiply-adds of one image under the schedule N_1..N_L; of the dense model without one.
+
+        The life head counts only where the schedule drops a patch: otherwise it does not run.
+        """
+        n = tuple(counts) if counts is not None else (self.num_patches,) * self.depth
+        total = self.embedding + self.head_fixed + self.head_per_patch * n[-1]
+        total += sum(self.block(layer, patches) for layer, patches in enumerate(n, 1))
+        return total + (self.life_head if n[-1] < n[0] else 0)

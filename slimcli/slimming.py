@@ -1,0 +1,226 @@
+"""The slimmed model: a backbone, a life head and a schedule, joined in one block loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slimcli import life as lives
+from slimcli.backbones.base import Backbone
+from slimcli.errors import SlimError
+from slimcli.plugins import hook
+from slimcli.schedule import Architecture, Schedule, default_drop_layers, default_life_layer, life_moments
+
+#: `none`: the dense model. `soft`: all patches stay and attention is biased by their lives (training).
+#: `hard`: patches are dropped (inference). `mask`: the patches that `hard` drops are masked instead, and
+#: `threshold`: a patch is masked once the layer exceeds its life; both are slow, for checking.
+MODES = ("none", "soft", "hard", "mask", "threshold")
+
+
+def find_backbone(model: nn.Module) -> Backbone:
+    """The adapter that an installed plugin has for `model`; `SlimError` if none has."""
+    backbone = hook().slim_backbone(model=model)
+    if backbone is None:
+        raise SlimError(
+            f"no installed plugin knows {type(model).__module__}.{type(model).__name__}: `slim plugins` lists what is "
+            "served, and docs/plugins.md shows how to add a backbone"
+        )
+    return backbone
+
+
+def build_model(name: str, pretrained: bool = False, **args: Any) -> nn.Module:
+    """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
+    model = hook().slim_build_model(name=name, pretrained=pretrained, args=args)
+    if model is None:
+        from slimcli.backbones.timm_vit import similar_names
+
+        near = similar_names(name)
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else "expected a timm model name such as deit_small_patch16_224"
+        )
+        raise SlimError(f"no model is called {name!r}: {hint}")
+    return model
+
+
+class SlimModel(nn.Module):
+    """A Vision Transformer that drops patches when their life is over. Call it like the model it was made from.
+
+    `model` is the dense model, unchanged and shared. The keep rate and the mode can be set at any time;
+    the target mean and standard deviation of the lives follow from the schedule.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, temperature: float = 1.5, backbone: Backbone | None = None
+    ):
+        super().__init__()
+        self.backbone = backbone or find_backbone(model)
+        self.model = model
+        self.life_head = lives.LifeHead(self.backbone.embed_dim, self.backbone.global_token)
+        parameter = next(model.parameters())
+        self.life_head.to(parameter.device)
+        self.temperature = temperature
+        self.schedule = schedule
+        self.grad_checkpointing = False
+        #: lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing
+        self.life: Tensor | None = None
+        self._mode = "hard"
+
+    @property
+    def mode(self) -> str:
+        """How the blocks run: one of `MODES`."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise SlimError(f"mode {mode!r} is not possible: expected one of {', '.join(MODES)}")
+        self._mode = mode
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which patches leave when."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if schedule.depth != self.backbone.depth:
+            raise SlimError(
+                f"a schedule for {schedule.depth} blocks does not fit a model of {self.backbone.depth} blocks"
+            )
+        self._schedule = schedule
+
+    @property
+    def keep_rate(self) -> float | None:
+        """The keep rate at every drop layer; None where it differs from layer to layer."""
+        return self.schedule.keep_rate
+
+    @keep_rate.setter
+    def keep_rate(self, value: float | Sequence[tuple[int, float]] | Sequence[int]) -> None:
+        self.schedule = with_keep_rate(self.schedule, value)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches N in an image of the model's own size."""
+        rows, columns = self.backbone.grid_size
+        return rows * columns
+
+    @property
+    def patches_per_layer(self) -> tuple[int, ...]:
+        """N_1..N_L for an image of the model's own size."""
+        return self.schedule.resolve(self.num_patches)
+
+    def architecture(self) -> Architecture:
+        """The numbers of the backbone that the cost formula needs."""
+        return self.backbone.architecture()
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one image under the present schedule."""
+        return self.architecture().multiply_adds(self.patches_per_layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C)."""
+        tokens, positions = self.backbone.embed(images)
+        prefix = self.backbone.num_prefix_tokens
+        num_patches = tokens.shape[1] - prefix
+        counts = self.schedule.resolve(num_patches)
+        if self.mode == "none" or counts[-1] == num_patches:
+            for layer in range(1, self.schedule.depth + 1):
+                tokens = self._block(layer, tokens, positions, None)
+            self._remember(None)
+            return self.backbone.head(tokens)
+
+        for layer in range(1, self.schedule.life_layer + 1):
+            tokens = self._block(layer, tokens, positions, None)
+        life = self.life_head(tokens, prefix, *life_moments(counts))
+        self._remember(life)
+        run = self._drop if self.mode == "hard" else self._bias
+        return run(tokens, positions, life, counts)
+
+    def _drop(self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """The later blocks on ever fewer patches: sorted once, longest life first, then sliced."""
+        prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
+        order = lives.longest_lives_first(life, counts[first])
+        tokens = torch.cat((tokens[:, :prefix], lives.take_patches(tokens[:, prefix:], order)), dim=1)
+        if positions is not None:
+            positions = lives.take_patches(positions, order)
+        for layer in range(first + 1, self.schedule.depth + 1):
+            n = counts[layer - 1]
+            tokens = tokens[:, : prefix + n]
+            positions = None if positions is None else positions[:, :n]
+            tokens = self._block(layer, tokens, positions, None)
+        return self.backbone.head(tokens)
+
+    def _bias(self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """The later blocks on all patches, each weighted by a bias on its key."""
+        bias = None
+        for layer in range(self.schedule.life_layer + 1, self.schedule.depth + 1):
+            bias = lives.prefix_bias(self._patch_bias(life, layer, counts[layer - 1]), self.backbone.num_prefix_tokens)
+            tokens = self._block(layer, tokens, positions, bias)
+        return self.backbone.head(tokens, bias)
+
+    def _patch_bias(self, life: Tensor, layer: int, count: int) -> Tensor:
+        if self.mode == "soft":
+            return lives.log_soft_weight(life, layer, self.temperature)
+        used = lives.life_rank(life) < count if self.mode == "mask" else layer <= life
+        return torch.zeros_like(life).masked_fill(~used, float("-inf"))
+
+    def _block(self, layer: int, tokens: Tensor, positions: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            result = checkpoint(self.backbone.block, layer, tokens, positions, bias, use_reentrant=False)
+            return cast(Tensor, result)
+        return self.backbone.block(layer, tokens, positions, bias)
+
+    def _remember(self, life: Tensor | None) -> None:
+        if not torch.compiler.is_exporting():
+            self.life = None if life is None else life.detach()
+
+
+def with_keep_rate(schedule: Schedule, value: float | Sequence[tuple[int, float]] | Sequence[int]) -> Schedule:
+    """`schedule` with a keep rate, with (layer, keep rate) pairs, or with explicit patch counts N_1..N_L."""
+    if isinstance(value, (int, float)):
+        return schedule.at_keep_rate(value)
+    values = list(value)
+    if values and all(isinstance(item, int) for item in values):
+        return Schedule(schedule.depth, schedule.life_layer, counts=tuple(cast(Sequence[int], values)))
+    try:
+        drops = tuple((int(layer), float(rate)) for layer, rate in cast(Sequence[tuple[int, float]], values))
+    except (TypeError, ValueError):
+        raise SlimError(
+            f"keep rate {value!r} is not possible: expected a number, (layer, keep rate) pairs, or one patch count a block"
+        ) from None
+    return Schedule(schedule.depth, schedule.life_layer, drops=tuple(sorted(drops)))
+
+
+def slim(
+    model: nn.Module | str,
+    keep_rate: float | Sequence[tuple[int, float]] | Sequence[int] = 0.7,
+    *,
+    life_layer: int | None = None,
+    drop_layers: Sequence[int] | None = None,
+    temperature: float = 1.5,
+) -> SlimModel:
+    """Make a model drop patches: `slim(timm.create_model("deit_small_patch16_224", pretrained=True))`.
+
+    The life head starts untrained: run `slimcli.calibrate` or `slim train` before expecting accuracy.
+
+    Args:
+        model: a model that an installed plugin serves, or the name of one (built with pretrained weights).
+        keep_rate: the fraction of patches kept after each drop layer; or (layer, keep rate) pairs; or N_1..N_L.
+        life_layer: the block, counted from 1, whose output the life head reads; a third of the depth by default.
+        drop_layers: the blocks after which patches leave; by default three, spread evenly from `life_layer` on.
+        temperature: U of the soft weight in training.
+
+    Raises:
+        SlimError: for a model that cannot drop patches, with the reason, and for an impossible schedule.
+    """
+    if isinstance(model, str):
+        model = build_model(model, pretrained=True)
+    backbone = find_backbone(model)
+    life_layer = default_life_layer(backbone.depth) if life_layer is None else life_layer
+    layers = default_drop_layers(backbone.depth, life_layer) if drop_layers is None else drop_layers
+    schedule = with_keep_rate(Schedule.uniform(backbone.depth, 1.0, life_layer, layers), keep_rate)
+    return SlimModel(model, schedule, temperature, backbone)

@@ -1,0 +1,179 @@
+"""What a command works on: a run, a model folder, a recipe or a model's name, turned into a slimmed model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimcli.backbones.timm_vit import DIGITS_VIT
+from slimcli.data import has_split
+from slimcli.errors import SlimError
+from slimcli.recipe import (
+    DataSection,
+    ModelSection,
+    Recipe,
+    SlimmingSection,
+    StageSection,
+    builtin_recipes,
+    load_recipe,
+)
+from slimcli.schedule import Schedule, default_drop_layers, default_life_layer
+from slimcli.slimming import SlimModel, build_model, find_backbone
+from slimcli.store import CONFIG, load, load_weights, read_config, slimming_config
+
+
+@dataclass
+class Target:
+    """A slimmed model, how it was built, and the data that belongs to it."""
+
+    label: str
+    model: SlimModel
+    config: dict[str, Any]
+    data: DataSection | None
+    recipe: Recipe | None = None
+    #: whether the life head has been calibrated or trained
+    has_life_head: bool = True
+
+    @property
+    def model_name(self) -> str:
+        return str(self.config["model"]["name"])
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return self.config.get("preprocessing") or self.model.backbone.preprocessing()
+
+
+def find_target(
+    text: str | None,
+    overrides: tuple[str, ...] = (),
+    pretrained: bool = False,
+    img_size: int | None = None,
+    runs: Path = Path("runs"),
+) -> Target:
+    """Resolve a TARGET argument. Without one: the latest run, and where there is none the embedded model.
+
+    A model given by its name has random weights unless `pretrained`, and `img_size` where given.
+    """
+    if img_size is not None and (text is None or Path(text).exists() or text in builtin_recipes()):
+        raise SlimError(
+            "--img-size is for a model's name: a run or a recipe has its own size (--set model.img_size=...)"
+        )
+    if text is None:
+        latest = runs / "latest"
+        return from_folder(latest.resolve(), str(latest)) if (latest / CONFIG).is_file() else embedded_target()
+    path = Path(text)
+    if path.is_dir():
+        if not (path / CONFIG).is_file() and (path / "recipe.toml").is_file():
+            raise SlimError(f"{path}: this run has no model yet: finish an epoch with `slim train --resume {path}`")
+        return from_folder(path)
+    if path.suffix in (".toml", ".yaml", ".yml") or text in builtin_recipes():
+        return from_recipe(load_recipe(path, overrides), str(path))
+    if path.suffix or ("/" in text and not text.startswith(("hf-hub:", "hf_hub:", "local-dir:"))):
+        raise SlimError(f"{text}: no such file or folder: expected a run, a model folder, a recipe or a model's name")
+    args = {"img_size": img_size} if img_size else {}
+    dense = build_model(text, pretrained, **args)
+    data = DataSection(name="digits") if text == "digits_vit" else None
+    return Target(text, slimmed(dense), {"model": {"name": text, "args": args}}, data, has_life_head=False)
+
+
+def from_folder(folder: Path, label: str | None = None) -> Target:
+    """A run's or a baked model's folder."""
+    config = read_config(folder)
+    data = DataSection.model_validate(config["data"], strict=False) if config.get("data") else None
+    name = label or ("the embedded model" if folder == DIGITS_VIT else str(folder))
+    return Target(name, load(folder), config, data)
+
+
+def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None) -> Target:
+    """A recipe's model with its weights. The classes are counted in the data where the recipe does not say."""
+    args = dict(recipe.model.args)
+    if recipe.model.img_size is not None:
+        args["img_size"] = recipe.model.img_size
+    if recipe.model.num_classes is not None:
+        args["num_classes"] = recipe.model.num_classes
+    elif class_names is not None:
+        args["num_classes"] = len(class_names)
+    pretrained = recipe.model.pretrained and recipe.model.weights is None
+    dense = build_model(recipe.model.name, pretrained, **args)
+    model = slimmed(dense, recipe)
+    has_life_head = recipe.model.weights is not None and load_weights(model, recipe.model.weights)
+    config = {"model": {"name": recipe.model.name, "args": args}}
+    return Target(label, model, config, recipe.data, recipe, has_life_head)
+
+
+def embedded_target() -> Target:
+    """The model that comes with slim."""
+    return from_folder(DIGITS_VIT)
+
+
+def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, precision: str) -> Recipe:
+    """The recipe that trains on from a calibrated model: the target's own with the schedule found, or the paper's stages."""
+    if data.root is not None:
+        data = data.model_copy(update={"root": data.root.resolve()})
+    data = data.model_copy(update={"val_limit": target.data.val_limit if target.data else None})
+    slimming = SlimmingSection.model_validate(slimming_config(model.schedule, model.temperature), strict=False)
+    if target.recipe is not None:
+        return target.recipe.model_copy(update={"data": data, "slimming": slimming})
+    args = dict(target.config["model"]["args"])
+    size = args.pop("img_size", None)
+    return Recipe(
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", target.model_name).strip("-."),
+        description="Written by slim calibrate: the paper's two stages from the calibrated head.",
+        precision=precision,  # type: ignore[arg-type]
+        model=ModelSection(
+            name=target.model_name,
+            img_size=tuple(size) if isinstance(size, list) else size,
+            num_classes=args.pop("num_classes", None),
+            args=args,
+        ),
+        data=data,
+        slimming=slimming,
+        stages=[
+            StageSection(learns="life", mode="soft", lr=1e-3),
+            StageSection(learns="backbone", mode="soft", lr=1e-5),
+        ],
+    )
+
+
+def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:
+    """A dense model with the schedule of a recipe, or with the default one."""
+    backbone = find_backbone(dense)
+    if recipe is None:
+        life_layer = default_life_layer(backbone.depth)
+        layers = default_drop_layers(backbone.depth, life_layer)
+        return SlimModel(dense, Schedule.uniform(backbone.depth, 0.7, life_layer, layers), backbone=backbone)
+    return SlimModel(dense, recipe_schedule(recipe, backbone.depth), recipe.slimming.temperature, backbone)
+
+
+def recipe_schedule(recipe: Recipe, depth: int) -> Schedule:
+    """The schedule of a recipe's [slimming] for a model of `depth` blocks."""
+    section = recipe.slimming
+    life_layer = section.life_layer or default_life_layer(depth)
+    if section.patches_per_layer is not None:
+        return Schedule(depth, life_layer, counts=tuple(section.patches_per_layer))
+    if section.drops is not None:
+        return Schedule(depth, life_layer, drops=tuple(sorted(section.drops)))
+    layers = section.drop_layers or default_drop_layers(depth, life_layer)
+    return Schedule.uniform(depth, section.keep_rate, life_layer, layers)
+
+
+def choose_data(
+    target: Target, path: str | None, split: str | None, limit: int | None, batch_size: int | None
+) -> DataSection:
+    """The data to evaluate a target on: its own, or what --data names; `SlimError` if there is neither."""
+    section = target.data
+    if path is not None:
+        root = None if path == "digits" else Path(path)
+        if root is not None and not root.exists():
+            raise SlimError(f"--data {path}: no such folder or .tar of images")
+        own_split = section.val_split if section is not None else "validation"
+        if split is None and root is not None and not has_split(root, own_split):
+            split = "."
+        update = {"name": "digits" if root is None else "", "root": root}
+        section = (section or DataSection()).model_copy(update=update)
+    if section is None:
+        raise SlimError(f"{target.label}: comes without data: name a folder or .tar of images with --data PATH")
+    changes = {"val_split": split, "val_limit": limit, "batch_size": batch_size}
+    return section.model_copy(update={key: value for key, value in changes.items() if value is not None})

@@ -1,0 +1,621 @@
+"""Training: the stages of a recipe in order, one flat loop, stoppable and resumable at any step."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.data import Mixup
+from timm.data.dataset import IterableImageDataset
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from slimcli import data as datasets
+from slimcli.device import environment, find_device, find_dtype, make_accelerator
+from slimcli.errors import Interrupted, SlimError
+from slimcli.evaluate import Accuracy, check_classes, describe, evaluate
+from slimcli.files import point_latest, write_file, write_json
+from slimcli.progress import Progress, no_progress
+from slimcli.recipe import Recipe, StageSection, load_recipe
+from slimcli.slimming import SlimModel
+from slimcli.store import load_weights, save_model
+from slimcli.targets import Target, from_recipe
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+RECIPE = "recipe.toml"
+SUMMARY = "summary.json"
+STEP_ROWS_PER_EPOCH = 20
+
+Log = Callable[[str], None]
+
+
+@dataclass
+class Position:
+    """Where a training stands: stages and epochs done, batches and updates done in the present ones."""
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    update: int = 0
+
+
+@dataclass
+class Run:
+    """A run folder and what has been written to it. Only the main process writes."""
+
+    folder: Path
+    recipe: Recipe
+    config: dict[str, Any]
+    writes: bool
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best: float = -1.0
+    position: Position = field(default_factory=Position)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl. The file is replaced whole, so that it never ends in half a line."""
+        self.rows.append(row)
+        if self.writes:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            write_file(self.folder / METRICS, text.encode())
+
+    def save(self, model: SlimModel, top1: float) -> None:
+        """Write the last model, and the best so far beside it."""
+        if top1 > self.best:
+            self.best = top1
+            if self.writes:
+                save_model(self.folder, model, self.config)
+        if self.writes:
+            save_model(self.folder / "last", model, self.config)
+
+    def checkpoint(self, model: SlimModel, optimizer: Any, scaler: Any, epoch_sums: EpochSums) -> None:
+        """Write everything that going on from the present position needs."""
+        if not self.writes:
+            return
+        state = {
+            "position": vars(self.position),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict() if optimizer is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": _random_state(),
+            "sums": epoch_sums.state(),
+            "rows": len(self.rows),
+            "best": self.best,
+        }
+        write_file(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+
+    def restore(self) -> dict[str, Any] | None:
+        """Read the checkpoint, if there is one, and forget what was noted after it."""
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise SlimError(
+                f"{path}: is damaged ({error}): start again with `slim train {self.folder / RECIPE}`"
+            ) from error
+        self.position = Position(**state["position"])
+        self.best = state["best"]
+        lines = (self.folder / METRICS).read_text().splitlines() if state["rows"] else []
+        self.rows = [json.loads(line) for line in lines[: state["rows"]]]
+        return state
+
+
+@dataclass
+class EpochSums:
+    """Sums over the batches of an epoch, kept on the device until they are asked for."""
+
+    loss: float = 0.0
+    hits: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def state(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+def train(
+    recipe: Recipe,
+    device_name: str = "auto",
+    resume: Path | None = None,
+    progress: Progress = no_progress,
+    log: Log = lambda _line: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Run a recipe's stages; return the run folder and its summary.
+
+    `resume` is a run folder to go on with. Raises `Interrupted` after a checkpoint when asked to stop.
+    """
+    if not recipe.stages:
+        raise SlimError(f"recipe {recipe.name} has no [[stages]]: there is nothing to train")
+    device = find_device(device_name)
+    accelerator = make_accelerator(device, recipe.precision, recipe.optimizer.accumulation, recipe.seed)
+    device = accelerator.device
+    set_seed(recipe.seed)
+
+    train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
+    val_set = datasets.open_dataset(recipe.data, train=False)
+    class_names = getattr(train_set, "class_names", None)
+    if class_names != getattr(val_set, "class_names", None):
+        raise SlimError(
+            f"the classes of {recipe.data.train_split!r} and {recipe.data.val_split!r} differ: they must be the same"
+        )
+    target = from_recipe(recipe, recipe.name, class_names)
+    model = target.model.to(device)
+    check_classes(model, class_names)
+    prepare = datasets.preprocessing(model.backbone.preprocessing(), recipe.data)
+    config = model_config(target, prepare, class_names)
+
+    workers = datasets.num_workers(recipe.data, train_set, device)
+    batch_size = recipe.data.batch_size
+    learn_from = datasets.train_loader(train_set, prepare, recipe.augmentation, batch_size, workers, device)
+    check_on = datasets.eval_loader(val_set, prepare, batch_size, workers, device)
+    if not isinstance(train_set, IterableImageDataset):
+        learn_from, check_on = accelerator.prepare(learn_from, check_on)
+
+    run = _open_run(recipe, config, resume, accelerator)
+    state = run.restore() if resume else None
+    if state is None:
+        if run.writes:
+            point_latest(run.folder)
+            write_file(run.folder / RECIPE, recipe.to_toml().encode())
+            write_json(run.folder / "environment.json", environment(device))
+        start = accuracy(model, "none", check_on, accelerator, progress)
+        run.add({"event": "start", **start.row()})
+        log(f"dense model as given: top-1 {start.row()['top1']:.2f} % on {start.count} images")
+    else:
+        model.load_state_dict(state["model"])
+        log(f"going on with {run.folder} from {_place(run.position, recipe)}")
+
+    with _stop_signals() as stop:
+        for number, stage in enumerate(recipe.stages):
+            if number < run.position.stage:
+                continue
+            _run_stage(number, stage, run, model, learn_from, check_on, accelerator, state, stop, progress, log)
+            state = None
+
+    summary = _summarise(run, model, check_on, val_set, prepare, workers, accelerator, progress)
+    return run.folder, summary
+
+
+def _run_stage(
+    number: int,
+    stage: StageSection,
+    run: Run,
+    model: SlimModel,
+    learn_from: DataLoader[Any],
+    check_on: DataLoader[Any],
+    accelerator: Accelerator,
+    state: dict[str, Any] | None,
+    stop: Callable[[], bool],
+    progress: Progress,
+    log: Log,
+) -> None:
+    """One stage. `state` is a checkpoint taken in it, or None at its start."""
+    recipe = run.recipe
+    choose_parameters(model, stage)
+    model.mode = stage.mode
+    model.grad_checkpointing = recipe.optimizer.grad_checkpointing
+    updates_per_epoch = -(-len(learn_from) // recipe.optimizer.accumulation)
+    optimizer = make_optimizer(model, stage, recipe)
+    scheduler = make_scheduler(optimizer, stage, updates_per_epoch)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    sums = EpochSums()
+    if state is not None and state["optimizer"] is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        sums = EpochSums(**state["sums"])
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    mixup, criterion = make_criterion(recipe, model)
+    title = f"stage {number + 1}/{len(recipe.stages)} ({stage.title})"
+    at = run.position
+    written = time.monotonic()
+
+    for epoch in range(at.epoch, stage.epochs):
+        epochs_before = sum(s.epochs for s in recipe.stages[:number]) + epoch
+        _seed_epoch(recipe.seed, epochs_before, accelerator.process_index)
+        _set_epoch(learn_from, epochs_before)
+        set_training(model, stage)
+        resumed_at = at.batch
+        total = len(learn_from)
+        interval = max(1, total // STEP_ROWS_PER_EPOCH)
+        clock = time.perf_counter()
+        for batch, (images, targets) in enumerate(learn_from):
+            if batch < resumed_at:
+                continue
+            if batch == resumed_at > 0 and state is not None:
+                _restore_random(state["random"])
+                clock = time.perf_counter()
+            arrived = time.perf_counter()
+            sums.waited += arrived - clock
+            images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+            lr = _step_schedule(scheduler, optimizer, at.update)
+            with accelerator.accumulate(wrapped):
+                mixed, labels = mixup(images, targets) if mixup else (images, targets)
+                with accelerator.autocast():
+                    logits = wrapped(mixed)
+                    loss = criterion(logits.float(), labels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    if recipe.optimizer.clip_grad is not None:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), recipe.optimizer.clip_grad)
+                    at.update += 1
+                optimizer.step()
+                optimizer.zero_grad()
+            at.batch = batch + 1
+            value = loss.item()
+            if not numpy.isfinite(value):
+                raise SlimError(f"{title}: the loss became {value} at batch {batch + 1}: try a smaller lr or clip_grad")
+            sums.loss += value * images.shape[0]
+            sums.hits += float((logits.argmax(1) == targets).sum())
+            sums.images += images.shape[0]
+            sums.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+
+            speed = sums.images / sums.seconds * accelerator.num_processes
+            label = (
+                f"{title} epoch {epoch + 1}/{stage.epochs}  loss {sums.loss / sums.images:.4f}  "
+                f"top-1 {100 * sums.hits / sums.images:.1f}  lr {lr:.1e}  {speed:.0f} img/s"
+            )
+            progress(label, batch + 1, total)
+            if at.batch % interval == 0:
+                run.add({"event": "step", **_row(number, stage, epoch, at, sums, lr, speed)})
+            # gradients that are still adding up are in no checkpoint
+            if accelerator.sync_gradients:
+                stopping = _any_process(stop(), accelerator)
+                if stopping or (time.monotonic() - written) / 60 >= recipe.checkpoint_minutes:
+                    run.checkpoint(accelerator.unwrap_model(wrapped), optimizer, accelerator.scaler, sums)
+                    written = time.monotonic()
+                if stopping:
+                    raise Interrupted(str(run.folder))
+
+        found = accuracy(model, "none" if stage.mode == "none" else "hard", check_on, accelerator, progress)
+        model.mode = stage.mode
+        row = _row(number, stage, epoch, at, sums, lr, speed)
+        run.add({"event": "epoch", **row, **{f"val_{key}": value for key, value in found.row().items()}})
+        run.save(model, found.row()["top1"])
+        log(
+            f"{title} epoch {epoch + 1}/{stage.epochs}: loss {row['loss']:.4f}, train top-1 {row['top1']:.2f} %, "
+            f"{'dense' if stage.mode == 'none' else 'slim'} val top-1 {found.row()['top1']:.2f} %, "
+            f"{row['images_per_second']:.0f} img/s, {sums.seconds:.0f} s"
+        )
+        if sums.waited > 0.25 * sums.seconds and sums.seconds > 5:
+            log(
+                f"the loader held training up for {100 * sums.waited / sums.seconds:.0f} % of the time: "
+                "raise data.workers, or shrink the images on disk"
+            )
+        at.epoch, at.batch = epoch + 1, 0
+        sums = EpochSums()
+        if epoch + 1 == stage.epochs:
+            run.position = Position(stage=number + 1)
+            run.checkpoint(model, None, accelerator.scaler, sums)
+        else:
+            run.checkpoint(model, optimizer, accelerator.scaler, sums)
+        state = None
+        written = time.monotonic()
+        if _any_process(stop(), accelerator):
+            raise Interrupted(str(run.folder))
+    accelerator.free_memory(wrapped, optimizer)
+
+
+def choose_parameters(model: SlimModel, stage: StageSection) -> None:
+    """Let the life head, the backbone or both learn; freeze the rest."""
+    model.life_head.requires_grad_(stage.learns in ("life", "both"))
+    model.model.requires_grad_(stage.learns in ("backbone", "both"))
+
+
+def set_training(model: SlimModel, stage: StageSection) -> None:
+    """Training mode for what learns; a frozen backbone runs without dropout and stochastic depth."""
+    model.train()
+    if stage.learns == "life":
+        model.model.eval()
+
+
+def make_optimizer(model: SlimModel, stage: StageSection, recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's optimizer over what learns; norms, biases and position embeddings without weight decay."""
+    section = recipe.optimizer
+    groups: list[dict[str, Any]] = []
+    if stage.learns in ("life", "both"):
+        groups += param_groups_weight_decay(model.life_head, stage.weight_decay)
+    if stage.learns in ("backbone", "both"):
+        dense = model.model
+        undecayed = dense.no_weight_decay() if hasattr(dense, "no_weight_decay") else ()
+        if section.layer_decay is not None:
+            backbone = param_groups_layer_decay(dense, stage.weight_decay, undecayed, layer_decay=section.layer_decay)
+        else:
+            backbone = param_groups_weight_decay(dense, stage.weight_decay, undecayed)
+        groups += [{**group, "lr": stage.backbone_lr or stage.lr} for group in backbone]
+    groups = [{"lr": stage.lr, **group} for group in groups if group["params"]]
+    extra = {key: getattr(section, key) for key in ("betas", "eps") if getattr(section, key) is not None}
+    try:
+        return create_optimizer_v2(
+            groups, opt=section.opt, lr=stage.lr, weight_decay=stage.weight_decay, momentum=section.momentum, **extra
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise SlimError(f"optimizer.opt = {section.opt!r}: timm cannot make it: {error}") from error
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, stage: StageSection, updates_per_epoch: int) -> Any:
+    """timm's learning-rate schedule, stepped once an update; None for a constant rate without warm-up."""
+    updates = stage.epochs * updates_per_epoch
+    warmup = min(round(stage.warmup_epochs * updates_per_epoch), updates - 1)
+    if stage.schedule == "constant" and not warmup:
+        return None
+    constant = stage.schedule == "constant"
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="step" if constant else stage.schedule,
+        num_epochs=updates - warmup,
+        decay_epochs=updates + 1 if constant else max(1, (updates - warmup) // 3),
+        warmup_epochs=warmup,
+        warmup_lr=stage.warmup_lr,
+        warmup_prefix=True,
+        min_lr=stage.min_lr,
+        cooldown_epochs=0,
+    )
+    return scheduler
+
+
+def make_criterion(recipe: Recipe, model: SlimModel) -> tuple[Mixup | None, nn.Module]:
+    """timm's mixup, where the recipe asks for it, and the cross-entropy that goes with it."""
+    section = recipe.augmentation
+    if section.enabled and (section.mixup > 0 or section.cutmix > 0):
+        mixup = Mixup(
+            mixup_alpha=section.mixup,
+            cutmix_alpha=section.cutmix,
+            prob=section.mixup_prob,
+            switch_prob=section.mixup_switch_prob,
+            label_smoothing=section.label_smoothing,
+            num_classes=model.architecture().num_outputs,
+        )
+        return mixup, SoftTargetCrossEntropy()
+    return None, LabelSmoothingCrossEntropy(section.label_smoothing)
+
+
+@torch.no_grad()
+def accuracy(
+    model: SlimModel, mode: str, loader: DataLoader[Any], accelerator: Accelerator, progress: Progress
+) -> Accuracy:
+    """Accuracy of the model in `mode` on all images of all processes, in the precision of the training."""
+    model.eval()
+    before, model.mode = model.mode, mode
+    found = Accuracy()
+    for batch, (images, targets) in enumerate(loader):
+        with accelerator.autocast():
+            logits = model(images.to(accelerator.device))
+        found.add(*accelerator.gather_for_metrics((logits.float(), targets.to(accelerator.device))))
+        progress("validating", batch + 1, len(loader))
+    model.mode = before
+    return found
+
+
+def model_config(target: Target, prepare: dict[str, Any], class_names: list[str] | None) -> dict[str, Any]:
+    """What config.json says beside the schedule; the data's folder is written as an absolute path."""
+    content = dict(target.config)
+    content["preprocessing"] = prepare
+    content["class_names"] = class_names
+    if target.recipe is not None:
+        section = target.recipe.data
+        if section.root is not None:
+            section = section.model_copy(update={"root": section.root.resolve()})
+        content["data"] = section.model_dump(mode="json", exclude_none=True)
+    return content
+
+
+def new_run_folder(recipe: Recipe, suffix: str = "") -> Path:
+    """A folder `NAME-TIME` that does not exist yet, under the recipe's output."""
+    stem = f"{recipe.name}{suffix}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stem if i == 0 else f"{stem}-{i}" for i in range(1000))
+    for name in names:
+        folder = recipe.output / name
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise SlimError(f"{folder}: cannot be made: {error.strerror or error}") from error
+    raise SlimError(f"{recipe.output}: has a thousand runs of this second")
+
+
+def unfinished_run(recipe: Recipe) -> Path:
+    """The newest run of this recipe that has not ended; `SlimError` if there is none or the recipe has changed."""
+    runs = sorted(recipe.output.glob(f"{recipe.name}-*/{RECIPE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in runs:
+        if (path.parent / SUMMARY).exists():
+            continue
+        old = load_recipe(path, check_files=False)
+        before, now = old.model_dump(mode="json"), recipe.model_dump(mode="json")
+        changed = [key for key in now if before[key] != now[key] and key != "checkpoint_minutes"]
+        if changed:
+            raise SlimError(
+                f"{path.parent}: was started with another recipe (differs in {', '.join(changed)}): "
+                f"go on with it as it was by `slim train --resume {path.parent}`, or start anew without --resume"
+            )
+        return path.parent
+    raise SlimError(f"{recipe.output}: has no unfinished run of {recipe.name}: start one without --resume")
+
+
+def _open_run(recipe: Recipe, config: dict[str, Any], resume: Path | None, accelerator: Accelerator) -> Run:
+    folder = resume
+    if folder is None:
+        made = [str(new_run_folder(recipe)) if accelerator.is_main_process else ""]
+        if accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(made)
+        folder = Path(made[0])
+    return Run(folder, recipe, config, accelerator.is_main_process)
+
+
+def _summarise(
+    run: Run,
+    model: SlimModel,
+    check_on: DataLoader[Any],
+    val_set: Any,
+    prepare: dict[str, Any],
+    workers: int,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure the best model dense against slim on the main process, and write the summary that ends a run."""
+    summary: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        load_weights(model, run.folder / "model.safetensors")
+        device = accelerator.device
+        dtype = find_dtype(run.recipe.precision, device)
+        batch_size = run.recipe.data.batch_size
+        loader = datasets.eval_loader(val_set, prepare, batch_size, workers, device)
+        trained = any(stage.mode != "none" for stage in run.recipe.stages)
+        rows = evaluate(model, loader, None if trained else [], device, dtype, progress)
+        start = next(row for row in run.rows if row["event"] == "start")
+        facts = environment(device)
+        summary = {
+            "run": str(run.folder),
+            "model": run.recipe.model.name,
+            "device": facts["device"],
+            "threads": facts["threads"],
+            "precision": run.recipe.precision,
+            "batch_size": batch_size,
+            "versions": facts["versions"],
+            "before": {key: start[key] for key in ("top1", "top5", "loss")},
+            "rows": rows,
+        }
+        write_json(run.folder / SUMMARY, summary)
+        (run.folder / CHECKPOINT).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def dry_run(recipe: Recipe) -> dict[str, Any]:
+    """What training would do: the model, what learns in each stage, the schedule and the cost. Trains nothing."""
+    train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
+    class_names = getattr(train_set, "class_names", None)
+    target = from_recipe(recipe, recipe.name, class_names)
+    check_classes(target.model, class_names)
+    images = len(train_set)
+    stages = []
+    for stage in recipe.stages:
+        choose_parameters(target.model, stage)
+        learning = sum(p.numel() for p in target.model.parameters() if p.requires_grad)
+        steps = images // recipe.data.batch_size // recipe.optimizer.accumulation * stage.epochs
+        stages.append({**stage.model_dump(exclude_none=True), "learning_parameters": learning, "updates": steps})
+    model = target.model
+    return {
+        "model": recipe.model.name,
+        "train_images": images,
+        "rows": [describe(model, None), describe(model, model.schedule)],
+        "stages": stages,
+    }
+
+
+def _row(
+    number: int, stage: StageSection, epoch: int, at: Position, sums: EpochSums, lr: float, speed: float
+) -> dict[str, Any]:
+    return {
+        "stage": number + 1,
+        "learns": stage.learns,
+        "mode": stage.mode,
+        "epoch": epoch + 1,
+        "batch": at.batch,
+        "loss": round(sums.loss / sums.images, 5),
+        "top1": round(100 * sums.hits / sums.images, 3),
+        "lr": lr,
+        "images_per_second": round(speed, 2),
+        "seconds": round(sums.seconds, 2),
+    }
+
+
+def _place(at: Position, recipe: Recipe) -> str:
+    if at.stage >= len(recipe.stages):
+        return "the end of its last stage"
+    return f"stage {at.stage + 1}, epoch {at.epoch + 1}, batch {at.batch + 1}"
+
+
+def _step_schedule(scheduler: Any, optimizer: Any, update: int) -> float:
+    """Set the learning rates of the coming update; return the highest."""
+    if scheduler is not None:
+        scheduler.step(update)
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Tell sampler and transforms which epoch it is: their randomness follows from it."""
+    dataset = loader.dataset
+    if isinstance(dataset, datasets.ImageSamples):
+        dataset.epoch.fill_(epoch)
+    elif hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+
+
+def _seed_epoch(seed: int, epoch: int, process: int) -> None:
+    """Seed everything for an epoch, so that one that is run again runs the same."""
+    set_seed((seed * 1_000_003 + epoch * 1_009 + process) % 2**32)
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, place, has_gauss, cached = numpy.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(numpy.int64)), place, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, words, place, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((kind, words.numpy().astype(numpy.uint32), place, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: all must stop at the same batch."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags: Tensor = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
+    return bool(flags.item() > 0)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the present batch; the second stops at once."""
+    asked = False
+
+    def ask(number: int, _frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: leave signals to whoever is
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
