@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def fit_life_head(
     progress: Progress = no_progress,
     label: str = "fitting the life head",
 ) -> float:
-    """Teach the head scores that, standardised in each image, equal `target` (M, N); return the last mean squared error.
+    """Teach the head scores that, standardised in each image, equal `target` (M, N); return the final squared error.
 
     No labels are needed. The error of a head that knows nothing is 2 in the mean, of a perfect one 0.
     """
@@ -122,7 +122,7 @@ def fit_life_head(
         score = head.score(tokens[chosen].to(device, torch.float32), num_prefix_tokens)
         loss = F.mse_loss(normalise_life(score, 0.0, 1.0), target[chosen].to(device))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
@@ -191,7 +191,7 @@ def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, devic
 
     def run(variant: Variant) -> Tensor:
         variant.set(model)
-        return model(images)
+        return cast(Tensor, model(images))
 
     times = measure.interleave([partial(run, variant) for variant in variants], device, 5, 1.0)
     model.mode, model.schedule = before
@@ -259,7 +259,7 @@ def calibrate(
 
 
 def comparison(before: tuple[float, Accuracy, Accuracy], after: tuple[float, Accuracy, Accuracy]) -> dict[str, Any]:
-    """Agreement and top-1, in percent, of the slimmed model with an untaught head (before) and the fitted one (after)."""
+    """Agreement and top-1, in percent, of the slimmed model with an untaught head (before) and the fitted (after)."""
 
     def half(found: tuple[float, Accuracy, Accuracy]) -> dict[str, float]:
         agreed, _, slim = found

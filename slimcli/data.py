@@ -44,7 +44,7 @@ class ImageSamples(Dataset[tuple[Any, int]]):
         self.transform: Callable[[Any], Any] | None = None
         self.seed: int | None = None
         # shared, so that worker processes which outlive an epoch see it change
-        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self.indices: Sequence[int] = range(size)
 
     def limit(self, count: int | None) -> None:
@@ -92,11 +92,7 @@ def open_dataset(data: DataSection, train: bool, seed: int | None = None) -> Ima
     `seed` makes the random transforms reproducible; without it there should be none.
     """
     split = data.train_split if train else data.val_split
-    samples: ImageSamples | IterableImageDataset
-    if data.name == "digits":
-        samples = _digits(train)
-    else:
-        samples = _timm_dataset(data, split, train)
+    samples = _digits(train) if data.name == "digits" else _timm_dataset(data, split, train)
     if isinstance(samples, ImageSamples):
         samples.seed = seed
         samples.limit(data.train_limit if train else data.val_limit)
@@ -167,7 +163,7 @@ def _from_reader(dataset: ImageDataset) -> ImageSamples:
 
 
 def _split_root(root: Path, split: str) -> Path:
-    """The folder or .tar of a split: `root` itself if it is a .tar or `split` is '.', else `root/split` or its synonym."""
+    """A split's folder or .tar: `root` itself if it is a .tar or `split` is '.', else `root/split` or a synonym."""
     if not root.exists():
         raise DataError(f"{root}: no such folder or .tar of images")
     if root.is_file() or split == ".":

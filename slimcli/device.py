@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
             return next(names, platform.machine())
     except OSError:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -128,9 +127,8 @@ def evaluate(
             warm = True
         for variant in variants:
             variant.set(model)
-            outputs: list[Tensor] = []
-            took = measure.seconds(lambda images=images, outputs=outputs: outputs.append(model(images)), device)
-            variant.accuracy.add(outputs[0], targets)
+            logits, took = measure.timed(partial(model, images), device)
+            variant.accuracy.add(logits, targets)
             if full:
                 variant.seconds.append(took)
         timed = images if full else timed
@@ -159,7 +157,7 @@ def evaluate(
 
 def _run(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
     variant.set(model)
-    return model(images)
+    return cast(Tensor, model(images))
 
 
 @torch.inference_mode()
@@ -183,6 +181,8 @@ def agreement(
 def first_images(loader: DataLoader[Any], count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of `loader` until `count` images have come."""
     taken = 0
-    for images, targets in itertools.takewhile(lambda _batch: taken < count, loader):
+    for images, targets in loader:
         yield images[: count - taken], targets[: count - taken]
         taken += images.shape[0]
+        if taken >= count:
+            return

@@ -30,7 +30,7 @@ def write_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -55,7 +55,7 @@ def point_latest(run: Path) -> None:
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(run.name, target_is_directory=True)
-        os.replace(temporary, link)
+        temporary.replace(link)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SlimError(f"{link}: cannot be made to point at {run.name}: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,14 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 from slimcli.device import synchronise
 from slimcli.progress import Progress, no_progress
 
+T = TypeVar("T")
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds that one call takes, the device's work included."""
+
+def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What a call returns, and the wall-clock seconds it takes, the device's work included."""
     synchronise(device)
     start = time.perf_counter()
-    run()
+    result = run()
     synchronise(device)
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def interleave(
@@ -46,7 +49,7 @@ def interleave(
         share = min(done / min_rounds, passed / min_seconds if min_seconds else 1.0)
         progress(label, min(share, 1.0), 1.0)
         for run, found in zip(runs, times, strict=True):
-            found.append(seconds(run, device))
+            found.append(timed(run, device)[1])
     progress(label, 1.0, 1.0)
     return times
 

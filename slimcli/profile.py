@@ -53,7 +53,7 @@ def profile(
 
     times = measure.interleave(runs(images), device, 5, min_seconds, progress=progress, label="throughput")
     latencies = measure.interleave(runs(images[:1]), device, 20, min_seconds / 2, progress=progress, label="latency")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, (variant, seconds, latency) in enumerate(zip(variants, times, latencies, strict=True)):
         progress("memory", index, len(variants))
         row = describe(model, variant.schedule)
@@ -79,7 +79,7 @@ def profile(
 
 def _forward(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
     variant.set(model)
-    return model(images)
+    return cast(Tensor, model(images))
 
 
 @torch.inference_mode()
@@ -110,7 +110,7 @@ def per_layer(
             for variant, found in zip(variants, seconds, strict=True):
                 clock.seconds = []
                 variant.set(model)
-                whole = measure.seconds(lambda: model(images), device)
+                _, whole = measure.timed(partial(model, images), device)
                 if done:
                     found.append([*clock.seconds, whole - sum(clock.seconds)])
     finally:

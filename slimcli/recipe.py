@@ -6,6 +6,7 @@ A recipe is TOML or YAML. Nothing heavy is imported here, so a wrong field is re
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -338,7 +339,7 @@ def _apply_override(raw: Any, override: str) -> Location:
     if not equals or not all(str(part) for part in place):
         raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
     target = raw
-    for part, following in zip(place, place[1:], strict=False):
+    for part, following in itertools.pairwise(place):
         try:
             target = target[part] if isinstance(part, int) else target.setdefault(part, [] if following == 0 else {})
         except (KeyError, IndexError, TypeError, AttributeError):

@@ -5,6 +5,7 @@ Layers are counted from 1 and costs are multiply-adds, as in the paper. Plain Py
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Schedule:
     def _check_counts(self, counts: tuple[int, ...]) -> None:
         if len(counts) != self.depth:
             raise SlimError(f"a schedule of {len(counts)} patch counts does not fit a model of {self.depth} blocks")
-        if any(n < 1 for n in counts) or any(a < b for a, b in zip(counts, counts[1:], strict=False)):
+        if any(n < 1 for n in counts) or any(a < b for a, b in itertools.pairwise(counts)):
             raise SlimError(f"schedule {list(counts)}: the counts must be at least 1 and never grow")
         if counts[self.life_layer - 1] != counts[0]:
             raise SlimError(
@@ -149,7 +150,8 @@ class Architecture:
     """What the cost formula needs to know of a model. Costs are multiply-adds.
 
     `block_weights` are the weights that each token is multiplied with in each block: 12 D^2 for an MLP ratio
-    of 4. `num_outputs` are the classes, 0 without a classifier. `head_fixed` and `head_per_patch` are the classifier's cost, for an image and for each patch it reads.
+    of 4. `head_fixed` and `head_per_patch` are the classifier's cost, for an image and for each patch it reads.
+    `num_outputs` are the classes, 0 without a classifier.
     """
 
     embed_dim: int
@@ -167,7 +169,7 @@ class Architecture:
         return len(self.block_weights)
 
     def keep_rate_for(self, target: float, life_layer: int, drop_layers: Sequence[int]) -> float | None:
-        """The highest keep rate at which the model costs at most `target` multiply-adds; None if even few patches cost more."""
+        """The highest keep rate that costs at most `target` multiply-adds; None if even one patch costs more."""
 
         def cost(rate: float) -> int:
             return self.multiply_adds(

@@ -23,7 +23,7 @@ MODES = ("none", "soft", "hard", "mask", "threshold")
 
 def find_backbone(model: nn.Module) -> Backbone:
     """The adapter that an installed plugin has for `model`; `SlimError` if none has."""
-    backbone = hook().slim_backbone(model=model)
+    backbone: Backbone | None = hook().slim_backbone(model=model)
     if backbone is None:
         raise SlimError(
             f"no installed plugin knows {type(model).__module__}.{type(model).__name__}: `slim plugins` lists what is "
@@ -34,7 +34,7 @@ def find_backbone(model: nn.Module) -> Backbone:
 
 def build_model(name: str, pretrained: bool = False, **args: Any) -> nn.Module:
     """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
-    model = hook().slim_build_model(name=name, pretrained=pretrained, args=args)
+    model: nn.Module | None = hook().slim_build_model(name=name, pretrained=pretrained, args=args)
     if model is None:
         from slimcli.backbones.timm_vit import similar_names
 
@@ -170,8 +170,8 @@ class SlimModel(nn.Module):
 
     def _block(self, layer: int, tokens: Tensor, positions: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            result = checkpoint(self.backbone.block, layer, tokens, positions, bias, use_reentrant=False)
-            return cast(Tensor, result)
+            result: Tensor = checkpoint(self.backbone.block, layer, tokens, positions, bias, use_reentrant=False)
+            return result
         return self.backbone.block(layer, tokens, positions, bias)
 
     def _remember(self, life: Tensor | None) -> None:
@@ -190,7 +190,7 @@ def with_keep_rate(schedule: Schedule, value: float | Sequence[tuple[int, float]
         drops = tuple((int(layer), float(rate)) for layer, rate in cast(Sequence[tuple[int, float]], values))
     except (TypeError, ValueError):
         raise SlimError(
-            f"keep rate {value!r} is not possible: expected a number, (layer, keep rate) pairs, or one patch count a block"
+            f"keep rate {value!r} is not possible: expected a number, (layer, keep rate) pairs, or N_1..N_L"
         ) from None
     return Schedule(schedule.depth, schedule.life_layer, drops=tuple(sorted(drops)))
 

@@ -109,7 +109,7 @@ def embedded_target() -> Target:
 
 
 def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, precision: str) -> Recipe:
-    """The recipe that trains on from a calibrated model: the target's own with the schedule found, or the paper's stages."""
+    """The recipe that trains on from a calibrated model: the target's own, or the paper's stages."""
     if data.root is not None:
         data = data.model_copy(update={"root": data.root.resolve()})
     data = data.model_copy(update={"val_limit": target.data.val_limit if target.data else None})

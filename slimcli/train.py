@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -334,7 +334,7 @@ def make_optimizer(model: SlimModel, stage: StageSection, recipe: Recipe) -> tor
         groups += param_groups_weight_decay(model.life_head, stage.weight_decay)
     if stage.learns in ("backbone", "both"):
         dense = model.model
-        undecayed = dense.no_weight_decay() if hasattr(dense, "no_weight_decay") else ()
+        undecayed: set[str] = getattr(dense, "no_weight_decay", set)()
         if section.layer_decay is not None:
             backbone = param_groups_layer_decay(dense, stage.weight_decay, undecayed, layer_decay=section.layer_decay)
         else:
@@ -343,11 +343,12 @@ def make_optimizer(model: SlimModel, stage: StageSection, recipe: Recipe) -> tor
     groups = [{"lr": stage.lr, **group} for group in groups if group["params"]]
     extra = {key: getattr(section, key) for key in ("betas", "eps") if getattr(section, key) is not None}
     try:
-        return create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, opt=section.opt, lr=stage.lr, weight_decay=stage.weight_decay, momentum=section.momentum, **extra
         )
     except (AssertionError, ValueError, TypeError) as error:
         raise SlimError(f"optimizer.opt = {section.opt!r}: timm cannot make it: {error}") from error
+    return optimizer
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, stage: StageSection, updates_per_epoch: int) -> Any:
@@ -569,7 +570,7 @@ def _seed_epoch(seed: int, epoch: int, process: int) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, place, has_gauss, cached = numpy.random.get_state()
+    kind, keys, place, has_gauss, cached = cast(tuple[Any, ...], numpy.random.get_state())
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(numpy.int64)), place, has_gauss, cached],

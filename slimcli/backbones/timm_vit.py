@@ -38,7 +38,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The embedded default: 12 blocks, width 96, patch 4 at 32 px (64 patches), for scikit-learn's 8 x 8 digits."""
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 12, "num_heads": 3, "num_classes": 10}

@@ -14,7 +14,7 @@ from slimcli.schedule import check_keep_rate
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class KeepRates(click.ParamType):
+class KeepRates(click.ParamType):  # type: ignore[type-arg]
     """One keep rate or several, separated by commas."""
 
     name = "RATE[,RATE...]"

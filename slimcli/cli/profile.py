@@ -80,8 +80,8 @@ def command(
                 f"keep rate {rate_title(row, False)} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
                 f"{likely_reason(batch, found.model.num_patches)}"
             )
-    for table in layers or []:
-        _print_layers(display, table, dense=table is (layers or [None])[0])
+    for index, table in enumerate(layers or []):
+        _print_layers(display, table, dense=index == 0)
     document = {
         "model": found.model_name,
         "device": where.type,
