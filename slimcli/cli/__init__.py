@@ -12,6 +12,10 @@ import click
 from slimcli import __version__
 from slimcli.errors import Interrupted, SlimError
 
+# torch's profiler and allocator otherwise write lines of their own over ours
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 COMMANDS = {
     "calibrate": "A working slimmed model before any training, in about two minutes.",
     "eval": "Accuracy, cost and speed, dense against slimmed, on real images.",
