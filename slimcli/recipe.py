@@ -321,12 +321,14 @@ def _parse_yaml(path: Path, text: str) -> tuple[Any, dict[Location, int]]:
     def walk(node: yaml.Node | None, place: Location) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                lines[(*place, key.value)] = key.start_mark.line + 1
-                walk(value, (*place, key.value))
+                below = (*place, key.value)
+                lines[below] = key.start_mark.line + 1
+                walk(value, below)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                lines[(*place, index)] = value.start_mark.line + 1
-                walk(value, (*place, index))
+                below = (*place, index)
+                lines[below] = value.start_mark.line + 1
+                walk(value, below)
 
     walk(root, ())
     return raw, lines
