@@ -156,16 +156,26 @@ class SlimModel(nn.Module):
 
     def _bias(self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]) -> Tensor:
         """The later blocks on all patches, each weighted by a bias on its key."""
-        bias = None
-        for layer in range(self.schedule.life_layer + 1, self.schedule.depth + 1):
-            bias = lives.prefix_bias(self._patch_bias(life, layer, counts[layer - 1]), self.backbone.num_prefix_tokens)
-            tokens = self._block(layer, tokens, positions, bias)
-        return self.backbone.head(tokens, bias)
+        prefix, last = self.backbone.num_prefix_tokens, self.schedule.depth
+        for layer in range(self.schedule.life_layer + 1, last + 1):
+            bias = self._patch_bias(life, layer, counts[layer - 1], keep_one=prefix == 0)
+            tokens = self._block(layer, tokens, positions, lives.prefix_bias(bias, prefix))
+        return self.backbone.head(tokens, lives.prefix_bias(self._patch_bias(life, last, counts[-1], True), prefix))
 
-    def _patch_bias(self, life: Tensor, layer: int, count: int) -> Tensor:
+    def _patch_bias(self, life: Tensor, layer: int, count: int, keep_one: bool) -> Tensor:
+        """The bias (B, N) of the patches' keys in block `layer`.
+
+        By the threshold rule all patches of an image may be dead; with `keep_one` the longest life then stays,
+        as it does in the limit of the soft weights where there are no other keys.
+        """
         if self.mode == "soft":
             return lives.log_soft_weight(life, layer, self.temperature)
-        used = lives.life_rank(life) < count if self.mode == "mask" else layer <= life
+        if self.mode == "mask":
+            used = lives.life_rank(life) < count
+        else:
+            used = layer <= life
+            if keep_one:
+                used = used | (lives.life_rank(life) == 0)
         return torch.zeros_like(life).masked_fill(~used, float("-inf"))
 
     def _block(self, layer: int, tokens: Tensor, positions: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -181,13 +181,13 @@ class TimmViT(Backbone):
         model, kind = self.model, self.model.global_pool
         if kind == "map":
             return model.attn_pool(tokens, attn_mask=_attention_mask(key_bias, tokens))
-        bias = key_bias.unsqueeze(-1).to(tokens.dtype)
-        weight = bias.exp()
-        mean = (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+        # softmax: exp(key_bias) that sums to one, and does not vanish when every bias is far below zero
+        mean = (tokens * key_bias.softmax(dim=1).unsqueeze(-1).to(tokens.dtype)).sum(dim=1)
         if kind == "avg":
             return mean
         if kind in ("max", "avgmax"):
-            maximum = (tokens + bias).amax(dim=1)
+            bias = key_bias - key_bias.amax(dim=1, keepdim=True)
+            maximum = (tokens + bias.unsqueeze(-1).to(tokens.dtype)).amax(dim=1)
             return maximum if kind == "max" else 0.5 * (maximum + mean)
         raise SlimError(f"pooling {kind!r} cannot weight its patches: train in hard mode instead of soft")
 

@@ -1,0 +1,125 @@
+"""Small models, small data, and the way to run a command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import nn
+
+from slimcli.cli import main
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+TINY_RECIPE = """
+name = "tiny"
+
+[model]
+name = "vit_tiny_patch16_224"
+args = { img_size = 32, patch_size = 8, embed_dim = 32, depth = 4, num_heads = 2 }
+
+[data]
+name = "digits"
+batch_size = 16
+train_limit = 64
+val_limit = 32
+
+[slimming]
+life_layer = 1
+drop_layers = [1, 2, 3]
+
+[[stages]]
+learns = "life"
+mode = "soft"
+lr = 1e-3
+
+[[stages]]
+learns = "backbone"
+mode = "soft"
+epochs = 2
+lr = 1e-3
+
+[augmentation]
+scale = [0.7, 1.0]
+hflip = 0.0
+"""
+
+
+def tiny_vit(**changes: Any) -> nn.Module:
+    """A random ViT of 4 blocks with 4 x 4 patches, in evaluation mode."""
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
+    model = timm.create_model("vit_tiny_patch16_224", **{**args, **changes}).eval()
+    # timm's initial weights give logits near zero, which would agree whatever is dropped
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY_RECIPE)
+    return path
+
+
+@pytest.fixture
+def slim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command in an empty folder, as `slim("eval", "--limit", 10)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: Any) -> Result:
+        return CliRunner().invoke(main, [str(word) for word in words])
+
+    return run
+
+
+@pytest.fixture
+def refused(slim: Callable[..., Result]) -> Callable[..., str]:
+    """Run a command that must be refused: one line on stderr, exit code 2, no traceback. Returns the line."""
+
+    def run(*words: Any) -> str:
+        result = slim(*words)
+        assert result.exit_code == 2, result.output
+        assert "Traceback" not in result.stderr
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("Warning:")]
+        assert len(lines) == 1, result.stderr
+        return lines[0]
+
+    return run
+
+
+def document(result: Result) -> dict[str, Any]:
+    """The JSON document that a command printed."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder of small JPEGs in two classes, split into train and val."""
+    root = tmp_path / "photographs"
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 20), ("val", 6)):
+        for number, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(0, 128, (24, 32, 3), generator=generator, dtype=torch.uint8) + 100 * number
+                Image.fromarray(noise.numpy()).save(folder / f"{index}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real weights and photographs; tests that need them are skipped where they are not."""
+    if not (SHARED / "weights").is_dir():
+        pytest.skip("the real weights and photographs (../shared) are not here")
+    return SHARED

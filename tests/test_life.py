@@ -1,0 +1,81 @@
+"""The life head and soft weights: the specification's equations."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from slimcli.life import LifeHead, log_soft_weight, longest_lives_first, normalise_life, take_patches
+
+
+def random_head(global_token="cls"):
+    torch.manual_seed(0)
+    head = LifeHead(16, global_token)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    return head
+
+
+def test_lives_have_the_target_moments_in_every_image():
+    life = normalise_life(torch.randn(5, 50) * 7 + 3, 8.29, 3.32)
+    assert torch.allclose(life.mean(1), torch.full((5,), 8.29), atol=1e-4)
+    assert torch.allclose(life.std(1, unbiased=False), torch.full((5,), 3.32), atol=1e-4)
+
+
+def test_equal_scores_give_equal_lives_and_no_nan():
+    assert torch.equal(normalise_life(torch.ones(1, 4), 2.0, 1.0), torch.full((1, 4), 2.0))
+
+
+@pytest.mark.parametrize("global_token", ["cls", "mean"])
+def test_the_folded_product_is_the_papers_score(global_token):
+    head, tokens = random_head(global_token), torch.randn(3, 2 + 9, 16)
+    h = head.norm(tokens)
+    whole = h[:, 0] if global_token == "cls" else h[:, 2:].mean(1)
+    plain = (head.query(whole)[:, None] * head.key(h[:, 2:])).sum(-1)
+    assert torch.allclose(head.score(tokens, 2), plain, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_lives_are_float32_whatever_the_tokens_are(dtype):
+    head, tokens = random_head().to(dtype), torch.randn(2, 10, 16, dtype=dtype)
+    assert head(tokens, 1, 2.0, 1.0).dtype == torch.float32
+
+
+def test_autocast_does_not_change_the_lives():
+    head, tokens = random_head(), torch.randn(2, 10, 16)
+    plain = head(tokens, 1, 2.0, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(tokens, 1, 2.0, 1.0), plain)
+
+
+def test_the_bias_multiplies_the_exponentials():
+    life = torch.tensor([[2.0, 5.0, 9.0]])
+    logits = torch.randn(1, 3)
+    weight = torch.sigmoid(1.5 * (life - 6))
+    plain = weight * logits.exp() / (weight * logits.exp()).sum()
+    assert torch.allclose(F.softmax(logits + log_soft_weight(life, 6, 1.5), -1), plain, atol=1e-6)
+
+
+def test_the_bias_of_a_long_dead_patch_is_finite():
+    bias = log_soft_weight(torch.tensor([[-1000.0]]), 12, 3.0)
+    assert math.isfinite(bias.item())
+
+
+def test_a_longer_life_never_weighs_less():
+    life = torch.linspace(-3, 15, 50)[None]
+    for layer in (1, 6, 12):
+        assert (log_soft_weight(life, layer, 1.5).diff() >= 0).all()
+
+
+def test_order_is_longest_first_with_ties_in_raster_order():
+    life = torch.tensor([[1.0, 3.0, 2.0, 3.0]])
+    assert longest_lives_first(life, 3).tolist() == [[1, 3, 2]]
+
+
+def test_patches_are_taken_in_order_for_any_trailing_shape():
+    patches = torch.arange(24).reshape(1, 4, 3, 2)
+    order = torch.tensor([[2, 0], [1, 3]])
+    taken = take_patches(patches, order)
+    assert taken.shape == (2, 2, 3, 2)
+    assert torch.equal(taken[1, 0], patches[0, 1])

@@ -1,0 +1,94 @@
+"""How many patches each block uses, the moments of their lives, and the cost."""
+
+import pytest
+
+from slimcli.backbones.timm_vit import backbone, build_model
+from slimcli.errors import SlimError
+from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, life_moments, patches_per_layer
+
+PAPER = ((4, 0.7), (7, 0.7), (10, 0.7))
+
+
+def test_the_papers_schedule_and_moments():
+    counts = patches_per_layer(196, 12, PAPER)
+    assert counts == (196,) * 4 + (138,) * 3 + (97,) * 3 + (68,) * 2
+    mean, std = life_moments(counts)
+    assert mean == pytest.approx(8.2908, abs=5e-5)
+    assert std == pytest.approx(3.3170, abs=5e-5)
+
+
+def test_the_papers_layers_are_the_defaults():
+    assert default_life_layer(12) == 4
+    assert default_drop_layers(12) == (4, 7, 10)
+    assert default_drop_layers(24) == (8, 14, 20)
+    assert default_drop_layers(2) == (1,)
+
+
+def test_counts_round_up_but_not_for_rounding_errors():
+    assert patches_per_layer(100, 2, [(1, 0.55)]) == (100, 55)
+    assert patches_per_layer(101, 2, [(1, 0.5)]) == (101, 51)
+    assert patches_per_layer(4, 3, [(1, 0.01), (2, 0.01)]) == (4, 1, 1)
+
+
+def test_keep_rate_one_keeps_everything_and_has_no_spread():
+    counts = Schedule.uniform(12, 1.0, 4, (4, 7, 10)).resolve(196)
+    assert set(counts) == {196}
+    assert life_moments(counts) == (12.0, 0.0)
+
+
+# The table in the specification, from the paper and from its formula with the folded head.
+@pytest.mark.parametrize(
+    ("name", "keep_rate", "gmacs"),
+    [
+        ("vit_tiny_patch16_224", 1.0, 1.254),
+        ("vit_tiny_patch16_224", 0.7, 0.850),
+        ("deit_small_patch16_224", 1.0, 4.599),
+        ("deit_small_patch16_224", 0.9, 4.050),
+        ("deit_small_patch16_224", 0.8, 3.557),
+        ("deit_small_patch16_224", 0.7, 3.148),
+        ("deit_base_patch16_224", 1.0, 17.564),
+        ("deit_base_patch16_224", 0.7, 12.091),
+    ],
+)
+def test_cost_is_the_papers(name, keep_rate, gmacs):
+    architecture = backbone(build_model(name, False, {})).architecture()
+    counts = Schedule.uniform(12, keep_rate, 4, (4, 7, 10)).resolve(196)
+    assert architecture.multiply_adds(counts) / 1e9 == pytest.approx(gmacs, abs=6e-4)
+
+
+def test_a_keep_rate_is_found_for_a_cost():
+    architecture = backbone(build_model("deit_small_patch16_224", False, {})).architecture()
+    rate = architecture.keep_rate_for(3.148e9 + 1e6, 4, (4, 7, 10))
+    counts = Schedule.uniform(12, rate, 4, (4, 7, 10)).resolve(196)
+    assert 0.985 * 3.149e9 < architecture.multiply_adds(counts) <= 3.149e9
+    assert architecture.keep_rate_for(1e6, 4, (4, 7, 10)) is None
+
+
+def test_explicit_counts_scale_with_the_image():
+    schedule = Schedule(4, 1, counts=(16, 12, 8, 2))
+    assert schedule.resolve(16) == (16, 12, 8, 2)
+    assert schedule.resolve(64) == (64, 48, 32, 8)
+    assert schedule.keep_rate is None
+    assert schedule.at_keep_rate(0.5).drops == ((1, 0.5), (2, 0.5), (3, 0.5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"life_layer": 0},
+        {"life_layer": 4},
+        {"drops": ((1, 0.5),), "life_layer": 2},
+        {"drops": ((4, 0.5),)},
+        {"drops": ((2, 0.0),)},
+        {"drops": ((2, 1.5),)},
+        {"drops": ((2, float("nan")),)},
+        {"drops": ((2, 0.5), (2, 0.7))},
+        {"counts": (16, 8, 4)},
+        {"counts": (16, 16, 17, 4)},
+        {"counts": (16, 8, 4, 0)},
+        {"counts": (16, 8, 4, 2), "life_layer": 2},
+    ],
+)
+def test_an_impossible_schedule_is_refused(change):
+    with pytest.raises(SlimError):
+        Schedule(**{"depth": 4, "life_layer": 1, **change})
