@@ -1,0 +1,153 @@
+"""Recipes: what is refused, and how the refusal reads."""
+
+from pathlib import Path
+
+import pytest
+
+from slimcli.errors import SlimError
+from slimcli.recipe import Recipe, builtin_recipes, load_recipe
+
+GOOD = """name = "mine"
+
+[model]
+name = "vit_tiny_patch16_224"
+
+[data]
+name = "digits"
+
+[[stages]]
+learns = "life"
+mode = "soft"
+lr = 1e-3
+
+[[stages]]
+learns = "backbone"
+mode = "hard"
+lr = 1e-4
+"""
+
+
+def write(tmp_path: Path, text: str, name: str = "mine.toml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def refusal(tmp_path: Path, text: str, name: str = "mine.toml", overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(SlimError) as error:
+        load_recipe(write(tmp_path, text, name), overrides)
+    message = str(error.value)
+    assert "pydantic" not in message
+    return message.replace(str(tmp_path) + "/", "")
+
+
+def test_every_built_in_recipe_is_valid_and_described():
+    names = builtin_recipes()
+    assert {"quickstart", "digits-backbone", "cifar10-dinov2-small"} <= set(names)
+    for name in names:
+        recipe = load_recipe(name, check_files=False)
+        assert recipe.name == name
+        assert recipe.description.endswith((".", ").", "--set."))
+        assert recipe.stages
+
+
+def test_the_papers_five_backbones_are_there_and_marked_as_not_run():
+    for name in ("vit-tiny", "vit-small", "vit-base", "deit-small", "deit-base", "deit-small-one-stage"):
+        recipe = load_recipe(f"imagenet-{name}", check_files=False)
+        assert "not run here" in recipe.description
+        assert recipe.slimming.temperature == 1.5
+        assert recipe.slimming.drop_layers == [4, 7, 10]
+        assert sum(stage.epochs for stage in recipe.stages) == 2
+
+
+def test_a_recipe_written_out_reads_back_the_same(tmp_path):
+    recipe = load_recipe("quickstart")
+    again = load_recipe(write(tmp_path, recipe.to_toml()))
+    assert again == recipe
+
+
+def test_yaml_has_the_same_schema(tmp_path):
+    text = """
+name: mine
+model: {name: vit_tiny_patch16_224}
+data: {name: digits}
+stages:
+  - {learns: life, mode: soft, lr: 1e-3}
+  - {learns: backbone, mode: hard, lr: 1e-4}
+"""
+    assert load_recipe(write(tmp_path, text, "mine.yaml")) == load_recipe(write(tmp_path, GOOD))
+
+
+def test_a_built_in_recipe_is_found_by_name_or_by_its_path_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart") == load_recipe("recipes/quickstart.toml")
+    with pytest.raises(SlimError, match="did you mean quickstart"):
+        load_recipe("quikstart")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ('mode = "soft"', 'mode = "sfot"', "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft' or 'hard'"),
+        ('mode = "soft"', 'mod = "soft"', "mine.toml:11: stages.0.mod: unknown field; did you mean 'mode'?"),
+        ("lr = 1e-3", "lr = -1", "mine.toml:12: stages.0.lr: found -1, expected greater than 0"),
+        ("lr = 1e-3", 'lr = "fast"', "mine.toml:12: stages.0.lr: found 'fast', expected a valid number"),
+        ("lr = 1e-3", "lr = nan", "mine.toml:12: stages.0.lr: found nan, expected a finite number"),
+        ("lr = 1e-3", "lr = 1e-3\nepochs = true", "mine.toml:13: stages.0.epochs: found True, expected a valid integer"),
+        ("lr = 1e-3", "", "mine.toml:9: stages.0.lr: is missing"),
+        ('mode = "soft"', 'mode = "hard"', "mine.toml:9: stages.0: mode = 'hard' gives the life head no gradient"),
+        ('name = "digits"', 'root = "nowhere"', "mine.toml:7: data.root: 'nowhere' does not exist"),
+        ("[data]", "[dta]", "mine.toml:6: dta: unknown field; did you mean 'data'?"),
+        ("[data]", "[slimming]\nkeep_rate = 1.5\n[data]", "mine.toml:7: slimming.keep_rate: found 1.5, expected less than"),
+        ("[data]", "[slimming]\ndrops = [[4, 2.0]]\n[data]", "mine.toml:7: slimming.drops.0.1: found 2.0, expected less"),
+        ("[data]", "[slimming]\nkeep_rate = 0.5\ndrops = [[4, 0.5]]\n[data]", "keep_rate and drops are both given"),
+        ('name = "mine"', "name = 3", "mine.toml:1: name: found 3, expected a valid string"),
+        ("[model]", "[model", "mine.toml:3: not valid TOML"),
+    ],
+)
+def test_a_refusal_names_the_line_the_field_what_was_found_and_what_is_allowed(tmp_path, old, new, line):
+    assert old in GOOD
+    assert line in refusal(tmp_path, GOOD.replace(old, new, 1))
+
+
+def test_every_problem_is_reported_at_once(tmp_path):
+    message = refusal(tmp_path, GOOD.replace("lr = 1e-3", "lr = -1").replace("lr = 1e-4", "lr = 0"))
+    assert len(message.splitlines()) == 2
+
+
+def test_a_yaml_refusal_has_its_line(tmp_path):
+    text = "name: mine\nmodel: {name: vit}\ndata: {name: digits}\nstages:\n- learns: life\n  mode: sft\n  lr: 1e-3\n"
+    assert "mine.yaml:6: stages.0.mode: found 'sft'" in refusal(tmp_path, text, "mine.yaml")
+    assert "mine.yaml:2: not valid YAML" in refusal(tmp_path, "name: [\n", "mine.yaml")
+
+
+def test_set_overrides_any_field(tmp_path):
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path, ["stages.0.lr=5e-4", "data.batch_size=8", "model.args.depth=3", "name=other", "seed=7"])
+    assert recipe.stages[0].lr == 5e-4
+    assert recipe.data.batch_size == 8
+    assert recipe.model.args == {"depth": 3}
+    assert (recipe.name, recipe.seed) == ("other", 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("stages.0.lr=0", "--set stages.0.lr=0: stages.0.lr: found 0, expected greater than 0"),
+        ("stages.7.lr=1", "--set stages.7.lr=1: the recipe has no 7"),
+        ("data.rot=x", "--set data.rot=x: data.rot: unknown field; did you mean 'root'?"),
+        ("data.root=nowhere", "--set data.root=nowhere: data.root: 'nowhere' does not exist"),
+        ("nonsense", "--set nonsense: expected field=value"),
+        ("name.x=1", "--set name.x=1: the recipe has no"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_its_own_words(tmp_path, override, line):
+    assert line in refusal(tmp_path, GOOD, overrides=(override,))
+
+
+def test_the_papers_ablation_and_a_dense_backbone_are_one_stage_each():
+    base = {"name": "x", "model": {"name": "m"}, "data": {"name": "digits"}}
+    one = {"learns": "both", "mode": "soft", "lr": 1e-3, "backbone_lr": 1e-5}
+    dense = {"learns": "backbone", "mode": "none", "lr": 1e-3}
+    for stage in (one, dense):
+        assert len(Recipe.model_validate({**base, "stages": [stage]}, strict=False).stages) == 1
