@@ -171,7 +171,7 @@ def choose_data(
         own_split = section.val_split if section is not None else "validation"
         if split is None and root is not None and not has_split(root, own_split):
             split = "."
-        update = {"name": "digits" if root is None else "", "root": root}
+        update = {"name": "digits" if root is None else "", "root": root, "train_limit": None, "val_limit": None}
         section = (section or DataSection()).model_copy(update=update)
     if section is None:
         raise SlimError(f"{target.label}: comes without data: name a folder or .tar of images with --data PATH")

@@ -88,18 +88,34 @@ def test_a_built_in_recipe_is_found_by_name_or_by_its_path_in_the_repository(tmp
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
-        ('mode = "soft"', 'mode = "sfot"', "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft' or 'hard'"),
+        (
+            'mode = "soft"',
+            'mode = "sfot"',
+            "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft' or 'hard'",
+        ),
         ('mode = "soft"', 'mod = "soft"', "mine.toml:11: stages.0.mod: unknown field; did you mean 'mode'?"),
         ("lr = 1e-3", "lr = -1", "mine.toml:12: stages.0.lr: found -1, expected greater than 0"),
         ("lr = 1e-3", 'lr = "fast"', "mine.toml:12: stages.0.lr: found 'fast', expected a valid number"),
         ("lr = 1e-3", "lr = nan", "mine.toml:12: stages.0.lr: found nan, expected a finite number"),
-        ("lr = 1e-3", "lr = 1e-3\nepochs = true", "mine.toml:13: stages.0.epochs: found True, expected a valid integer"),
+        (
+            "lr = 1e-3",
+            "lr = 1e-3\nepochs = true",
+            "mine.toml:13: stages.0.epochs: found True, expected a valid integer",
+        ),
         ("lr = 1e-3", "", "mine.toml:9: stages.0.lr: is missing"),
         ('mode = "soft"', 'mode = "hard"', "mine.toml:9: stages.0: mode = 'hard' gives the life head no gradient"),
         ('name = "digits"', 'root = "nowhere"', "mine.toml:7: data.root: 'nowhere' does not exist"),
         ("[data]", "[dta]", "mine.toml:6: dta: unknown field; did you mean 'data'?"),
-        ("[data]", "[slimming]\nkeep_rate = 1.5\n[data]", "mine.toml:7: slimming.keep_rate: found 1.5, expected less than"),
-        ("[data]", "[slimming]\ndrops = [[4, 2.0]]\n[data]", "mine.toml:7: slimming.drops.0.1: found 2.0, expected less"),
+        (
+            "[data]",
+            "[slimming]\nkeep_rate = 1.5\n[data]",
+            "mine.toml:7: slimming.keep_rate: found 1.5, expected less than",
+        ),
+        (
+            "[data]",
+            "[slimming]\ndrops = [[4, 2.0]]\n[data]",
+            "mine.toml:7: slimming.drops.0.1: found 2.0, expected less",
+        ),
         ("[data]", "[slimming]\nkeep_rate = 0.5\ndrops = [[4, 0.5]]\n[data]", "keep_rate and drops are both given"),
         ('name = "mine"', "name = 3", "mine.toml:1: name: found 3, expected a valid string"),
         ("[model]", "[model", "mine.toml:3: not valid TOML"),

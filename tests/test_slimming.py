@@ -97,7 +97,9 @@ def test_each_block_sees_the_patches_of_the_schedule(model, monkeypatch):
     seen = []
     block = model.backbone.block
     monkeypatch.setattr(
-        model.backbone, "block", lambda layer, tokens, *rest: seen.append(tokens.shape[1]) or block(layer, tokens, *rest)
+        model.backbone,
+        "block",
+        lambda layer, tokens, *rest: seen.append(tokens.shape[1]) or block(layer, tokens, *rest),
     )
     model(images(model))
     assert seen == [n + model.backbone.num_prefix_tokens for n in model.patches_per_layer]
