@@ -269,8 +269,8 @@ def _run_stage(
 
             speed = sums.images / sums.seconds * accelerator.num_processes
             label = (
-                f"{title} epoch {epoch + 1}/{stage.epochs}  loss {sums.loss / sums.images:.4f}  "
-                f"top-1 {100 * sums.hits / sums.images:.1f}  lr {lr:.1e}  {speed:.0f} img/s"
+                f"stage {number + 1} epoch {epoch + 1}/{stage.epochs}  loss {sums.loss / sums.images:.3f}  "
+                f"top-1 {100 * sums.hits / sums.images:.1f}  lr {lr:.0e}  {speed:.0f} img/s"
             )
             progress(label, batch + 1, total)
             if at.batch % interval == 0:

@@ -24,11 +24,16 @@ class Display:
         self.as_json, self.quiet = as_json, quiet
         self.out = Console(stderr=as_json, highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+
+    def _console(self) -> Console:
+        # a line printed past a live bar would land in the middle of it
+        return self._bar.console if self._bar is not None and self.out.is_terminal else self.out
 
     def line(self, text: str = "") -> None:
         """A line of text."""
         if not self.quiet:
-            self.out.print(text, markup=False)
+            self._console().print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A line that must be seen but is not a result."""
@@ -52,7 +57,7 @@ class Display:
                 )
             for row in rows:
                 table.add_row(*row)
-            self.out.print(table, soft_wrap=False)
+            self._console().print(table, soft_wrap=False)
             return
         widths = [max(len(str(cell)) for cell in column) for column in zip(titles, *rows, strict=True)]
         for row in (titles, *rows):
@@ -77,8 +82,9 @@ class Display:
         if self.quiet or not self.err.is_terminal:
             yield no_progress
             return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
-        with Progress(*columns, console=self.err, transient=True, redirect_stdout=True) as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=8), TimeRemainingColumn(compact=True))
+        with Progress(*columns, console=self.err, transient=True) as bar:
+            self._bar = bar
             task = bar.add_task("", total=1.0)
             shown = ""
 
@@ -90,7 +96,10 @@ class Display:
                     bar.reset(task)
                 bar.update(task, description=label, completed=done, total=max(total, 1e-9))
 
-            yield report
+            try:
+                yield report
+            finally:
+                self._bar = None
 
 
 def rate_title(row: dict[str, Any], dense: bool) -> str:
