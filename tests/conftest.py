@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from PIL import Image
 from torch import nn
 
 from slimcli.cli import main
+
+# tests run side by side: one thread each is faster than two that compete
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -55,6 +55,8 @@ def command(
     if keep_rates is not None and len(keep_rates) > 1:
         raise SlimError("--keep-rate takes one keep rate here: the head that is fitted serves the others too")
 
+    import torch
+
     from slimcli import calibrate, train
     from slimcli import data as datasets
     from slimcli.cli.display import Display, across
@@ -68,6 +70,8 @@ def command(
     calibrate.check_target("--target-speedup", target_speedup)
     display = Display(as_json)
     where = find_device(device)
+    # the untaught head that the fitted one is compared with is random
+    torch.manual_seed(0)
     found = embedded_target() if target is None else find_target(target, overrides, pretrained=True)
     model = found.model
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
@@ -113,8 +117,6 @@ def command(
     save_model(folder, model, config)
     recipe.model.weights = (folder / "model.safetensors").resolve()
     write_file(folder / "recipe.toml", recipe.to_toml().encode())
-
-    import torch
 
     document = {
         "model": found.model_name,
