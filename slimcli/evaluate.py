@@ -75,7 +75,7 @@ def describe(model: SlimModel, schedule: Schedule | None) -> dict[str, Any]:
     return {
         "keep_rate": schedule.keep_rate if schedule else None,
         "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
-        "gmacs": round(architecture.multiply_adds(counts) / 1e9, 4),
+        "gmacs": round(architecture.multiply_adds(counts, heirs=bool(schedule) and model.dead == "heir") / 1e9, 4),
         "params_millions": round((dense + head) / 1e6, 4),
     }
 

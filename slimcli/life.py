@@ -5,6 +5,9 @@ Equation numbers are the paper's. Shapes: B images, P prefix tokens, N patches, 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +46,36 @@ def take_patches(patches: Tensor, order: Tensor) -> Tensor:
     """Gather `patches` (B or 1, N, ...) in `order` (B, n) to (B, n, ...)."""
     index = order.reshape(*order.shape, *(1,) * (patches.dim() - 2))
     return patches.expand(order.shape[0], *patches.shape[1:]).gather(1, index.expand(*order.shape, *patches.shape[2:]))
+
+
+@torch.no_grad()
+def choose_heirs(patches: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """For each drop, the heir (B, number that leave) of every patch that leaves, as a place among those that stay.
+
+    `patches` (B, N, D) are sorted, longest life first, and `counts` are the falling patch counts N, N', N'', ...: the
+    patches from N' on leave first. The heir is the patch with the highest cosine similarity among those that live
+    on. At most N^2 D multiply-adds, once; nothing is compared again later.
+    """
+    unit = F.normalize(patches, dim=-1)
+    return [
+        torch.bmm(unit[:, stay:n], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
+        for n, stay in itertools.pairwise(counts)
+    ]
+
+
+def inherit(patches: Tensor, size: Tensor, heir: Tensor) -> tuple[Tensor, Tensor]:
+    """Add each patch that leaves to its heir, as a mean weighted by size.
+
+    `patches` (B, n, D) are sorted, `size` (B, n) says how many original patches each stands for, and `heir`
+    (B, n - m) names the heirs of the last n - m. Returns the m that stay (B, m, D) and their sizes (B, m).
+    """
+    stay = patches.shape[1] - heir.shape[1]
+    weight = size.unsqueeze(-1)
+    weighted = patches * weight.to(patches.dtype)
+    index = heir.unsqueeze(-1)
+    total = weight[:, :stay].scatter_add(1, index, weight[:, stay:])
+    summed = weighted[:, :stay].scatter_add(1, index.expand(-1, -1, patches.shape[2]), weighted[:, stay:])
+    return summed / total.to(patches.dtype), total.squeeze(-1)
 
 
 def prefix_bias(patch_bias: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -71,6 +71,7 @@ class SlimmingSection(Section):
     drops: list[tuple[PositiveInt, KeepRate]] | None = Field(None, description="(layer, keep rate) pairs")
     patches_per_layer: list[PositiveInt] | None = Field(None, description="N_1..N_L")
     temperature: Annotated[float, Field(gt=0)] = 1.5
+    dead: Literal["discard", "heir"] = Field("discard", description="what becomes of a patch whose life is over")
 
     @model_validator(mode="after")
     def one_schedule(self) -> SlimmingSection:

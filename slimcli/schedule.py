@@ -201,12 +201,15 @@ class Architecture:
         """Multiply-adds of the folded life head: 2 D^2 + N D."""
         return 2 * self.embed_dim**2 + self.num_patches * self.embed_dim
 
-    def multiply_adds(self, counts: Sequence[int] | None = None) -> int:
+    def multiply_adds(self, counts: Sequence[int] | None = None, heirs: bool = False) -> int:
         """Multiply-adds of one image under the schedule N_1..N_L; of the dense model without one.
 
-        The life head counts only where the schedule drops a patch: otherwise it does not run.
+        The life head counts only where the schedule drops a patch: otherwise it does not run. `heirs` adds the
+        comparison of each patch that leaves with those that stay: D multiply-adds a pair, once.
         """
         n = tuple(counts) if counts is not None else (self.num_patches,) * self.depth
         total = self.embedding + self.head_fixed + self.head_per_patch * n[-1]
         total += sum(self.block(layer, patches) for layer, patches in enumerate(n, 1))
+        if heirs:
+            total += self.embed_dim * sum((before - after) * after for before, after in itertools.pairwise(n))
         return total + (self.life_head if n[-1] < n[0] else 0)

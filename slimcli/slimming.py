@@ -15,6 +15,8 @@ from slimcli.errors import SlimError
 from slimcli.plugins import hook
 from slimcli.schedule import Architecture, Schedule, default_drop_layers, default_life_layer, life_moments
 
+#: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
+DEAD = ("discard", "heir")
 #: `none`: the dense model. `soft`: all patches stay and attention is biased by their lives (training).
 #: `hard`: patches are dropped (inference). `mask`: the patches that `hard` drops are masked instead, and
 #: `threshold`: a patch is masked once the layer exceeds its life; both are slow, for checking.
@@ -54,7 +56,12 @@ class SlimModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, temperature: float = 1.5, backbone: Backbone | None = None
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        temperature: float = 1.5,
+        backbone: Backbone | None = None,
+        dead: str = "discard",
     ):
         super().__init__()
         self.backbone = backbone or find_backbone(model)
@@ -64,6 +71,7 @@ class SlimModel(nn.Module):
         self.life_head.to(parameter.device)
         self.temperature = temperature
         self.schedule = schedule
+        self.dead = dead
         self.grad_checkpointing = False
         #: lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing
         self.life: Tensor | None = None
@@ -79,6 +87,17 @@ class SlimModel(nn.Module):
         if mode not in MODES:
             raise SlimError(f"mode {mode!r} is not possible: expected one of {', '.join(MODES)}")
         self._mode = mode
+
+    @property
+    def dead(self) -> str:
+        """What becomes of a patch whose life is over: one of `DEAD`."""
+        return self._dead
+
+    @dead.setter
+    def dead(self, dead: str) -> None:
+        if dead not in DEAD:
+            raise SlimError(f"dead = {dead!r} is not possible: expected one of {', '.join(DEAD)}")
+        self._dead = dead
 
     @property
     def schedule(self) -> Schedule:
@@ -119,7 +138,7 @@ class SlimModel(nn.Module):
 
     def multiply_adds(self) -> int:
         """Multiply-adds of one image under the present schedule."""
-        return self.architecture().multiply_adds(self.patches_per_layer)
+        return self.architecture().multiply_adds(self.patches_per_layer, heirs=self.dead == "heir")
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C)."""
@@ -141,18 +160,32 @@ class SlimModel(nn.Module):
         return run(tokens, positions, life, counts)
 
     def _drop(self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """The later blocks on ever fewer patches: sorted once, longest life first, then sliced."""
+        """The later blocks on ever fewer patches: sorted once, longest life first, then sliced.
+
+        With heirs, each patch that leaves is added to the one it was most like; who inherits what is decided once.
+        """
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
-        order = lives.longest_lives_first(life, counts[first])
+        inherit = self.dead == "heir"
+        order = lives.longest_lives_first(life, counts[0] if inherit else counts[first])
         tokens = torch.cat((tokens[:, :prefix], lives.take_patches(tokens[:, prefix:], order)), dim=1)
         if positions is not None:
             positions = lives.take_patches(positions, order)
+        bias: Tensor | None = None
+        falls = tuple(dict.fromkeys(counts))
+        heirs = lives.choose_heirs(tokens[:, prefix:], falls) if inherit else []
+        size = torch.ones_like(life)
         for layer in range(first + 1, self.schedule.depth + 1):
             n = counts[layer - 1]
-            tokens = tokens[:, : prefix + n]
+            if inherit and n < counts[layer - 2]:
+                patches, size = lives.inherit(tokens[:, prefix:], size, heirs[falls.index(n) - 1])
+                tokens = torch.cat((tokens[:, :prefix], patches), dim=1)
+                # a token that stands for several patches counts as many keys
+                bias = lives.prefix_bias(size.log(), prefix)
+            else:
+                tokens = tokens[:, : prefix + n]
             positions = None if positions is None else positions[:, :n]
-            tokens = self._block(layer, tokens, positions, None)
-        return self.backbone.head(tokens)
+            tokens = self._block(layer, tokens, positions, bias)
+        return self.backbone.head(tokens, bias)
 
     def _bias(self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]) -> Tensor:
         """The later blocks on all patches, each weighted by a bias on its key."""
@@ -212,6 +245,7 @@ def slim(
     life_layer: int | None = None,
     drop_layers: Sequence[int] | None = None,
     temperature: float = 1.5,
+    dead: str = "discard",
 ) -> SlimModel:
     """Make a model drop patches: `slim(timm.create_model("deit_small_patch16_224", pretrained=True))`.
 
@@ -223,6 +257,7 @@ def slim(
         life_layer: the block, counted from 1, whose output the life head reads; a third of the depth by default.
         drop_layers: the blocks after which patches leave; by default three, spread evenly from `life_layer` on.
         temperature: U of the soft weight in training.
+        dead: what becomes of a patch whose life is over: "discard", or "heir": it is added to the one most like it.
 
     Raises:
         SlimError: for a model that cannot drop patches, with the reason, and for an impossible schedule.
@@ -233,4 +268,4 @@ def slim(
     life_layer = default_life_layer(backbone.depth) if life_layer is None else life_layer
     layers = default_drop_layers(backbone.depth, life_layer) if drop_layers is None else drop_layers
     schedule = with_keep_rate(Schedule.uniform(backbone.depth, 1.0, life_layer, layers), keep_rate)
-    return SlimModel(model, schedule, temperature, backbone)
+    return SlimModel(model, schedule, temperature, backbone, dead)

@@ -86,9 +86,14 @@ def load_weights(model: SlimModel, path: Path) -> bool:
     return bool(head)
 
 
-def slimming_config(schedule: Schedule, temperature: float) -> dict[str, Any]:
-    """A schedule as it stands in config.json and in a recipe's [slimming]."""
-    config: dict[str, Any] = {"life_layer": schedule.life_layer, "temperature": temperature}
+def slimming_config(model: SlimModel) -> dict[str, Any]:
+    """How a model drops patches, as it stands in config.json and in a recipe's [slimming]."""
+    schedule = model.schedule
+    config: dict[str, Any] = {
+        "life_layer": schedule.life_layer,
+        "temperature": model.temperature,
+        "dead": model.dead,
+    }
     if schedule.counts is not None:
         config["patches_per_layer"] = list(schedule.counts)
     elif schedule.keep_rate is not None:
@@ -125,7 +130,7 @@ def save_model(folder: Path, model: SlimModel, config: dict[str, Any], dtype: to
         "format_version": 1,
         "slim_version": __version__,
         **config,
-        "slimming": slimming_config(model.schedule, model.temperature),
+        "slimming": slimming_config(model),
     }
     write_json(folder / CONFIG, content)
 
@@ -155,6 +160,7 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     dense = build_model(config["model"]["name"], **config["model"]["args"])
     backbone = find_backbone(dense)
     schedule = schedule_from_config(config["slimming"], backbone.depth)
-    model = SlimModel(dense, schedule, config["slimming"]["temperature"], backbone)
+    section = config["slimming"]
+    model = SlimModel(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
     load_weights(model, folder / WEIGHTS)
     return model.eval()

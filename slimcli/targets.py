@@ -50,18 +50,26 @@ def find_target(
     overrides: tuple[str, ...] = (),
     pretrained: bool = False,
     img_size: int | None = None,
-    runs: Path = Path("runs"),
+    dead: str | None = None,
 ) -> Target:
     """Resolve a TARGET argument. Without one: the latest run, and where there is none the embedded model.
 
-    A model given by its name has random weights unless `pretrained`, and `img_size` where given.
+    A model given by its name has random weights unless `pretrained`, and `img_size` where given. `dead` overrides
+    what the target says of patches whose life is over.
     """
+    found = _find(text, overrides, pretrained, img_size)
+    if dead is not None:
+        found.model.dead = dead
+    return found
+
+
+def _find(text: str | None, overrides: tuple[str, ...], pretrained: bool, img_size: int | None) -> Target:
     if img_size is not None and (text is None or Path(text).exists() or text in builtin_recipes()):
         raise SlimError(
             "--img-size is for a model's name: a run or a recipe has its own size (--set model.img_size=...)"
         )
     if text is None:
-        latest = runs / "latest"
+        latest = Path("runs") / "latest"
         return from_folder(latest.resolve(), str(latest)) if (latest / CONFIG).is_file() else embedded_target()
     path = Path(text)
     if path.is_dir():
@@ -113,7 +121,7 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
     if data.root is not None:
         data = data.model_copy(update={"root": data.root.resolve()})
     data = data.model_copy(update={"val_limit": target.data.val_limit if target.data else None})
-    slimming = SlimmingSection.model_validate(slimming_config(model.schedule, model.temperature), strict=False)
+    slimming = SlimmingSection.model_validate(slimming_config(model), strict=False)
     if target.recipe is not None:
         return target.recipe.model_copy(update={"data": data, "slimming": slimming})
     args = dict(target.config["model"]["args"])
@@ -144,7 +152,8 @@ def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:
         life_layer = default_life_layer(backbone.depth)
         layers = default_drop_layers(backbone.depth, life_layer)
         return SlimModel(dense, Schedule.uniform(backbone.depth, 0.7, life_layer, layers), backbone=backbone)
-    return SlimModel(dense, recipe_schedule(recipe, backbone.depth), recipe.slimming.temperature, backbone)
+    schedule = recipe_schedule(recipe, backbone.depth)
+    return SlimModel(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
 
 
 def recipe_schedule(recipe: Recipe, depth: int) -> Schedule:

@@ -1,12 +1,21 @@
 """The life head and soft weights: the specification's equations."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from slimcli.life import LifeHead, log_soft_weight, longest_lives_first, normalise_life, take_patches
+from slimcli.life import (
+    LifeHead,
+    choose_heirs,
+    inherit,
+    log_soft_weight,
+    longest_lives_first,
+    normalise_life,
+    take_patches,
+)
 
 
 def random_head(global_token="cls"):
@@ -79,3 +88,34 @@ def test_patches_are_taken_in_order_for_any_trailing_shape():
     taken = take_patches(patches, order)
     assert taken.shape == (2, 2, 3, 2)
     assert torch.equal(taken[1, 0], patches[0, 1])
+
+
+def slow_heirs(patches, counts):
+    """The rule in words: one image, one patch at a time."""
+    kept = {i: (patches[i].clone(), 1.0) for i in range(len(patches))}
+    cosine = F.cosine_similarity(patches[:, None], patches[None], dim=-1)
+    for before, after in itertools.pairwise(counts):
+        bequests = {heir: [kept[heir]] for heir in range(after)}
+        for dead in range(after, before):
+            bequests[int(cosine[dead, :after].argmax())].append(kept[dead])
+        kept = {
+            heir: (
+                sum(size * token for token, size in parts) / sum(size for _, size in parts),
+                sum(s for _, s in parts),
+            )
+            for heir, parts in bequests.items()
+        }
+    return torch.stack([token for token, _ in kept.values()]), torch.tensor([size for _, size in kept.values()])
+
+
+def test_heirs_are_as_the_rule_says():
+    patches, counts = torch.randn(3, 20, 8), (20, 13, 6, 2)
+    now, size = patches, torch.ones(3, 20)
+    for heir in choose_heirs(patches, counts):
+        now, size = inherit(now, size, heir)
+    assert now.shape == (3, 2, 8)
+    for image in range(3):
+        expected, sizes = slow_heirs(patches[image], counts)
+        assert torch.allclose(now[image], expected, atol=1e-5)
+        assert torch.equal(size[image], sizes)
+    assert torch.equal(size.sum(1), torch.full((3,), 20.0))

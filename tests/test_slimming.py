@@ -258,3 +258,55 @@ def test_an_impossible_keep_rate_is_refused_and_changes_nothing(value):
     with pytest.raises(SlimError):
         model.keep_rate = value
     assert model.keep_rate == 0.5
+
+
+@torch.no_grad()
+def test_a_heir_equal_to_the_dead_patch_changes_nothing(monkeypatch):
+    """A token that stands for two equal ones is two equal ones: the size bias is exact."""
+    model = slimmed(0.5, class_token=False, global_pool="avg")
+    model.dead = "heir"
+    model.keep_rate = [(1, 0.5)]
+    embed = model.backbone.embed
+
+    def doubled(batch):
+        tokens, positions = embed(batch)
+        return torch.cat((tokens[:, :8], tokens[:, :8].flip(1)), 1), positions
+
+    lives = torch.linspace(4, 1, 16).expand(2, 16)
+    monkeypatch.setattr(model.backbone, "embed", doubled)
+    monkeypatch.setattr(model.life_head, "forward", lambda *_: lives)
+    x = images(model)
+    heir = model(x)
+    model.mode = "none"
+    assert torch.allclose(heir, model(x), atol=1e-5)
+    model.mode, model.dead = "hard", "discard"
+    model.keep_rate = [16, 8, 8, 4]
+    discarded = model(x)
+    model.dead = "heir"
+    assert not torch.allclose(discarded, model(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("counts", [[16, 8, 8, 3], [16, 15, 9, 2], [16, 16, 16, 16]])
+def test_heirs_run_in_one_graph_and_teach_the_backbone(counts):
+    model = slimmed()
+    model.dead = "heir"
+    model.keep_rate = counts
+    x = images(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-5)
+    model(x).square().sum().backward()
+    assert model.model.patch_embed.proj.weight.grad.isfinite().all()
+
+
+def test_what_becomes_of_the_dead_is_saved_and_checked(tmp_path):
+    from slimcli import load
+    from slimcli.store import save_model
+
+    model = slim(tiny_vit(), 0.5, dead="heir")
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
+    save_model(tmp_path, model, {"model": {"name": "vit_tiny_patch16_224", "args": args}})
+    assert load(tmp_path).dead == "heir"
+    with pytest.raises(SlimError):
+        model.dead = "buried"

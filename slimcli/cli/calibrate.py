@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import KeepRates, batch_size_option, common_options, data_option, set_option
+from slimcli.cli.options import KeepRates, batch_size_option, common_options, data_option, dead_option, set_option
 from slimcli.errors import SlimError
 
 
@@ -25,6 +25,7 @@ from slimcli.errors import SlimError
 )
 @data_option
 @batch_size_option
+@dead_option
 @set_option
 @common_options
 def command(
@@ -37,6 +38,7 @@ def command(
     output: Path | None,
     data: str | None,
     batch_size: int | None,
+    dead: str | None,
     overrides: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -73,6 +75,8 @@ def command(
     # the untaught head that the fitted one is compared with is random
     torch.manual_seed(0)
     found = embedded_target() if target is None else find_target(target, overrides, pretrained=True)
+    if dead is not None:
+        found.model.dead = dead
     model = found.model
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
     dtype = find_dtype(chosen_precision, where)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from slimcli.cli.options import batch_size_option, common_options, data_option, keep_rate_option, set_option
+from slimcli.cli.options import (
+    batch_size_option,
+    common_options,
+    data_option,
+    dead_option,
+    keep_rate_option,
+    set_option,
+)
 
 
 @click.command("eval")
@@ -14,6 +21,7 @@ from slimcli.cli.options import batch_size_option, common_options, data_option, 
 @click.option("--split", help="Folder or .tar inside --data.  [default: the recipe's val_split]")
 @click.option("--limit", type=click.IntRange(min=1), help="Use this many images, spread evenly over the split.")
 @batch_size_option
+@dead_option
 @set_option
 @common_options
 def command(
@@ -23,6 +31,7 @@ def command(
     split: str | None,
     limit: int | None,
     batch_size: int | None,
+    dead: str | None,
     overrides: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -41,7 +50,7 @@ def command(
 
     display = Display(as_json)
     where = find_device(device)
-    found = find_target(target, overrides, pretrained=True)
+    found = find_target(target, overrides, pretrained=True, dead=dead)
     section = choose_data(found, data, split, limit, batch_size)
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
     dtype = find_dtype(chosen_precision, where)

@@ -68,4 +68,9 @@ set_option = click.option(
 data_option = click.option(
     "--data", metavar="PATH", help="Folder or .tar of images in class folders, or digits.  [default: the target's own]"
 )
+dead_option = click.option(
+    "--dead",
+    type=click.Choice(["discard", "heir"]),
+    help="What becomes of a patch whose life is over: gone, or added to the one most like it.  [default: the target's]",
+)
 batch_size_option = click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.")

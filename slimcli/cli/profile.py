@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import batch_size_option, common_options, keep_rate_option, set_option
+from slimcli.cli.options import batch_size_option, common_options, dead_option, keep_rate_option, set_option
 
 #: under this share of the arithmetic's saving, a user should hear why
 REALISED_ENOUGH = 0.9
@@ -21,6 +21,7 @@ REALISED_ENOUGH = 0.9
 @click.option(
     "--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="Shortest time to measure."
 )
+@dead_option
 @set_option
 @common_options
 def command(
@@ -30,6 +31,7 @@ def command(
     img_size: int | None,
     per_layer: bool,
     seconds: float,
+    dead: str | None,
     overrides: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -48,7 +50,7 @@ def command(
 
     display = Display(as_json)
     where = find_device(device)
-    found = find_target(target, overrides, img_size=img_size)
+    found = find_target(target, overrides, img_size=img_size, dead=dead)
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
     dtype = find_dtype(chosen_precision, where)
     batch = batch_size or profile.DEFAULT_BATCH[where.type]

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from slimcli.cli.options import batch_size_option, common_options, data_option, keep_rate_option, set_option
+from slimcli.cli.options import (
+    batch_size_option,
+    common_options,
+    data_option,
+    dead_option,
+    keep_rate_option,
+    set_option,
+)
 from slimcli.errors import SlimError
 
 
@@ -22,6 +29,7 @@ from slimcli.errors import SlimError
 @data_option
 @click.option("--limit", type=click.IntRange(min=1), help="Measure accuracy on this many validation images.")
 @batch_size_option
+@dead_option
 @set_option
 @common_options
 def command(
@@ -33,6 +41,7 @@ def command(
     data: str | None,
     limit: int | None,
     batch_size: int | None,
+    dead: str | None,
     overrides: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -60,7 +69,7 @@ def command(
 
     display = Display(as_json)
     where = find_device(device)
-    found = find_target(target, overrides, pretrained=True)
+    found = find_target(target, overrides, pretrained=True, dead=dead)
     model = found.model
     if not found.has_life_head:
         raise SlimError(f"{found.label} has no trained life head: run `slim calibrate` or `slim train` first")
