@@ -129,6 +129,14 @@ class EpochSums:
     def state(self) -> dict[str, float]:
         return dict(vars(self))
 
+    def gathered(self, accelerator: Accelerator) -> EpochSums:
+        """The sums over all processes; every process must ask."""
+        if accelerator.num_processes == 1:
+            return self
+        own = torch.tensor([self.loss, self.hits, self.images], dtype=torch.float64, device=accelerator.device)
+        loss, hits, images = accelerator.reduce(own, reduction="sum").tolist()
+        return EpochSums(loss, hits, int(images), self.seconds, self.waited)
+
 
 def train(
     recipe: Recipe,
@@ -274,7 +282,7 @@ def _run_stage(
             )
             progress(label, batch + 1, total)
             if at.batch % interval == 0:
-                run.add({"event": "step", **_row(number, stage, epoch, at, sums, lr, speed)})
+                run.add({"event": "step", **_row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)})
             # gradients that are still adding up are in no checkpoint
             if accelerator.sync_gradients:
                 stopping = _any_process(stop(), accelerator)
@@ -286,7 +294,7 @@ def _run_stage(
 
         found = accuracy(model, "none" if stage.mode == "none" else "hard", check_on, accelerator, progress)
         model.mode = stage.mode
-        row = _row(number, stage, epoch, at, sums, lr, speed)
+        row = _row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)
         run.add({"event": "epoch", **row, **{f"val_{key}": value for key, value in found.row().items()}})
         run.save(model, found.row()["top1"])
         log(

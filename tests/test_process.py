@@ -167,7 +167,11 @@ Path(f"written{rank}.txt").write_text("\\n".join(written))
     rows = [json.loads(line) for line in (tmp_path / "runs/latest/metrics.jsonl").read_text().splitlines()]
     # 33 validation images on two processes: none is counted twice
     assert rows[0]["top1"] * 33 / 100 == pytest.approx(round(rows[0]["top1"] * 33 / 100), abs=1e-3)
-    assert max(row["batch"] for row in rows if row["event"] == "step") == 20
+    steps = [row for row in rows if row["event"] == "step"]
+    assert max(row["batch"] for row in steps) == 20
+    # training accuracy is over both processes: the first step of 2 x 16 images
+    hits = steps[0]["top1"] * 32 / 100
+    assert hits == pytest.approx(round(hits), abs=1e-3)
 
 
 def test_torchrun_runs_the_command_itself(tmp_path, recipe):
