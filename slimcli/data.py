@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy
 import torch
-from PIL import Image
-from timm.data import create_dataset, create_loader
+from PIL import Image, ImageOps
+from timm.data import create_dataset, create_loader, create_transform
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -192,6 +192,36 @@ def _check_class_folders(root: Path) -> None:
             raise DataError(f"{folder}: this class folder holds no image: add some or remove the folder")
 
 
+def read_image(path: Path) -> Image.Image:
+    """An image file as people see it: upright, RGB, its first frame; `DataError` if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            # a decoder may replace an image while it loads, so the tag that says which way is up comes after
+            image.load()
+            return as_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # what a decoder makes of a damaged file is any exception
+        reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+        raise DataError(f"{path}: not a readable image ({reason}): mend it or leave it out") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB: deep greys are scaled, not clipped, and transparency is laid on white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float64))
+        deepest = values.max(initial=0)
+        # floats have no agreed range: 0 to 1 where they fit
+        full = 65535 if image.mode != "F" else 1 if deepest <= 1 else 255 if deepest <= 255 else 65535
+        full = max(full, deepest)
+        image = Image.fromarray((values.clip(0) * (255 / full)).round().astype(numpy.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
 def preprocessing(model_default: dict[str, Any], data: DataSection) -> dict[str, Any]:
     """How images are prepared: what the model asks for, and what the recipe says instead. Plain JSON types."""
     chosen = {
@@ -201,6 +231,12 @@ def preprocessing(model_default: dict[str, Any], data: DataSection) -> dict[str,
         if getattr(data, key) is not None:
             chosen[key] = getattr(data, key)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
+
+
+def eval_transform(prepare: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """From an RGB image to the tensor (3, H, W) that the model takes: what `eval_loader` does to every image."""
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return create_transform(tuple(prepare["input_size"]), is_training=False, **{key: prepare[key] for key in keys})
 
 
 def num_workers(data: DataSection, dataset: Dataset[Any], device: torch.device) -> int:

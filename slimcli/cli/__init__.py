@@ -23,6 +23,8 @@ COMMANDS = {
     "profile": "Cost, speed and memory of a model, without any data.",
     "prune": "Bake a schedule into a folder that is ready to deploy.",
     "recipes": "List the built-in recipes, copy one out, check one.",
+    "report": "One HTML page of a run: tables, curves, pictures, commands.",
+    "show": "Pictures of the life of every patch over the image.",
     "train": "Train a model by a recipe.",
 }
 

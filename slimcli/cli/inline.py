@@ -1,0 +1,101 @@
+"""Pictures inside a terminal: kitty's, iTerm2's and sixel graphics, and coloured half blocks everywhere else."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+from rich.color import Color
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+#: what TERM_PROGRAM says of terminals that draw pictures
+PROGRAMS = {
+    "iterm.app": "iterm2",
+    "wezterm": "iterm2",
+    "mintty": "iterm2",
+    "hyper": "iterm2",
+    "ghostty": "kitty",
+    "kitty": "kitty",
+    "contour": "sixel",
+}
+SIXEL_TERMS = ("foot", "mlterm", "contour", "yaft", "sixel")
+
+
+def find_protocol(environment: Mapping[str, str]) -> str:
+    """How the terminal that `environment` describes shows pictures: kitty, iterm2, sixel or blocks."""
+    term = environment.get("TERM", "").lower()
+    if environment.get("TMUX") or environment.get("STY") or term.startswith(("screen", "tmux")):
+        # a multiplexer keeps graphics from the terminal behind it
+        return "blocks"
+    if environment.get("KITTY_WINDOW_ID") or "kitty" in term or "ghostty" in term:
+        return "kitty"
+    program = PROGRAMS.get(environment.get("TERM_PROGRAM", "").lower())
+    if program is not None:
+        return program
+    if environment.get("LC_TERMINAL", "").lower() == "iterm2":
+        return "iterm2"
+    return "sixel" if term.startswith(SIXEL_TERMS) or term.endswith("-sixel") else "blocks"
+
+
+def kitty(png: bytes, columns: int) -> str:
+    """A PNG file as kitty's graphics escapes, `columns` cells wide."""
+    data = base64.standard_b64encode(png).decode()
+    parts = [data[i : i + 4096] for i in range(0, len(data), 4096)]
+    escapes = []
+    for number, part in enumerate(parts, 1):
+        first = f"a=T,f=100,c={columns}," if number == 1 else ""
+        escapes.append(f"\x1b_G{first}m={int(number < len(parts))};{part}\x1b\\")
+    return "".join(escapes) + "\n"
+
+
+def iterm2(png: bytes, columns: int) -> str:
+    """A PNG file as iTerm2's escape, `columns` cells wide."""
+    data = base64.standard_b64encode(png).decode()
+    return f"\x1b]1337;File=inline=1;size={len(png)};width={columns};preserveAspectRatio=1:{data}\x07\n"
+
+
+def sixel(image: Image.Image) -> str:
+    """An image as sixels, in at most 255 colours."""
+    reduced = image.convert("RGB").quantize(255)
+    palette = reduced.getpalette() or []
+    indices = numpy.asarray(reduced)
+    out = [f'\x1bPq"1;1;{image.width};{image.height}']
+    for number in range(len(palette) // 3):
+        red, green, blue = (round(value * 100 / 255) for value in palette[3 * number : 3 * number + 3])
+        out.append(f"#{number};2;{red};{green};{blue}")
+    for top in range(0, image.height, 6):
+        # six rows at a time: for each colour, a bit a row in every column
+        rows = indices[top : top + 6]
+        bits = 1 << numpy.arange(len(rows))[:, None]
+        colours = [f"#{number}{_run_lengths(((rows == number) * bits).sum(axis=0))}" for number in numpy.unique(rows)]
+        out.append("$".join(colours) + "-")
+    return "".join(out) + "\x1b\\\n"
+
+
+def _run_lengths(mask: NDArray[numpy.int64]) -> str:
+    """Six-bit columns as sixel characters, repeated ones counted."""
+    ends = [*(numpy.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
+    parts, start = [], 0
+    for end in ends:
+        sign = chr(63 + int(mask[start]))
+        parts.append(f"!{end - start}{sign}" if end - start > 3 else sign * (end - start))
+        start = end
+    return "".join(parts)
+
+
+def half_blocks(image: Image.Image, columns: int) -> Segments:
+    """An image as two pixels a character cell, for any terminal with colours."""
+    columns = min(columns, image.width)
+    height = max(2, 2 * round(image.height * columns / image.width / 2))
+    small = image.convert("RGB").resize((columns, height), Image.Resampling.BOX)
+    segments = []
+    for y in range(0, height, 2):
+        for x in range(columns):
+            upper, lower = (Color.from_rgb(*small.getpixel((x, row))) for row in (y, y + 1))  # type: ignore[misc]
+            segments.append(Segment("▀", Style(color=upper, bgcolor=lower)))
+        segments.append(Segment.line())
+    return Segments(segments)

@@ -1,0 +1,191 @@
+"""slim show"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimcli.cli.options import batch_size_option, common_options, data_option, keep_rate_option
+from slimcli.errors import SlimError
+
+
+@click.command("show")
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@click.option(
+    "--run", metavar="RUN", help="Run, model folder or recipe.  [default: the latest run, or slim's own model]"
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: IMAGE-lives.png]")
+@click.option("--format", "form", type=click.Choice(["png", "svg", "pdf"]), help="[default: by --output, or png]")
+@click.option("--layer", type=click.IntRange(min=1), help="Only what is left after this block.")
+@click.option(
+    "--grid", type=click.IntRange(1, 12), metavar="COLUMNS",
+    help="1: a row an image with every stage; more: a contact sheet.  [default: 1 up to 4 images, else 4]",
+)  # fmt: skip
+@click.option(
+    "--pick", type=click.Choice(["random", "changed", "hardest"]), default="random", show_default=True,
+    help="Without IMAGE, which validation images; changed: dense right, slim wrong.",
+)  # fmt: skip
+@click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="How many to pick.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --pick random.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=1000, show_default=True,
+    help="Pick from this many images, spread evenly over the split.",
+)  # fmt: skip
+@click.option("--split", help="Folder or .tar inside --data.  [default: the recipe's val_split]")
+@click.option("--inline", is_flag=True, help="Show the picture in the terminal too.")
+@keep_rate_option("Another keep rate than the model's own.")
+@data_option
+@batch_size_option
+@common_options
+def command(
+    images: tuple[str, ...],
+    run: str | None,
+    output: Path | None,
+    form: str | None,
+    layer: int | None,
+    grid: int | None,
+    pick: str,
+    count: int,
+    seed: int,
+    limit: int,
+    split: str | None,
+    inline: bool,
+    keep_rates: list[float] | None,
+    data: str | None,
+    batch_size: int | None,
+    device: str,
+    precision: str | None,
+    as_json: bool,
+) -> None:
+    """Draw the life of every patch over the image, and the patches that are left after each drop layer.
+
+    IMAGE is a file, a folder or a pattern; without one, a few images of the validation data are picked.
+    """
+    if keep_rates is not None and len(keep_rates) > 1:
+        raise SlimError("--keep-rate takes one keep rate here: a picture shows one schedule")
+    if images and (data is not None or split is not None):
+        raise SlimError("IMAGE and --data are both given: --data is for picking validation images")
+
+    from slimcli import data as datasets
+    from slimcli import show
+    from slimcli.cli.display import Display
+    from slimcli.device import find_device, find_dtype
+    from slimcli.targets import choose_data, find_target
+
+    display = Display(as_json)
+    form = show.choose_format(output, form)
+    paths = show.find_images(images) if images else []
+    if output is not None and any(path.is_file() and output.absolute() == path.absolute() for path in paths):
+        raise SlimError(f"-o {output}: is one of the images: choose another name")
+    where = find_device(device)
+    found = find_target(run, pretrained=True)
+    model = found.model
+    dtype = find_dtype(precision or "float32", where)
+    if keep_rates is not None:
+        model.keep_rate = keep_rates[0]
+    geometry = show.find_geometry(model)
+    show.drop_stages(geometry, layer)
+    if not found.has_life_head:
+        display.warn(f"{found.label} has no trained life head: run `slim calibrate` or `slim train` first")
+    class_names = show.readable(found.config.get("class_names"))
+    broken: list[Any] = []
+    batch = batch_size or 16
+    if paths:
+        prepare = found.preprocessing
+        stream = show.look(model, show.image_batches(paths, prepare, batch, broken), where, dtype)
+        expected = len(paths)
+    else:
+        section = choose_data(found, data, split, limit, batch)
+        samples = datasets.open_dataset(section, train=False)
+        class_names = class_names or show.readable(getattr(samples, "class_names", None))
+        prepare = datasets.preprocessing(found.preprocessing, section)
+        if pick == "random":
+            samples = show.draw_at_random(samples, count, seed)
+        looked = show.look(model, show.data_batches(samples, prepare, batch, where), where, dtype)
+        with display.progress() as progress:
+            chosen = show.pick(show.counted(looked, progress, limit), pick, count)
+        stream, expected = iter(chosen), len(chosen)
+        if not chosen:
+            display.line(f"none of {len(samples)} images changed: wherever dense is right, slim is right too")
+
+    columns = grid or (1 if expected <= 4 else 4)
+    target = output or Path(f"{paths[0].stem if len(paths) == 1 else pick if not paths else 'images'}-lives.{form}")
+    if not target.suffix:
+        target = target.with_name(f"{target.name}.{form}")
+    size = show.ROWS_A_FILE if columns == 1 else show.TILES_A_FILE
+    rows: list[list[str]] = []
+    entries: list[dict[str, Any]] = []
+    written: list[str] = []
+    for number, part in enumerate(show.sheets(stream, size), 1):
+        path = target if expected <= size else target.with_name(f"{target.stem}-{number}{target.suffix}")
+        figure = show.draw(part, geometry, prepare, class_names, layer, min(columns, max(len(part), 2)))
+        show.write_sheet(path, figure, form)
+        written.append(str(path))
+        if inline and not as_json:
+            _print_picture(display, part, figure, geometry, prepare, layer)
+        for outcome in part:
+            entry = show.describe(outcome, geometry, class_names)
+            entries.append({**entry, "output": str(path)})
+            rows.append(_cells(entry))
+    if rows:
+        display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
+    for path_written in written:
+        display.line(f"{path_written} written")
+    for error in broken:
+        display.warn(f"skipped {error}")
+    display.document(
+        {
+            "model": found.model_name,
+            "target": found.label,
+            "keep_rate": model.keep_rate,
+            "schedule": list(geometry.counts),
+            "life_layer": geometry.life_layer,
+            "grid": list(geometry.grid),
+            "written": written,
+            "images": entries,
+            "skipped": [str(error) for error in broken],
+        }
+    )
+    if broken:
+        click.get_current_context().exit(1)
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    from slimcli.show import fit_words, short_name
+
+    guesses = [entry["dense"], entry["slim"]]
+    said = ["-" if g is None else f"{fit_words(g['class'], 14)} {100 * g['probability']:.0f} %" for g in guesses]
+    agree = f"{entry['similarity']:.3f}" if entry["agree"] is None else "yes" if entry["agree"] else "no"
+    return [fit_words(short_name(entry["image"]), 26), *said, agree]
+
+
+def _print_picture(display: Any, part: Any, figure: Any, geometry: Any, prepare: Any, layer: int | None) -> None:
+    """The picture in the terminal, as well as this one can."""
+    import io
+    import os
+
+    from PIL import Image
+
+    from slimcli import show
+    from slimcli.cli import inline
+
+    if not display.out.is_terminal:
+        return
+    protocol = inline.find_protocol(os.environ)
+    columns = display.out.width
+    if protocol == "blocks":
+        # too coarse for words and numbers: the bare panels
+        for outcome in part:
+            display.out.print(inline.half_blocks(show.strip(outcome, geometry, prepare, layer), columns), end="")
+        return
+    png = show.encode(figure, "png", dpi=110)
+    if protocol == "sixel":
+        picture = Image.open(io.BytesIO(png))
+        width = min(picture.width, columns * 9)
+        text = inline.sixel(picture.resize((width, picture.height * width // picture.width), Image.Resampling.LANCZOS))
+    else:
+        text = inline.kitty(png, columns) if protocol == "kitty" else inline.iterm2(png, columns)
+    display.out.file.write(text)
+    display.out.file.flush()
