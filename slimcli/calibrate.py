@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from slimcli import measure
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
-from slimcli.evaluate import Accuracy, Variant, agreement
+from slimcli.evaluate import Accuracy, Similarity, Variant, agreement, pooled
 from slimcli.life import LifeHead, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
@@ -80,7 +80,7 @@ def observe(
                 x = backbone.block(layer, x, positions)
             if layer in tokens:
                 tokens[layer].append(x.to("cpu", torch.bfloat16))
-        predictions.append(backbone.head(x).argmax(dim=-1).cpu())
+        predictions.append(pooled(backbone.head(x)).argmax(dim=-1).cpu())
         seen += images.shape[0]
         progress("observing the dense model", seen, total)
     return Observed(
@@ -258,18 +258,24 @@ def calibrate(
     return tried
 
 
-def comparison(before: tuple[float, Accuracy, Accuracy], after: tuple[float, Accuracy, Accuracy]) -> dict[str, Any]:
-    """Agreement and top-1, in percent, of the slimmed model with an untaught head (before) and the fitted (after)."""
+Agreement = tuple[float, Accuracy | Similarity, Accuracy | Similarity]
 
-    def half(found: tuple[float, Accuracy, Accuracy]) -> dict[str, float]:
+
+def comparison(before: Agreement, after: Agreement) -> dict[str, Any]:
+    """Agreement and top-1, in percent, of the slimmed model with an untaught head (before) and the fitted (after).
+
+    Without a classifier, agreement is 100 times the cosine of the features, and there is no top-1.
+    """
+
+    def half(found: Agreement) -> dict[str, float]:
         agreed, _, slim = found
-        return {"agreement": round(agreed, 2), "top1": slim.row()["top1"], "loss": slim.row()["loss"]}
+        return {"agreement": round(agreed, 2), **{k: v for k, v in slim.row().items() if k in ("top1", "loss")}}
 
     return {
         "before": half(before),
         "after": half(after),
         "images": after[2].count,
-        "dense_top1": after[1].row()["top1"],
+        "dense_top1": after[1].row().get("top1"),
     }
 
 

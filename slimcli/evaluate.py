@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,9 +17,13 @@ from torch.utils.data import DataLoader
 
 from slimcli import measure
 from slimcli.errors import SlimError
+from slimcli.files import write_json
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
+
+#: the measurements of a run that `slim eval` made after it ended
+EVALUATIONS = "evaluations.json"
 
 
 @dataclass
@@ -53,11 +59,36 @@ class Accuracy:
 
 
 @dataclass
+class Similarity:
+    """Running sum of the cosine between a model's features and the dense model's: what stands for accuracy where
+    there is no classifier.
+    """
+
+    count: int = 0
+    cosine: float = 0.0
+
+    def add(self, features: Tensor, reference: Tensor) -> None:
+        """Add a batch: features (B, D) and those of the dense model."""
+        self.count += features.shape[0]
+        self.cosine += float(F.cosine_similarity(features, reference).sum())
+
+    def row(self) -> dict[str, float]:
+        """The mean over `count` images."""
+        return {"similarity": round(self.cosine / max(self.count, 1), 5)}
+
+
+def pooled(output: Tensor) -> Tensor:
+    """A model's outputs (B, C) in float32; the tokens (B, n, D) of one that does not pool are averaged."""
+    return output.float().mean(dim=1) if output.dim() == 3 else output.float()
+
+
+@dataclass
 class Variant:
     """A way to run the model: dense (`schedule` None) or under a schedule."""
 
     schedule: Schedule | None
     accuracy: Accuracy = field(default_factory=Accuracy)
+    similarity: Similarity = field(default_factory=Similarity)
     seconds: list[float] = field(default_factory=list)
 
     def set(self, model: SlimModel) -> None:
@@ -92,8 +123,15 @@ def check_classes(model: SlimModel, class_names: Sequence[str] | None) -> None:
     outputs = model.architecture().num_outputs
     if class_names is not None and outputs and len(class_names) != outputs:
         raise SlimError(f"the data has {len(class_names)} classes and the model {outputs}: they must be the same")
-    if not outputs:
-        raise SlimError("the model has no classifier (num_classes = 0): there is no accuracy to measure")
+
+
+def check_classifier(model: SlimModel) -> None:
+    """`SlimError` if the model has no classifier to train."""
+    if not model.architecture().num_outputs:
+        raise SlimError(
+            "the model has no classifier (num_classes = 0): give model.num_classes to train one, or slim it as it is "
+            "with `slim calibrate`, which needs no classes"
+        )
 
 
 @torch.inference_mode()
@@ -107,12 +145,14 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Rows for the dense model and each keep rate: accuracy on all images of `loader`, cost, and speed.
 
+    Of a model without a classifier, `similarity` to the dense model's features takes the place of accuracy.
     The variants run in turn on every batch; speed is the median over the full batches and the speed-up the median
     of the ratios within a batch. Small sets are topped up with more rounds on the last full batch.
     """
     model = model.to(device, dtype).eval()
     variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
     before = model.mode, model.schedule
+    has_classes = model.architecture().num_outputs > 0
     timed: Tensor | None = None
     warm = False
     total = len(loader)
@@ -125,10 +165,15 @@ def evaluate(
                 variant.set(model)
                 model(images)
             warm = True
+        reference: Tensor | None = None
         for variant in variants:
             variant.set(model)
-            logits, took = measure.timed(partial(model, images), device)
-            variant.accuracy.add(logits, targets)
+            output, took = measure.timed(partial(model, images), device)
+            if has_classes:
+                variant.accuracy.add(output, targets)
+            else:
+                reference = pooled(output) if reference is None else reference
+                variant.similarity.add(pooled(output), reference)
             if full:
                 variant.seconds.append(took)
         timed = images if full else timed
@@ -147,12 +192,23 @@ def evaluate(
         rows.append(
             {
                 **describe(model, variant.schedule),
-                **variant.accuracy.row(),
+                "images": max(variant.accuracy.count, variant.similarity.count),
+                **(variant.accuracy if has_classes else variant.similarity).row(),
                 "images_per_second": round(timed.shape[0] / statistics.median(variant.seconds), 2),
                 "speedup": round(measure.speedup(variants[0].seconds, variant.seconds), 4),
             }
         )
     return rows
+
+
+def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Add a measurement to those in a run's folder, for its report; the file is replaced whole."""
+    path = folder / EVALUATIONS
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise SlimError(f"{path}: is damaged ({error}): remove it to start anew") from error
+    write_json(path, [*before, evaluation])
 
 
 def _run(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
@@ -163,9 +219,23 @@ def _run(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
 @torch.inference_mode()
 def agreement(
     model: SlimModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
-) -> tuple[float, Accuracy, Accuracy]:
-    """How often dense and slimmed model predict the same class, in percent, and the accuracy of each."""
+) -> tuple[float, Accuracy | Similarity, Accuracy | Similarity]:
+    """How often dense and slimmed model predict the same class, in percent, and the accuracy of each.
+
+    Without a classifier: the mean cosine of their features, times 100.
+    """
     mode = model.mode
+    if not model.architecture().num_outputs:
+        same, near = Similarity(), Similarity()
+        for images, _targets in batches:
+            images = images.to(device, dtype)
+            model.mode = "none"
+            features = pooled(model(images))
+            same.add(features, features)
+            model.mode = "hard"
+            near.add(pooled(model(images)), features)
+        model.mode = mode
+        return 100 * near.row()["similarity"], same, near
     dense, slim = Accuracy(), Accuracy()
     for images, targets in batches:
         images, targets = images.to(device, dtype), targets.to(device)

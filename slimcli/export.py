@@ -63,6 +63,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     titles = {
         "top1": "top-1 %",
         "top5": "top-5 %",
+        "similarity": "cosine with dense",
         "gmacs": "multiply-adds G",
         "params_millions": "parameters M",
         "images_per_second": "img/s",

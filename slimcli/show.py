@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from slimcli import data as datasets
 from slimcli.errors import DataError, SlimError
+from slimcli.evaluate import pooled
 from slimcli.files import write_file
 from slimcli.life import life_rank
 from slimcli.progress import Progress
@@ -175,9 +176,9 @@ def look(
         before = model.mode
         batch = images.to(device, dtype)
         model.mode = "none"
-        dense = _flat(model(batch))
+        dense = pooled(model(batch))
         model.mode = "hard"
-        slim = _flat(model(batch))
+        slim = pooled(model(batch))
         life = model.life
         model.mode = before
         if life is None:  # nothing leaves: every patch lives to the end
@@ -198,12 +199,6 @@ def look(
                 None if targets is None else int(targets[i]),
                 None if losses is None else losses[i],
             )
-
-
-def _flat(output: Tensor) -> Tensor:
-    """Outputs (B, C); the tokens (B, n, D) of a model that does not pool are averaged."""
-    output = output.float()
-    return output.mean(dim=1) if output.dim() == 3 else output
 
 
 def _guesses(logits: Tensor) -> list[Guess]:
@@ -345,14 +340,16 @@ def drop_stages(geometry: Geometry, layer: int | None = None, most: int = MOST_S
     return tuple(layers)
 
 
-def panels(outcome: Outcome, geometry: Geometry, prepare: dict[str, Any], layers: Sequence[int]) -> list[Pixels]:
+def panels(
+    outcome: Outcome, geometry: Geometry, prepare: dict[str, Any], layers: Sequence[int], side: int = 448
+) -> list[Pixels]:
     """The pictures of a row: the input, the lives as colours over it, and the patches left after each of `layers`.
 
-    Small images are enlarged by a whole factor, so that the edges of patches stay sharp.
+    Small images are enlarged by a whole factor to at most `side` pixels, so that the edges of patches stay sharp.
     """
     seen = picture(outcome, prepare)
     height, width = seen.shape[:2]
-    scale = max(1, 448 // max(height, width))
+    scale = max(1, side // max(height, width))
     # pixels of small images stay visible; a photograph is smoothed
     how = Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC
     large = numpy.asarray(Image.fromarray(seen).resize((width * scale, height * scale), how))
@@ -458,10 +455,10 @@ def draw(
 
     A tile of the contact sheet shows the lives and what is left in the end, or after block `layer`.
     """
-    layers = drop_stages(geometry, layer, MOST_STAGES if columns == 1 else 1)
-    if columns > 1 and layer is None:
-        layers = drop_stages(geometry)[-1:]
-    titles = _panel_titles(outcomes[0], geometry, layers)
+    layers = drop_stages(geometry, layer)
+    if columns > 1:
+        layers = layers[-1:]
+    titles = panel_titles(outcomes[0], geometry, layers)
     first = 0 if columns == 1 else 1
     titles = titles[first:]
     side = PANEL if columns == 1 else TILE
@@ -521,11 +518,26 @@ def draw(
     return figure
 
 
-def _panel_titles(outcome: Outcome, geometry: Geometry, layers: Sequence[int]) -> list[str]:
+def panel_titles(outcome: Outcome, geometry: Geometry, layers: Sequence[int]) -> list[str]:
+    """What each picture of a row is."""
     height, width = outcome.image.shape[1:]
     total = geometry.counts[0]
-    after = [f"after block {t}: {geometry.counts[min(t, geometry.depth - 1)]} of {total} patches left" for t in layers]
+    after = [f"after block {t}: {geometry.counts[min(t, geometry.depth - 1)]} of {total} left" for t in layers]
     return [f"input {width} × {height}", f"life, {geometry.life_layer} to {geometry.depth}", *after]
+
+
+def draw_lives(outcome: Outcome, geometry: Geometry, prepare: dict[str, Any]) -> Figure:
+    """The life map alone, to the edge of the figure: the lives as colours, and as numbers where they fit."""
+    height, width = outcome.image.shape[1:]
+    inches = PANEL * width / max(height, width), PANEL * height / max(height, width)
+    figure = Figure(inches)
+    axes = figure.add_axes((0, 0, 1, 1))
+    pixels = panels(outcome, geometry, prepare, ())[1]
+    axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")
+    axes.set_axis_off()
+    if _numbers_fit(*inches, geometry):
+        _write_lives(axes, outcome, geometry, pixels, *inches)
+    return figure
 
 
 def _stage_note(geometry: Geometry, layers: Sequence[int]) -> str:

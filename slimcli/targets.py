@@ -35,6 +35,8 @@ class Target:
     recipe: Recipe | None = None
     #: whether the life head has been calibrated or trained
     has_life_head: bool = True
+    #: the run's folder, where measurements of it are kept; None for a model folder made to be deployed
+    run: Path | None = None
 
     @property
     def model_name(self) -> str:
@@ -91,7 +93,8 @@ def from_folder(folder: Path, label: str | None = None) -> Target:
     config = read_config(folder)
     data = DataSection.model_validate(config["data"], strict=False) if config.get("data") else None
     name = label or ("the embedded model" if folder == DIGITS_VIT else str(folder))
-    return Target(name, load(folder), config, data)
+    run = folder if (folder / "recipe.toml").is_file() else None
+    return Target(name, load(folder), config, data, run=run)
 
 
 def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None) -> Target:

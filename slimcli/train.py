@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from slimcli import data as datasets
 from slimcli.device import environment, find_device, find_dtype, make_accelerator
 from slimcli.errors import Interrupted, SlimError
-from slimcli.evaluate import Accuracy, check_classes, describe, evaluate
+from slimcli.evaluate import Accuracy, check_classes, check_classifier, describe, evaluate
 from slimcli.files import point_latest, write_file, write_json
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe, StageSection, load_recipe
@@ -165,6 +165,7 @@ def train(
         )
     target = from_recipe(recipe, recipe.name, class_names)
     model = target.model.to(device)
+    check_classifier(model)
     check_classes(model, class_names)
     prepare = datasets.preprocessing(model.backbone.preprocessing(), recipe.data)
     config = model_config(target, prepare, class_names)
@@ -514,6 +515,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
     class_names = getattr(train_set, "class_names", None)
     target = from_recipe(recipe, recipe.name, class_names)
+    check_classifier(target.model)
     check_classes(target.model, class_names)
     images = len(train_set)
     stages = []

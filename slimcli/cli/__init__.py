@@ -35,6 +35,10 @@ class SlimGroup(click.Group):
     0: done. 1: failed or interrupted. 2: something the user can put right.
     """
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["slim.words"] = list(args)
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

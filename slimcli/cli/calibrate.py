@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import KeepRates, batch_size_option, common_options, data_option, dead_option, set_option
+from slimcli.cli.options import (
+    KeepRates,
+    batch_size_option,
+    command_line,
+    common_options,
+    data_option,
+    dead_option,
+    set_option,
+)
 from slimcli.errors import SlimError
 
 
@@ -124,6 +132,7 @@ def command(
 
     document = {
         "model": found.model_name,
+        "command": command_line(),
         "output": str(folder),
         "device": where.type,
         "threads": torch.get_num_threads(),
@@ -190,8 +199,12 @@ def _print_report(display: Any, tried: list[Any], report: dict[str, Any]) -> Non
         )
     display.table(["Life layer", "Keep rate after block", "G MACs", "Fit error", "Agrees with dense"], body)
     before, after = report["before"], report["after"]
+    images = f"on {report['images']} validation images, head before fitting -> after"
+    if report["dense_top1"] is None:
+        cosines = f"{before['agreement'] / 100:.3f} -> {after['agreement'] / 100:.3f}"
+        display.line(f"{images}: cosine with dense features {cosines}")
+        return
     display.line(
-        f"on {report['images']} validation images, head before fitting -> after: "
-        f"agreement with dense {before['agreement']:.1f} % -> {after['agreement']:.1f} %, "
+        f"{images}: agreement with dense {before['agreement']:.1f} % -> {after['agreement']:.1f} %, "
         f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {report['dense_top1']:.2f} %)"
     )

@@ -120,6 +120,7 @@ def across(display: Display, rows: Sequence[dict[str, Any]], caption: str | None
         ("Top-1 acc. (%)", "top1", 2),
         ("Top-5 acc. (%)", "top5", 2),
         ("Loss", "loss", 4),
+        ("Cosine with dense", "similarity", 4),
         ("Multiply-adds (G)", "gmacs", 3),
         ("Parameters (M)", "params_millions", 2),
         ("Throughput (img/s)", "images_per_second", 1),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
 from slimcli.cli.options import (
     batch_size_option,
+    command_line,
     common_options,
     data_option,
     dead_option,
@@ -45,7 +48,7 @@ def command(
     from slimcli import data as datasets
     from slimcli.cli.display import Display, across
     from slimcli.device import find_device, find_dtype, versions
-    from slimcli.evaluate import check_classes, evaluate
+    from slimcli.evaluate import add_evaluation, check_classes, evaluate
     from slimcli.targets import choose_data, find_target
 
     display = Display(as_json)
@@ -73,17 +76,19 @@ def command(
         f"{where.type}, {threads} threads, {chosen_precision}, batch {section.batch_size}"
     )
     across(display, rows)
-    display.document(
-        {
-            "model": found.model_name,
-            "target": found.label,
-            "data": source,
-            "images": len(images),
-            "device": where.type,
-            "threads": threads,
-            "precision": chosen_precision,
-            "batch_size": section.batch_size,
-            "versions": versions(),
-            "rows": rows,
-        }
-    )
+    document = {
+        "model": found.model_name,
+        "target": found.label,
+        "data": source,
+        "images": len(images),
+        "device": where.type,
+        "threads": threads,
+        "precision": chosen_precision,
+        "batch_size": section.batch_size,
+        "versions": versions(),
+        "rows": rows,
+    }
+    if found.run is not None:
+        add_evaluation(found.run, {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        display.line(f"added to {found.label}; `slim report {found.label}` draws all its points")
+    display.document(document)

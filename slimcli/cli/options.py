@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,6 +35,11 @@ class KeepRates(click.ParamType):  # type: ignore[type-arg]
             except SlimError as error:
                 raise SlimError(f"--keep-rate {value}: {error}") from None
         return rates
+
+
+def command_line() -> str:
+    """The command that is running, as it can be run again."""
+    return shlex.join(["slim", *click.get_current_context().meta.get("slim.words", [])])
 
 
 def keep_rate_option(help_text: str) -> Callable[[F], F]:
