@@ -35,7 +35,8 @@ def command(
     """Train a model by RECIPE: a file, or the name of a built-in recipe such as quickstart.
 
     Writes runs/NAME-TIME/: the best model (and the last, in last/), the resolved recipe, metrics.jsonl, the
-    environment and a summary. Under `torchrun -m slimcli` or `accelerate launch -m slimcli` it uses every process.
+    environment, a summary and report.html. Under `torchrun -m slimcli` or `accelerate launch -m slimcli` it uses
+    every process.
     """
     from slimcli.recipe import load_recipe
 
@@ -61,6 +62,7 @@ def command(
 
     from slimcli import train
     from slimcli.cli.display import Display, across
+    from slimcli.device import find_device
 
     if dry_run:
         _print_plan(Display(as_json), train.dry_run(loaded))
@@ -81,6 +83,11 @@ def command(
     across(display, summary["rows"], f"{loaded.data.name or loaded.data.root} ({loaded.data.val_split}), best epoch")
     start = summary["before"]
     display.line(f"before training, dense: top-1 {start['top1']:.2f} %")
+    from slimcli.report import report_of_training
+
+    with display.progress() as progress:
+        line = report_of_training(folder, find_device(device), loaded.precision, progress)
+    display.line(line)
     display.line(f"{folder} holds the model; next: slim eval --keep-rate 0.9,0.8,0.7,0.5")
     display.document(summary)
 

@@ -1,0 +1,53 @@
+"""slim report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from slimcli.cli.options import common_options, data_option
+
+
+@click.command("report")
+@click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path),
+    help="File to write.  [default: RUN/report.html, or report.html for several]",
+)  # fmt: skip
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=500, show_default=True, help="Validation images to look at."
+)
+@click.option("--count", type=click.IntRange(min=1), default=3, show_default=True, help="Pictures of each kind.")
+@data_option
+@common_options
+def command(
+    runs: tuple[Path, ...],
+    output: Path | None,
+    limit: int,
+    count: int,
+    data: str | None,
+    device: str,
+    precision: str | None,
+    as_json: bool,
+) -> None:
+    """Write one HTML page about a run, or about several side by side. It opens from disk and needs no network.
+
+    What was done, dense against slimmed, learning curves, accuracy against cost and speed, time in each block,
+    lives, pictures, and the command for each. Without RUN, the latest run.
+    """
+    from slimcli import report
+    from slimcli.cli.display import Display
+    from slimcli.device import find_device
+
+    display = Display(as_json)
+    folders = list(runs) or [Path("runs/latest")]
+    output = output or (folders[0] / report.REPORT if len(folders) == 1 else Path(report.REPORT))
+    with display.progress() as progress:
+        left_out = report.write_report(
+            folders, output, find_device(device), precision, data, limit, count, progress=progress
+        )
+    for line in left_out:
+        display.warn(line)
+    display.line(f"{output} written")
+    display.document({"output": str(output), "runs": [str(folder) for folder in folders], "left_out": left_out})
