@@ -38,8 +38,10 @@ def find_dtype(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
-def make_accelerator(device: torch.device, precision: str, accumulation: int, seed: int) -> Accelerator:
-    """Accelerate set up for training: device, mixed precision, processes, and shuffling that depends on the seed."""
+def make_accelerator(
+    device: torch.device, precision: str, accumulation: int, seed: int, tracker: str | None = None
+) -> Accelerator:
+    """Accelerate set up for training: device, mixed precision, processes, tracker, and shuffling by the seed."""
     find_dtype(precision, device)
     if not torch.distributed.is_initialized():
         # a second training in one Python process may want another precision
@@ -50,6 +52,9 @@ def make_accelerator(device: torch.device, precision: str, accumulation: int, se
         gradient_accumulation_steps=accumulation,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
         step_scheduler_with_optimizer=False,
+        log_with=tracker,
+        # asked for together with a tracker; the run's folder takes its place once it is known
+        project_dir="." if tracker else None,
     )
 
 

@@ -156,6 +156,9 @@ class Recipe(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
         10.0, description="how often to write what resuming needs"
     )
+    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = Field(
+        None, description="a dashboard to send metrics to"
+    )
     model: ModelSection
     data: DataSection
     slimming: SlimmingSection = Field(default_factory=SlimmingSection)

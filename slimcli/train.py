@@ -34,6 +34,7 @@ from slimcli.recipe import Recipe, StageSection, load_recipe
 from slimcli.slimming import SlimModel
 from slimcli.store import load_weights, save_model
 from slimcli.targets import Target, from_recipe
+from slimcli.track import Tracker, check_tracker
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -65,10 +66,16 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: float = -1.0
     position: Position = field(default_factory=Position)
+    tracker: Tracker | None = None
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl. The file is replaced whole, so that it never ends in half a line."""
+    def add(self, row: dict[str, Any], step: int) -> None:
+        """Add a line to metrics.jsonl. The file is replaced whole, so that it never ends in half a line.
+
+        `step` counts batches from the start of the run, for the tracker.
+        """
         self.rows.append(row)
+        if self.tracker is not None:
+            self.tracker.add(row, step)
         if self.writes:
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_file(self.folder / METRICS, text.encode())
@@ -152,7 +159,8 @@ def train(
     if not recipe.stages:
         raise SlimError(f"recipe {recipe.name} has no [[stages]]: there is nothing to train")
     device = find_device(device_name)
-    accelerator = make_accelerator(device, recipe.precision, recipe.optimizer.accumulation, recipe.seed)
+    check_tracker(recipe.tracker)
+    accelerator = make_accelerator(device, recipe.precision, recipe.optimizer.accumulation, recipe.seed, recipe.tracker)
     device = accelerator.device
     set_seed(recipe.seed)
 
@@ -185,18 +193,23 @@ def train(
             write_file(run.folder / RECIPE, recipe.to_toml().encode())
             write_json(run.folder / "environment.json", environment(device))
         start = accuracy(model, "none", check_on, accelerator, progress)
-        run.add({"event": "start", **start.row()})
+        run.tracker = Tracker(accelerator, recipe, run.folder, log)
+        run.add({"event": "start", **start.row()}, 0)
         log(f"dense model as given: top-1 {start.row()['top1']:.2f} % on {start.count} images")
     else:
         model.load_state_dict(state["model"])
+        run.tracker = Tracker(accelerator, recipe, run.folder, log)
         log(f"going on with {run.folder} from {_place(run.position, recipe)}")
 
-    with _stop_signals() as stop:
-        for number, stage in enumerate(recipe.stages):
-            if number < run.position.stage:
-                continue
-            _run_stage(number, stage, run, model, learn_from, check_on, accelerator, state, stop, progress, log)
-            state = None
+    try:
+        with _stop_signals() as stop:
+            for number, stage in enumerate(recipe.stages):
+                if number < run.position.stage:
+                    continue
+                _run_stage(number, stage, run, model, learn_from, check_on, accelerator, state, stop, progress, log)
+                state = None
+    finally:
+        run.tracker.finish()
 
     summary = _summarise(run, model, check_on, val_set, prepare, workers, accelerator, progress)
     return run.folder, summary
@@ -283,7 +296,10 @@ def _run_stage(
             )
             progress(label, batch + 1, total)
             if at.batch % interval == 0:
-                run.add({"event": "step", **_row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)})
+                run.add(
+                    {"event": "step", **_row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)},
+                    epochs_before * total + at.batch,
+                )
             # gradients that are still adding up are in no checkpoint
             if accelerator.sync_gradients:
                 stopping = _any_process(stop(), accelerator)
@@ -296,7 +312,10 @@ def _run_stage(
         found = accuracy(model, "none" if stage.mode == "none" else "hard", check_on, accelerator, progress)
         model.mode = stage.mode
         row = _row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)
-        run.add({"event": "epoch", **row, **{f"val_{key}": value for key, value in found.row().items()}})
+        run.add(
+            {"event": "epoch", **row, **{f"val_{key}": value for key, value in found.row().items()}},
+            (epochs_before + 1) * total,
+        )
         run.save(model, found.row()["top1"])
         log(
             f"{title} epoch {epoch + 1}/{stage.epochs}: loss {row['loss']:.4f}, train top-1 {row['top1']:.2f} %, "
@@ -512,6 +531,7 @@ def _summarise(
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What training would do: the model, what learns in each stage, the schedule and the cost. Trains nothing."""
+    check_tracker(recipe.tracker)
     train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
     class_names = getattr(train_set, "class_names", None)
     target = from_recipe(recipe, recipe.name, class_names)
