@@ -15,7 +15,7 @@ import numpy
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
 from slimcli.schedule import life_moments
@@ -127,6 +127,7 @@ def training_loss(runs: Mapping[str, Metrics]) -> Markup:
             colour, dash = SERIES[number % 6], DASHES[number % 6]
             axes.plot(places, losses, linewidth=1.6, color=colour, linestyle=dash, label=name)
             words.append(f"{name}: from {losses[0]:.3f} to {losses[-1]:.3f}")
+        axes.margins(y=0.2)
         axes.set(xlabel="epoch", ylabel="cross-entropy")
         _mark_stages(axes, runs)
         return "Mean loss since the start of the epoch. " + "; ".join(words) + "."
@@ -183,6 +184,8 @@ def _epochs_before(metrics: Metrics) -> dict[int, int]:
 
 def _mark_stages(axes: Axes, runs: Mapping[str, Metrics]) -> None:
     """Lines between the stages of one run; a legend of several."""
+    total = max(max(_epochs_before(metrics).values()) for metrics in runs.values())
+    axes.set_xlim(-0.02 * total, 1.03 * total)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
         axes.legend()
@@ -230,6 +233,11 @@ def trade_off(points: Sequence[Point], axis: str) -> Markup:
                 unit = "G multiply-adds" if cost else "times as fast as dense"
                 words.append(f"{name}, {label}: {point.score:.4g}{' %' if is_top1 else ''} at {x:.3g} {unit}")
             axes.plot([], [], marker, color=colour, linestyle="none", label=name)
+        costs = [point.gmacs for point in points]
+        if cost and max(costs) > 8 * min(costs):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.15, y=0.3)
         axes.set(
             xlabel="multiply-adds an image (G)" if cost else "speed-up over dense, measured",
@@ -292,12 +300,12 @@ def life_histogram(lives: NDArray[numpy.float32], counts: Sequence[int]) -> Mark
         low, high = min(lives.min(), 1.0), max(lives.max(), float(depth))
         edges = numpy.arange(numpy.floor(low * 2) / 2 - 0.25, numpy.ceil(high * 2) / 2 + 0.75, 0.5)
         weights = numpy.full(lives.size, 100 / lives.size)
-        axes.axvspan(mean - std, mean + std, color=SERIES[0], alpha=0.13, linewidth=0)
-        axes.axvline(mean, color=SERIES[0], linewidth=1.2, linestyle="--", label="target μ, and σ either side")
-        axes.hist(lives, edges.tolist(), weights=weights, color=SERIES[1], label="predicted, in half blocks")
+        for place, dash, label in ((mean, "-", "target μ"), (mean - std, "--", "μ ± σ"), (mean + std, "--", None)):
+            axes.axvline(place, color=INK, linewidth=1.5, linestyle=dash, label=label)
+        axes.hist(lives, edges.tolist(), weights=weights, color=SERIES[1], label="predicted", zorder=1)
         axes.set(xlabel="life (last block that uses a patch)", ylabel="patches (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
         return (
             f"Lives of {lives.size} patches in {images} images: mean {lives.mean():.2f}, standard deviation "
             f"{lives.std():.2f}, from {lives.min():.1f} to {lives.max():.1f}; target mean {mean:.2f} and standard "

@@ -80,7 +80,10 @@ def read_run(folder: Path) -> Record:
     """Read a run's or a calibrated model's folder; `SlimError` if it is neither, or a file in it is damaged."""
     if not folder.is_dir():
         raise SlimError(f"{folder}: no such run folder")
-    folder = folder.resolve() if folder.is_symlink() else folder
+    if folder.is_symlink():
+        # runs/latest will soon be another run
+        folder = folder.resolve()
+        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     record = Record(folder, folder.name)
     if not (folder / "recipe.toml").is_file() and not (folder / CONFIG).is_file():
         raise SlimError(f"{folder}: is not a run: expected recipe.toml or {CONFIG} in it")
@@ -146,7 +149,7 @@ def measure(
         outcomes.append(outcome)
         if (time.monotonic() > end or len(outcomes) >= limit) and len(outcomes) >= count:
             break
-    layers = profile.per_layer(model, None, batch, device, dtype, rounds=5, progress=progress)
+    layers = profile.per_layer(model, None, batch, device, dtype, rounds=9, progress=progress)
     return Measured(
         _gallery(outcomes, count),
         torch.stack([outcome.life for outcome in outcomes]).numpy(),
@@ -417,7 +420,7 @@ def _comparison(records: Sequence[Record]) -> dict[str, Any]:
             )
     drawn = _trade_offs(points)
     trained = [record for record in records if any(row.get("event") == "epoch" for row in record.metrics)]
-    if trained:
+    if len(trained) > 1:
         drawn += _learning(trained)
     return {"rows": rows, "plots": drawn}
 

@@ -49,9 +49,9 @@ MOST_STAGES = 4
 #: images in one file: rows with every stage, and tiles of a contact sheet
 ROWS_A_FILE, TILES_A_FILE = 12, 60
 COLOURS = matplotlib.colormaps["viridis"]
-#: how much of the colour covers the grey image, and the colour of a patch that has left
+#: how much of the colour covers the grey image; the stripes of a patch that has left, which no image is like
 OPACITY = 0.62
-GONE = (228, 228, 228)
+GONE = ((236, 236, 236), (212, 212, 212))
 INK, QUIET, ALARM = "#1a1a1a", "#666666", "#b34700"
 #: inches
 PANEL, TILE, GAP, MARGIN = 2.7, 1.75, 0.1, 0.15
@@ -359,9 +359,12 @@ def panels(
     colours = 255 * COLOURS(_place_of_life(geometry)(life_map(outcome, geometry)))[..., :3].reshape(-1, 3)
     heat = numpy.where(covered, OPACITY * colours[cells] + (1 - OPACITY) * grey, large)
     found = [large, heat.round().astype(numpy.uint8)]
+    stripe = max(1, height * scale // 64)
+    diagonal = numpy.add.outer(numpy.arange(height * scale), numpy.arange(width * scale)) // stripe % 4 == 0
+    gone = numpy.array(GONE, dtype=numpy.uint8)[diagonal.astype(int)]
     for layer in layers:
         left = kept(outcome, geometry, layer).reshape(-1)[cells][..., None] | ~covered
-        found.append(numpy.where(left, large, numpy.array(GONE, dtype=numpy.uint8)))
+        found.append(numpy.where(left, large, gone))
     return found
 
 
@@ -400,7 +403,7 @@ def verdict(outcome: Outcome, class_names: Sequence[str] | None) -> str:
     if outcome.dense is None or outcome.slim is None:
         return f"no classifier; cosine of dense and slim features {outcome.similarity:.3f}"
     dense, slim = (
-        f"{fit_words(class_name(guess.index, class_names), 24)} {100 * guess.probability:.1f} %"
+        f"{fit_words(class_name(guess.index, class_names), 24)} ({100 * guess.probability:.1f} %)"
         for guess in (outcome.dense, outcome.slim)
     )
     return f"dense: {dense} · slim: {slim} · {'agree' if outcome.agree else 'differ'}"

@@ -156,7 +156,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     from slimcli.show import fit_words, short_name
 
     guesses = [entry["dense"], entry["slim"]]
-    said = ["-" if g is None else f"{fit_words(g['class'], 14)} {100 * g['probability']:.0f} %" for g in guesses]
+    said = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
     agree = f"{entry['similarity']:.3f}" if entry["agree"] is None else "yes" if entry["agree"] else "no"
     return [fit_words(short_name(entry["image"]), 26), *said, agree]
 
