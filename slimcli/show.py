@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo
@@ -359,7 +359,7 @@ def panels(
     colours = 255 * COLOURS(_place_of_life(geometry)(life_map(outcome, geometry)))[..., :3].reshape(-1, 3)
     heat = numpy.where(covered, OPACITY * colours[cells] + (1 - OPACITY) * grey, large)
     found = [large, heat.round().astype(numpy.uint8)]
-    stripe = max(1, height * scale // 64)
+    stripe = max(1, max(height, width) * scale // 64)
     diagonal = numpy.add.outer(numpy.arange(height * scale), numpy.arange(width * scale)) // stripe % 4 == 0
     gone = numpy.array(GONE, dtype=numpy.uint8)[diagonal.astype(int)]
     for layer in layers:
@@ -468,7 +468,9 @@ def draw(
     height, width = outcomes[0].image.shape[1:]
     panel_width, panel_height = side * width / max(height, width), side * height / max(height, width)
     size, small = (10.0, 8.0) if columns == 1 else (7.5, 6.5)
-    row_width = len(titles) * panel_width + (len(titles) - 1) * GAP
+    # narrow panels stand as far apart as their titles need
+    pitch = max(panel_width, *(_width(title, small, bold=True) for title in titles))
+    row_width = len(titles) * pitch + (len(titles) - 1) * GAP
     two_lines = row_width < 9.0
     head = (3.3 if two_lines else 2.2) * size / 72 + 1.8 * small / 72
     row_height = panel_height + head + GAP
@@ -505,8 +507,8 @@ def draw(
         write(fit(said, row_width - ahead, size), left + ahead, top + below, size, color=colour)
         drawn = panels(outcome, geometry, prepare, layers)[first:]
         for index, (title, pixels) in enumerate(zip(titles, drawn, strict=True)):
-            x = left + index * (panel_width + GAP)
-            write(fit(title, panel_width, small), x, top + head - 0.6 * small / 72, small, color=QUIET)
+            x = left + index * (pitch + GAP)
+            write(title, x, top + head - 0.6 * small / 72, small, color=QUIET)
             axes = place(x, top + head, panel_width, panel_height)
             axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")
             axes.set(xlim=(0, width), ylim=(height, 0))
@@ -594,24 +596,28 @@ def _draw_bar(axes: Axes, geometry: Geometry, size: float) -> None:
 
 def _width(text: str, points: float, bold: bool = False) -> float:
     """The width of a text in inches."""
-    if not text.strip():
-        return 0.3 * points / 72 * len(text)
-    # a text's own end does not count its last spaces
-    ended = text.rstrip()
-    path = TextPath((0, 0), ended, size=points, prop=FontProperties(weight="bold" if bold else "normal"))
-    return float(path.get_extents().x1) / 72 + 0.32 * points / 72 * (len(text) - len(ended))
+    font = FontProperties(size=points, weight="bold" if bold else "normal")
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / 72
 
 
 def fit(text: str, inches: float, points: float) -> str:
     """`text` with its middle left out where it would be wider than `inches`, as it might be in bold."""
     if _width(text, points, bold=True) <= inches:
         return text
-    for length in range(len(text) - 2, 2, -1):
+
+    def shortened(length: int) -> str:
         end = length // 2
-        shorter = f"{text[: length - end].rstrip()}…{text[len(text) - end :].lstrip()}"
-        if _width(shorter, points, bold=True) <= inches:
-            return shorter
-    return "…"
+        return f"{text[: length - end].rstrip()}…{text[len(text) - end :].lstrip()}"
+
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if _width(shortened(middle), points, bold=True) <= inches:
+            fits = middle
+        else:
+            too_long = middle
+    return shortened(fits)
 
 
 def encode(figure: Figure, form: str = "png", dpi: int = 160) -> bytes:
