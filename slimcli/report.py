@@ -302,6 +302,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("Model", model.get("name") or summary.get("model")),
         ("Lives predicted after block", slimming.get("life_layer")),
         ("Schedule", schedule),
+        ("Dead patches", {"heir": "added to the living one most like them"}.get(slimming.get("dead", ""))),
         ("Device", f"{device}, {environment['threads']} threads" if "threads" in environment else device),
         ("Precision, batch", f"{summary['precision']}, {summary['batch_size']}" if "precision" in summary else None),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
@@ -360,13 +361,16 @@ def _stages(record: Record) -> list[list[str]]:
 
 
 def _evaluations(record: Record) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Every set of rows measured of this run, with the words that set it apart: images, device, precision, batch."""
+    """Every set of rows measured of this run, with the words that set it apart: images, device, precision and so on."""
     sources = [record.summary, *record.evaluations] if record.rows else record.evaluations
     for source in sources:
         rows = source["rows"]
         images = source.get("images") if source is not record.summary else rows[0].get("images")
         parts = [f"{images} images" if images else "", source.get("device", ""), source.get("precision", "")]
-        yield ", ".join(part for part in [*parts, f"batch {source.get('batch_size')}"] if part), rows
+        parts.append(f"batch {source.get('batch_size')}")
+        if source.get("dead", record.config.get("slimming", {}).get("dead")) == "heir":
+            parts.append("heirs")
+        yield ", ".join(part for part in parts if part), rows
 
 
 def _points(record: Record, label: str = "") -> list[Point]:

@@ -85,6 +85,7 @@ def command(
         "threads": threads,
         "precision": chosen_precision,
         "batch_size": section.batch_size,
+        "dead": found.model.dead,
         "versions": versions(),
         "rows": rows,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import batch_size_option, common_options, data_option, keep_rate_option
+from slimcli.cli.options import batch_size_option, common_options, data_option, dead_option, keep_rate_option
 from slimcli.errors import SlimError
 
 
@@ -18,7 +18,7 @@ from slimcli.errors import SlimError
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: IMAGE-lives.png]")
 @click.option("--format", "form", type=click.Choice(["png", "svg", "pdf"]), help="[default: by --output, or png]")
-@click.option("--layer", type=click.IntRange(min=1), help="Only what is left after this block.")
+@click.option("--layer", type=click.IntRange(min=1), help="One stage only: what is left after this block.")
 @click.option(
     "--grid", type=click.IntRange(1, 12), metavar="COLUMNS",
     help="1: a row an image with every stage; more: a contact sheet.  [default: 1 up to 4 images, else 4]",
@@ -38,6 +38,7 @@ from slimcli.errors import SlimError
 @keep_rate_option("Another keep rate than the model's own.")
 @data_option
 @batch_size_option
+@dead_option
 @common_options
 def command(
     images: tuple[str, ...],
@@ -55,6 +56,7 @@ def command(
     keep_rates: list[float] | None,
     data: str | None,
     batch_size: int | None,
+    dead: str | None,
     device: str,
     precision: str | None,
     as_json: bool,
@@ -72,6 +74,7 @@ def command(
     from slimcli import show
     from slimcli.cli.display import Display
     from slimcli.device import find_device, find_dtype
+    from slimcli.recipe import DataSection
     from slimcli.targets import choose_data, find_target
 
     display = Display(as_json)
@@ -80,7 +83,7 @@ def command(
     if output is not None and any(path.is_file() and output.absolute() == path.absolute() for path in paths):
         raise SlimError(f"-o {output}: is one of the images: choose another name")
     where = find_device(device)
-    found = find_target(run, pretrained=True)
+    found = find_target(run, pretrained=True, dead=dead)
     model = found.model
     dtype = find_dtype(precision or "float32", where)
     if keep_rates is not None:
@@ -93,7 +96,7 @@ def command(
     broken: list[Any] = []
     batch = batch_size or 16
     if paths:
-        prepare = found.preprocessing
+        prepare = datasets.preprocessing(found.preprocessing, found.data or DataSection())
         stream = show.look(model, show.image_batches(paths, prepare, batch, broken), where, dtype)
         expected = len(paths)
     else:
