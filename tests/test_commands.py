@@ -28,6 +28,7 @@ def test_train_writes_a_run_that_says_all_of_itself(slim, tiny_recipe, tmp_path)
     assert run == (tmp_path / "runs" / "latest").resolve()
     assert {path.name for path in run.iterdir()} == {
         "recipe.toml", "environment.json", "metrics.jsonl", "model.safetensors", "config.json", "last", "summary.json",
+        "report.html",
     }  # fmt: skip
     assert {path.name for path in (run / "last").iterdir()} == {"model.safetensors", "config.json"}
     assert load_recipe(run / "recipe.toml").stages == load_recipe(tiny_recipe).stages
@@ -113,6 +114,7 @@ def test_eval_without_anything_takes_the_embedded_model(slim):
 def test_eval_prints_the_papers_layout_in_a_pipe(slim, run_folder):
     lines = slim("eval", run_folder, "--keep-rate", "1.0,0.9,0.8,0.7").stdout.splitlines()
     assert lines[1].split() == ["Keep", "rate", "dense", "1", "0.9", "0.8", "0.7"]
+    assert "slim report" in lines.pop()
     assert [line.split("  ")[0] for line in lines[2:]] == [
         "Top-1 acc. (%)",
         "Top-5 acc. (%)",

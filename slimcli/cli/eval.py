@@ -91,5 +91,5 @@ def command(
     }
     if found.run is not None:
         add_evaluation(found.run, {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        display.line(f"added to {found.label}; `slim report {found.label}` draws all its points")
+        display.line("kept in the run's evaluations.json; `slim report` draws all its points")
     display.document(document)
