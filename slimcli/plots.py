@@ -213,7 +213,6 @@ def trade_off(points: Sequence[Point], axis: str) -> Markup:
     def draw(axes: Axes) -> str:
         names = list(dict.fromkeys(point.series for point in points))
         words = []
-        labelled: set[tuple[str, float, float]] = set()
         for number, name in enumerate(names):
             colour, marker = SERIES[number % 6], MARKERS[number % 6]
             # the first series shows behind a second one at the same place
@@ -222,16 +221,8 @@ def trade_off(points: Sequence[Point], axis: str) -> Markup:
                 x = getattr(point, axis)
                 fill = "none" if point.dense else colour
                 axes.plot(x, point.score, marker, color=colour, markerfacecolor=fill, markersize=size, linestyle="none")
-                label = point.title
-                place = label, round(x, 2), round(point.score, 1 if is_top1 else 3)
-                if place not in labelled:
-                    axes.annotate(
-                        label, (x, point.score), xytext=(0, 8 if point.dense else -16), textcoords="offset points",
-                        ha="center", size=9,
-                    )  # fmt: skip
-                labelled.add(place)
                 unit = "G multiply-adds" if cost else "times as fast as dense"
-                words.append(f"{name}, {label}: {point.score:.4g}{' %' if is_top1 else ''} at {x:.3g} {unit}")
+                words.append(f"{name}, {point.title}: {point.score:.4g}{' %' if is_top1 else ''} at {x:.3g} {unit}")
             axes.plot([], [], marker, color=colour, linestyle="none", label=name)
         costs = [point.gmacs for point in points]
         if cost and max(costs) > 8 * min(costs):
@@ -239,6 +230,8 @@ def trade_off(points: Sequence[Point], axis: str) -> Markup:
             axes.xaxis.set_major_formatter(ScalarFormatter())
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.15, y=0.3)
+        axes.autoscale_view()
+        _label(axes, points, axis)
         axes.set(
             xlabel="multiply-adds an image (G)" if cost else "speed-up over dense, measured",
             ylabel="top-1 (%)" if is_top1 else "cosine",
@@ -248,6 +241,22 @@ def trade_off(points: Sequence[Point], axis: str) -> Markup:
         return "Measured points, labelled with their keep rate. " + "; ".join(words) + "."
 
     return _plot(draw, f"{measure} against {'cost' if cost else 'speed'}")
+
+
+def _label(axes: Axes, points: Sequence[Point], axis: str) -> None:
+    """Write the keep rate below or above each point where no other stands; the table has those that found no room."""
+    share_of_axes = axes.transData + axes.transAxes.inverted()
+    placed: list[tuple[str, float, float]] = []
+    for point in points:
+        x, y = share_of_axes.transform((getattr(point, axis), point.score))
+        if any(title == point.title and abs(x - a) < 0.06 and abs(y - b) < 0.15 for title, a, b in placed):
+            continue
+        for side in (1, -1) if point.dense else (-1, 1):
+            at = y + 0.08 * side
+            if all(abs(x - a) > 0.13 or abs(at - b) > 0.08 for _, a, b in placed):
+                placed.append((point.title, x, at))
+                axes.annotate(point.title, (x, at), xycoords="axes fraction", ha="center", va="center", size=9)
+                break
 
 
 def patches_by_block(dense: dict[str, Any], slim: dict[str, Any]) -> Markup:

@@ -15,10 +15,11 @@ from conftest import TINY_RECIPE, document
 from PIL import Image
 from show_fixtures import save_tiny
 
-from slimcli import report
+from slimcli import plots, report
 from slimcli.cli import main
 from slimcli.device import find_device
 from slimcli.errors import SlimError
+from slimcli.plots import Point
 
 CPU = find_device("cpu")
 
@@ -349,10 +350,9 @@ def test_a_browser_shows_the_page_without_complaint_or_request(browser, trained,
     assert broken == 0
 
 
-@pytest.mark.parametrize("width", [390, 1440])
-def test_words_in_plots_stay_inside_and_do_not_cover_each_other(browser, trained, width):
-    opened(browser, trained[0] / "report.html", width)
-    faults = browser.execute_script("""
+def words_out_of_place(browser):
+    """Words in plots that leave their plot, and pairs of words that cover each other."""
+    return browser.execute_script("""
         const faults = [];
         for (const svg of document.querySelectorAll('svg')) {
             const frame = svg.getBoundingClientRect();
@@ -369,7 +369,30 @@ def test_words_in_plots_stay_inside_and_do_not_cover_each_other(browser, trained
         }
         return faults;
     """)
-    assert faults == []
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_words_in_plots_stay_inside_and_do_not_cover_each_other(browser, trained, width):
+    opened(browser, trained[0] / "report.html", width)
+    assert words_out_of_place(browser) == []
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [(95, 95, 93, 89, 85), (0.9991, 0.9987, 0.9954, 0.99, 0.91), (50, 50.04, 50.02, 49.98, 50), (0, 0, 0, 0, 0)],
+)
+@pytest.mark.parametrize("rates", [(1.0, 0.9, 0.8, 0.7, 0.5), (1.0, 0.99, 0.98, 0.97, 0.96)])
+def test_words_in_plots_stay_inside_whatever_the_figures(browser, tmp_path, scores, rates):
+    points = [
+        Point(series, number == 0, None if number == 0 else rate, score, 1.4 * rate, shift / rate, 80.0)
+        for shift, series in ((1.0, "cpu, bfloat16, batch 64"), (1.01, "100 images, cpu, float32, batch 64"))
+        for number, (rate, score) in enumerate(zip(rates, scores, strict=True))
+    ]
+    drawings = [plots.trade_off(chosen, axis) for chosen in (points, points[:5]) for axis in ("gmacs", "speedup")]
+    page = tmp_path / "plots.html"
+    page.write_text("".join(f'<div style="width: 360px">{drawing}</div>' for drawing in drawings))
+    opened(browser, page, 390)
+    assert words_out_of_place(browser) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
