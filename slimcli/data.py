@@ -59,7 +59,7 @@ class ImageSamples(Dataset[tuple[Any, int]]):
         index = self.indices[place]
         try:
             image, target = self.read(index)
-            image = image.convert("RGB")
+            image = as_rgb(image)
         except (
             OSError,
             SyntaxError,

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -48,8 +48,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def load_weights(model: SlimModel, path: Path) -> bool:
-    """Load a weights file of the dense model, or of a slimmed one; return whether it held a life head too.
+class Loaded(NamedTuple):
+    """What of a model a weights file held, beside the backbone's own blocks."""
+
+    life_head: bool
+    classifier: bool
+
+
+def load_weights(model: SlimModel, path: Path) -> Loaded:
+    """Load a weights file of the dense model, or of a slimmed one; say whether it held classifier and life head.
 
     Position embeddings are resampled where the image size differs. A missing or differing classifier is left
     as it is, with the rest loaded; anything else that does not fit is a `SlimError`.
@@ -63,10 +70,13 @@ def load_weights(model: SlimModel, path: Path) -> bool:
     expected = model.model.state_dict()
     classifier = model.backbone.classifier_names
     problems = []
+    has_classifier = True
+    dense = {name: value for name, value in dense.items() if name in expected or name.split(".")[0] not in classifier}
     for name, value in expected.items():
         if name.split(".")[0] in classifier:
             if name not in dense or dense[name].shape != value.shape:
                 dense[name] = value
+                has_classifier = False
         elif name not in dense:
             problems.append(f"has no {name}")
         elif dense[name].shape != value.shape:
@@ -83,7 +93,7 @@ def load_weights(model: SlimModel, path: Path) -> bool:
             raise SlimError(
                 f"{path}: its life head does not fit the model: {str(error).splitlines()[-1].strip()}"
             ) from None
-    return bool(head)
+    return Loaded(life_head=bool(head), classifier=has_classifier)
 
 
 def slimming_config(model: SlimModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimcli.backbones.timm_vit import DIGITS_VIT
-from slimcli.data import has_split
+from slimcli.data import has_split, open_dataset
 from slimcli.errors import SlimError
 from slimcli.recipe import (
     DataSection,
@@ -35,6 +35,8 @@ class Target:
     recipe: Recipe | None = None
     #: whether the life head has been calibrated or trained
     has_life_head: bool = True
+    #: whether the weights that were asked for had a classifier for these classes; if not, it starts untrained
+    has_classifier: bool = True
     #: the run's folder, where measurements of it are kept; None for a model folder made to be deployed
     run: Path | None = None
 
@@ -56,8 +58,9 @@ def find_target(
 ) -> Target:
     """Resolve a TARGET argument. Without one: the latest run, and where there is none the embedded model.
 
-    A model given by its name has random weights unless `pretrained`, and `img_size` where given. `dead` overrides
-    what the target says of patches whose life is over.
+    A model given by its name has random weights unless `pretrained`; a recipe that does not say how many classes its
+    model has then has them counted in its data. `img_size` is for a model's name. `dead` overrides what the target
+    says of patches whose life is over.
     """
     found = _find(text, overrides, pretrained, img_size)
     if dead is not None:
@@ -79,7 +82,9 @@ def _find(text: str | None, overrides: tuple[str, ...], pretrained: bool, img_si
             raise SlimError(f"{path}: this run has no model yet: finish an epoch with `slim train --resume {path}`")
         return from_folder(path)
     if path.suffix in (".toml", ".yaml", ".yml") or text in builtin_recipes():
-        return from_recipe(load_recipe(path, overrides), str(path))
+        recipe = load_recipe(path, overrides)
+        counted = pretrained and recipe.model.num_classes is None
+        return from_recipe(recipe, str(path), open_dataset(recipe.data, train=False).class_names if counted else None)
     if path.suffix or ("/" in text and not text.startswith(("hf-hub:", "hf_hub:", "local-dir:"))):
         raise SlimError(f"{text}: no such file or folder: expected a run, a model folder, a recipe or a model's name")
     args = {"img_size": img_size} if img_size else {}
@@ -109,9 +114,11 @@ def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None
     pretrained = recipe.model.pretrained and recipe.model.weights is None
     dense = build_model(recipe.model.name, pretrained, **args)
     model = slimmed(dense, recipe)
-    has_life_head = recipe.model.weights is not None and load_weights(model, recipe.model.weights)
     config = {"model": {"name": recipe.model.name, "args": args}}
-    return Target(label, model, config, recipe.data, recipe, has_life_head)
+    target = Target(label, model, config, recipe.data, recipe, has_life_head=False)
+    if recipe.model.weights is not None:
+        target.has_life_head, target.has_classifier = load_weights(model, recipe.model.weights)
+    return target
 
 
 def embedded_target() -> Target:
@@ -181,9 +188,12 @@ def choose_data(
         if root is not None and not root.exists():
             raise SlimError(f"--data {path}: no such folder or .tar of images")
         own_split = section.val_split if section is not None else "validation"
-        if split is None and root is not None and not has_split(root, own_split):
-            split = "."
-        update = {"name": "digits" if root is None else "", "root": root, "train_limit": None, "val_limit": None}
+        update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
+        update |= {"train_limit": None, "val_limit": None}
+        if root is not None and not has_split(root, own_split):
+            split = split or "."
+        if root is not None and not has_split(root, section.train_split if section is not None else "train"):
+            update["train_split"] = "."
         section = (section or DataSection()).model_copy(update=update)
     if section is None:
         raise SlimError(f"{target.label}: comes without data: name a folder or .tar of images with --data PATH")

@@ -173,6 +173,8 @@ def train(
         )
     target = from_recipe(recipe, recipe.name, class_names)
     model = target.model.to(device)
+    if not target.has_classifier:
+        log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
     check_classifier(model)
     check_classes(model, class_names)
     prepare = datasets.preprocessing(model.backbone.preprocessing(), recipe.data)

@@ -138,6 +138,7 @@ def test_a_plain_pth_file_is_fine(slim, tiny_recipe, weights, tmp_path):
 def test_another_classifier_is_left_untrained_with_the_rest_loaded(slim, tiny_recipe, weights, tmp_path, photographs):
     result = slim("train", tiny_recipe, "--set", f"model.weights={weights}", *train_on(photographs), "--debug")
     assert result.exit_code == 0, result.output
+    assert "has no classifier for these classes: it starts untrained" in result.stdout
     before = load_file(weights)["model.cls_token"]
     after = load_file(tmp_path / "runs" / "latest" / "model.safetensors")["model.cls_token"]
     assert torch.allclose(before, after, atol=0.1)

@@ -150,10 +150,9 @@ Path(f"written{rank}.txt").write_text("\\n".join(written))
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "29517",
         str(probe),
     ]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -176,7 +175,7 @@ Path(f"written{rank}.txt").write_text("\\n".join(written))
 
 def test_torchrun_runs_the_command_itself(tmp_path, recipe):
     recipe.write_text(TINY_RECIPE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "slimcli", "train", "tiny.toml", "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -64,6 +64,8 @@ def command(
     loader = datasets.eval_loader(images, prepare, section.batch_size, workers, where)
     if not found.has_life_head:
         display.warn(f"{found.label} has no trained life head: run `slim calibrate` or `slim train` first")
+    if not found.has_classifier:
+        display.warn(f"the weights of {found.label} have no classifier for these classes: it is untrained")
     with display.progress() as progress:
         rows = evaluate(found.model, loader, keep_rates, where, dtype, progress)
 
