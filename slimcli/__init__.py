@@ -15,18 +15,40 @@ from slimcli.hookspecs import hookimpl
 from slimcli.schedule import Architecture, Schedule
 
 if TYPE_CHECKING:
-    from slimcli.backbones.base import Backbone
+    from slimcli.attention import attend, biased_attention
+    from slimcli.backbones.base import Backbone, pool_mean
+    from slimcli.conformance import check_backbone, conformance_tests
     from slimcli.life import LifeHead
     from slimcli.slimming import SlimModel, slim
     from slimcli.store import load
 
 __version__ = "0.1.0"
-__all__ = ["Architecture", "Backbone", "LifeHead", "Schedule", "SlimError", "SlimModel", "hookimpl", "load", "slim"]
+__all__ = [
+    "Architecture",
+    "Backbone",
+    "LifeHead",
+    "Schedule",
+    "SlimError",
+    "SlimModel",
+    "attend",
+    "biased_attention",
+    "check_backbone",
+    "conformance_tests",
+    "hookimpl",
+    "load",
+    "pool_mean",
+    "slim",
+]
 
 # Names whose modules import torch are looked up when they are first used: `slim --help` must be instant.
 _LAZY = {
     "Backbone": "slimcli.backbones.base",
     "LifeHead": "slimcli.life",
+    "attend": "slimcli.attention",
+    "biased_attention": "slimcli.attention",
+    "check_backbone": "slimcli.conformance",
+    "conformance_tests": "slimcli.conformance",
+    "pool_mean": "slimcli.backbones.base",
     "SlimModel": "slimcli.slimming",
     "slim": "slimcli.slimming",
     "load": "slimcli.store",

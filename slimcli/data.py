@@ -19,6 +19,7 @@ from timm.data.dataset import ImageDataset, IterableImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from slimcli.errors import DataError, SlimError
+from slimcli.plugins import open_plugin_dataset
 from slimcli.recipe import AugmentationSection, DataSection
 
 SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "evaluation", "test"))
@@ -92,7 +93,10 @@ def open_dataset(data: DataSection, train: bool, seed: int | None = None) -> Ima
     `seed` makes the random transforms reproducible; without it there should be none.
     """
     split = data.train_split if train else data.val_split
-    samples = _digits(train) if data.name == "digits" else _timm_dataset(data, split, train)
+    if data.name == "digits":
+        samples: ImageSamples | IterableImageDataset = _digits(train)
+    else:
+        samples = _plugin_dataset(data, split, train) or _timm_dataset(data, split, train)
     if isinstance(samples, ImageSamples):
         samples.seed = seed
         samples.limit(data.train_limit if train else data.val_limit)
@@ -119,6 +123,17 @@ def _digits(train: bool) -> ImageSamples:
         return Image.fromarray(pixels), int(digits.target[chosen[index]])
 
     return ImageSamples(read, lambda index: f"digit {chosen[index]}", len(chosen), DIGITS)
+
+
+def _plugin_dataset(data: DataSection, split: str, train: bool) -> ImageSamples | None:
+    """A data set that a plugin opens by name; None for every other name."""
+    if data.name in ("", "folder", "tar") or "/" in data.name:
+        return None
+    dataset = open_plugin_dataset(data.name, data.root, split, train)
+    if dataset is None:
+        return None
+    names = [str(name) for name in getattr(dataset, "classes", [])] or None
+    return ImageSamples(dataset.__getitem__, lambda index: f"{data.name} sample {index}", len(dataset), names)
 
 
 def _timm_dataset(data: DataSection, split: str, train: bool) -> ImageSamples | IterableImageDataset:

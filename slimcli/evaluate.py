@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +77,33 @@ class Similarity:
         return {"similarity": round(self.cosine / max(self.count, 1), 5)}
 
 
+@dataclass
+class Scores:
+    """What a validation measured: accuracy of a model with a classifier, similarity where there is a dense model to
+    compare with, or both.
+    """
+
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    similarity: Similarity = field(default_factory=Similarity)
+
+    @property
+    def count(self) -> int:
+        return max(self.accuracy.count, self.similarity.count)
+
+    @property
+    def score(self) -> float:
+        """What is to be high: top-1 in percent, or without a classifier the similarity."""
+        row = self.row()
+        return row.get("top1", row.get("similarity", 0.0))
+
+    def row(self) -> dict[str, float]:
+        """The rows of both, as far as they were measured."""
+        return {
+            **(self.accuracy.row() if self.accuracy.count else {}),
+            **(self.similarity.row() if self.similarity.count else {}),
+        }
+
+
 def pooled(output: Tensor) -> Tensor:
     """A model's outputs (B, C) in float32; the tokens (B, n, D) of one that does not pool are averaged."""
     return output.float().mean(dim=1) if output.dim() == 3 else output.float()
@@ -87,8 +114,7 @@ class Variant:
     """A way to run the model: dense (`schedule` None) or under a schedule."""
 
     schedule: Schedule | None
-    accuracy: Accuracy = field(default_factory=Accuracy)
-    similarity: Similarity = field(default_factory=Similarity)
+    scores: Scores = field(default_factory=Scores)
     seconds: list[float] = field(default_factory=list)
 
     def set(self, model: SlimModel) -> None:
@@ -130,7 +156,7 @@ def check_classifier(model: SlimModel) -> None:
     if not model.architecture().num_outputs:
         raise SlimError(
             "the model has no classifier (num_classes = 0): give model.num_classes to train one, or slim it as it is "
-            "with `slim calibrate`, which needs no classes"
+            "with `slim calibrate`, which needs no classes, or train with loss = 'cosine'"
         )
 
 
@@ -145,7 +171,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Rows for the dense model and each keep rate: accuracy on all images of `loader`, cost, and speed.
 
-    Of a model without a classifier, `similarity` to the dense model's features takes the place of accuracy.
+    Of a model without a classifier, `similarity` to the dense model's features takes the place of accuracy; a
+    backbone that `compares_embeddings` has both.
     The variants run in turn on every batch; speed is the median over the full batches and the speed-up the median
     of the ratios within a batch. Small sets are topped up with more rounds on the last full batch.
     """
@@ -163,17 +190,18 @@ def evaluate(
         if full and not warm:
             for variant in variants:
                 variant.set(model)
-                model(images)
+                model.logits(images)
             warm = True
         reference: Tensor | None = None
         for variant in variants:
             variant.set(model)
-            output, took = measure.timed(partial(model, images), device)
+            output, took = measure.timed(partial(model.logits, images), device)
             if has_classes:
-                variant.accuracy.add(output, targets)
-            else:
-                reference = pooled(output) if reference is None else reference
-                variant.similarity.add(pooled(output), reference)
+                variant.scores.accuracy.add(output, targets)
+            if not has_classes or model.backbone.compares_embeddings:
+                features = pooled(model.embedding(images) if has_classes else output)
+                reference = features if reference is None else reference
+                variant.scores.similarity.add(features, reference)
             if full:
                 variant.seconds.append(took)
         timed = images if full else timed
@@ -192,8 +220,8 @@ def evaluate(
         rows.append(
             {
                 **describe(model, variant.schedule),
-                "images": max(variant.accuracy.count, variant.similarity.count),
-                **(variant.accuracy if has_classes else variant.similarity).row(),
+                "images": variant.scores.count,
+                **variant.scores.row(),
                 "images_per_second": round(timed.shape[0] / statistics.median(variant.seconds), 2),
                 "speedup": round(measure.speedup(variants[0].seconds, variant.seconds), 4),
             }
@@ -213,7 +241,7 @@ def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
 
 def _run(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
     variant.set(model)
-    return cast(Tensor, model(images))
+    return model.logits(images)
 
 
 @torch.inference_mode()
@@ -230,20 +258,20 @@ def agreement(
         for images, _targets in batches:
             images = images.to(device, dtype)
             model.mode = "none"
-            features = pooled(model(images))
+            features = pooled(model.logits(images))
             same.add(features, features)
             model.mode = "hard"
-            near.add(pooled(model(images)), features)
+            near.add(pooled(model.logits(images)), features)
         model.mode = mode
         return 100 * near.row()["similarity"], same, near
     dense, slim = Accuracy(), Accuracy()
     for images, targets in batches:
         images, targets = images.to(device, dtype), targets.to(device)
         model.mode = "none"
-        logits = model(images)
+        logits = model.logits(images)
         dense.add(logits, targets)
         model.mode = "hard"
-        slim.add(model(images), targets, logits.argmax(dim=1))
+        slim.add(model.logits(images), targets, logits.argmax(dim=1))
     model.mode = mode
     return 100 * slim.agree / max(slim.count, 1), dense, slim
 

@@ -1,4 +1,4 @@
-"""Finds the plugins: the built-in ones first, then every package with an entry point in the group `slim`."""
+"""Finds the plugins, the built-in ones first, and asks them; one that fails is named in a line and left out."""
 
 from __future__ import annotations
 
@@ -6,63 +6,217 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from slimcli import hookspecs
+from slimcli.errors import SlimError
+
+if TYPE_CHECKING:
+    import click
+    from torch import nn
+
+    from slimcli.backbones.base import Backbone
 
 GROUP = "slim"
-BUILT_IN = ("slimcli.backbones.timm_plugin",)
+BUILT_IN = {"timm": "slimcli.backbones.timm_plugin"}
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """An installed plugin: its name, the package and version it came from, what it serves."""
+    """An installed plugin: its name, the package and version it came from, and what it adds."""
 
     name: str
     package: str
     version: str
     backbones: dict[str, str]
+    datasets: dict[str, str]
+    commands: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin that raised: which, where it comes from, what it was asked, and what happened."""
+
+    plugin: str
+    package: str
+    asked: str
+    error: Exception
+
+    def __str__(self) -> str:
+        first = (str(self.error).strip() or "no message").splitlines()[0]
+        return f"plugin {self.plugin} of {self.package} failed in {self.asked}: {type(self.error).__name__}: {first}"
+
+    def traceback(self) -> str:
+        """The traceback, as Python prints it."""
+        return "".join(traceback.format_exception(self.error))
+
+
+#: everything that has failed in this process, the first failure of a plugin in a hook alone
+failures: list[Failure] = []
+
+
+def _failed(plugin: str, asked: str, error: Exception) -> None:
+    """Note a failure and say so once, in one line."""
+    package, version = _packages().get(plugin, ("slimcli", ""))
+    failure = Failure(plugin, f"{package} {version}".strip(), asked, error)
+    if not any((known.plugin, known.asked) == (plugin, asked) for known in failures):
+        failures.append(failure)
+        print(f"slim: {failure} (`slim plugins --debug` shows where)", file=sys.stderr)
+
+
+@functools.cache
+def _entries() -> tuple[tuple[importlib.metadata.EntryPoint, str, str], ...]:
+    """Every entry point in the group, with its package's name and version."""
+    return tuple(
+        (entry, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else "?")
+        for entry in importlib.metadata.entry_points(group=GROUP)
+    )
+
+
+def _packages() -> dict[str, tuple[str, str]]:
+    return {entry.name: (package, version) for entry, package, version in _entries()}
 
 
 @functools.cache
 def plugin_manager() -> pluggy.PluginManager:
-    """The plugin manager with everything registered; plugins that fail to load are named in one line each."""
+    """The plugin manager with everything registered."""
     manager = pluggy.PluginManager("slim")
     manager.add_hookspecs(hookspecs)
-    for module in BUILT_IN:
-        manager.register(importlib.import_module(module), name=module.rpartition(".")[2])
-    for distribution in importlib.metadata.distributions():
-        for entry in distribution.entry_points:
-            if entry.group != GROUP or manager.has_plugin(entry.name):
-                continue
-            try:
-                manager.register(entry.load(), name=entry.name)
-            except Exception as error:  # a plugin's own import may fail in any way; slim goes on without it
-                package = f"{distribution.name} {distribution.version}"
-                print(f"slim: plugin {entry.name} of {package} failed to load: {error}", file=sys.stderr)
+    for name, module in BUILT_IN.items():
+        manager.register(importlib.import_module(module), name=name)
+    for entry, package, _version in _entries():
+        if manager.has_plugin(entry.name):
+            if package != "slimcli":
+                _failed(entry.name, "its name", SlimError(f"another plugin is called {entry.name} too"))
+            continue
+        try:
+            manager.register(entry.load(), name=entry.name)
+        except Exception as error:  # a plugin's own import may fail in any way; slim goes on without it
+            if manager.has_plugin(entry.name):
+                manager.unregister(name=entry.name)
+            _failed(entry.name, "its import", error)
     return manager
 
 
-def hook() -> pluggy.HookRelay:
-    """The hooks of all plugins."""
-    return plugin_manager().hook
+def ask(hook: str, only: str | None = None, **arguments: Any) -> tuple[dict[str, Any], dict[str, SlimError]]:
+    """Ask every plugin, or `only` one; return what each answered, and with what reason each refused.
+
+    A plugin that fails in any other way than with a `SlimError` is left out.
+    """
+    manager = plugin_manager()
+    if only is not None and not manager.has_plugin(only):
+        known = ", ".join(name for name, _ in manager.list_name_plugin())
+        raise SlimError(f"no plugin is called {only!r}: installed are {known}")
+    answers: dict[str, Any] = {}
+    refusals: dict[str, SlimError] = {}
+    for implementation in getattr(manager.hook, hook).get_hookimpls():
+        name = implementation.plugin_name
+        if only is not None and name != only:
+            continue
+        given = {key: arguments[key] for key in implementation.argnames}
+        try:
+            answer = implementation.function(**given)
+        except SlimError as error:
+            refusals[name] = error
+        except Exception as error:  # whatever a plugin does wrong, the others go on
+            _failed(name, hook, error)
+        else:
+            if answer is not None:
+                answers[name] = answer
+    return answers, refusals
+
+
+def _one(hook: str, what: str, only: str | None, **arguments: Any) -> Any:
+    """The one answer to a hook; None if there is none; `SlimError` for several, or for refusals alone."""
+    answers, refusals = ask(hook, only, **arguments)
+    if len(answers) > 1:
+        raise SlimError(
+            f"{what} is claimed by the plugins {' and '.join(answers)}: "
+            f'say which is meant with model.backbone = "{next(iter(answers))}" in the recipe'
+        )
+    if not answers and refusals:
+        raise next(iter(refusals.values()))
+    return next(iter(answers.values()), None)
+
+
+def find_backbone(model: nn.Module, plugin: str | None = None) -> Backbone:
+    """The adapter that an installed plugin, or the one called `plugin`, has for `model`; `SlimError` if none has."""
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    backbone: Backbone | None = _one("slim_backbone", kind, plugin, model=model)
+    if backbone is None:
+        broken = f" ({'; '.join(map(str, failures))})" if failures else ""
+        raise SlimError(
+            f"no installed plugin knows {kind}: `slim plugins` lists what is served, and docs/plugins.md shows how "
+            f"to add a backbone{broken}"
+        )
+    return backbone
+
+
+def build_model(name: str, pretrained: bool = False, plugin: str | None = None, **args: Any) -> nn.Module:
+    """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
+    what, given = f"the model name {name!r}", {"name": name, "pretrained": pretrained, "args": args}
+    model: nn.Module | None = _one("slim_build_model", what, plugin, **given) if plugin is not None else None
+    if model is None:
+        # a plugin that runs a model need not be the one that builds it
+        model = _one("slim_build_model", what, None, **given)
+    if model is None:
+        near = [found for names in ask("slim_similar_names", name=name)[0].values() for found in names][:3]
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else "expected a timm model name such as deit_small_patch16_224"
+        )
+        raise SlimError(f"no model is called {name!r}: {hint}")
+    return model
+
+
+def check_models(plugin: str, model: str | None = None) -> dict[str, Callable[[], nn.Module]]:
+    """Builders of what a plugin is checked on: its small models, or the one called `model`, with random weights."""
+    builders: dict[str, Callable[[], nn.Module]] = ask("slim_check_models", plugin)[0].get(plugin, {})
+    if model is not None:
+        return {model: builders.get(model, functools.partial(build_model, model, plugin=plugin))}
+    if not builders:
+        broken = next((f": {failure}" for failure in failures if failure.plugin == plugin), "")
+        raise SlimError(
+            f"the plugin {plugin} names no model to check (slim_check_models){broken}: give one with --model"
+        )
+    return builders
+
+
+def open_plugin_dataset(name: str, root: Any, split: str, train: bool) -> Any:
+    """The data set called `name` that a plugin adds; None if no plugin has one of that name."""
+    owners = [plugin for plugin, names in ask("slim_datasets")[0].items() if name in names]
+    if not owners:
+        return None
+    if len(owners) > 1:
+        raise SlimError(f"the data set {name!r} is claimed by the plugins {' and '.join(owners)}: uninstall one")
+    answers, refusals = ask("slim_open_dataset", owners[0], name=name, root=root, split=split, train=train)
+    if refusals:
+        raise refusals[owners[0]]
+    if not answers:
+        raise SlimError(f"the plugin {owners[0]} names the data set {name!r} and does not open it")
+    return answers[owners[0]]
+
+
+def commands() -> dict[str, click.Command]:
+    """The subcommands that installed plugins add; nothing is loaded where slim is installed alone."""
+    if not _entries():
+        return {}
+    return {name: command for found in ask("slim_commands")[0].values() for name, command in found.items()}
 
 
 def installed() -> list[Plugin]:
-    """Every registered plugin, built-in ones first."""
+    """Every plugin that loads, built-in ones first."""
     manager = plugin_manager()
-    own = importlib.metadata.version("slimcli")
-    packages = {
-        entry.name: (distribution.name, distribution.version)
-        for distribution in importlib.metadata.distributions()
-        for entry in distribution.entry_points
-        if entry.group == GROUP
-    }
+    own = ("slimcli", importlib.metadata.version("slimcli"))
+    backbones, datasets = ask("slim_backbone_names")[0], ask("slim_datasets")[0]
+    added = ask("slim_commands")[0]
     found = []
-    for name, plugin in manager.list_name_plugin():
-        package, version = packages.get(name, ("slimcli", own))
-        backbones = plugin.slim_backbone_names() if hasattr(plugin, "slim_backbone_names") else {}
-        found.append(Plugin(name, package, version, backbones))
+    for name, _plugin in manager.list_name_plugin():
+        package, version = own if name in BUILT_IN else _packages().get(name, own)
+        helps = {command: value.get_short_help_str() for command, value in added.get(name, {}).items()}
+        found.append(Plugin(name, package, version, backbones.get(name, {}), datasets.get(name, {}), helps))
     return found

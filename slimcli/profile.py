@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimcli import measure
+from slimcli.attention import AttentionRecorder, running
 from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
 from slimcli.evaluate import Variant, describe, schedules
@@ -77,9 +78,26 @@ def profile(
     return rows
 
 
+@torch.no_grad()
+def attention(model: SlimModel, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which attention kernel runs where patches are dropped (`inference`) and where lives learn (`training`)."""
+    model = model.to(device, dtype).eval()
+    tokens, positions = model.backbone.embed(random_images(model, 1, device, dtype))
+    with AttentionRecorder() as recorder:
+        model.backbone.block(1, tokens, positions)
+    if recorder.query is None or recorder.key is None:
+        return {"inference": "the model's own", "training": "the model's own"}
+    query, key = (x.expand(batch_size, -1, -1, -1) for x in (recorder.query, recorder.key))
+    biased = model.dead == "heir"
+    return {
+        "inference": str(running(query, key, learns=False, kernel=model.attention, biased=biased)),
+        "training": str(running(query, key, learns=True, kernel=model.attention)),
+    }
+
+
 def _forward(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
     variant.set(model)
-    return cast(Tensor, model(images))
+    return model.logits(images)
 
 
 @torch.inference_mode()
@@ -110,7 +128,7 @@ def per_layer(
             for variant, found in zip(variants, seconds, strict=True):
                 clock.seconds = []
                 variant.set(model)
-                _, whole = measure.timed(partial(model, images), device)
+                _, whole = measure.timed(partial(model.logits, images), device)
                 if done:
                     found.append([*clock.seconds, whole - sum(clock.seconds)])
     finally:
@@ -144,9 +162,15 @@ class _BlockClock:
         return getattr(self.backbone, name)
 
     def block(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._timed(self.backbone.block, *args, **kwargs)
+
+    def masked_block(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._timed(self.backbone.masked_block, *args, **kwargs)
+
+    def _timed(self, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         synchronise(self.device)
         start = time.perf_counter()
-        output = self.backbone.block(*args, **kwargs)
+        output = run(*args, **kwargs)
         synchronise(self.device)
         self.seconds.append(time.perf_counter() - start)
         return output

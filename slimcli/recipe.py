@@ -42,6 +42,7 @@ class ModelSection(Section):
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     num_classes: Annotated[int, Field(ge=0)] | None = None
     args: dict[str, Any] = Field(default_factory=dict, description="more arguments for the model's constructor")
+    backbone: str | None = Field(None, description="the plugin that runs the model, where two of them know it")
 
 
 class DataSection(Section):
@@ -72,6 +73,9 @@ class SlimmingSection(Section):
     patches_per_layer: list[PositiveInt] | None = Field(None, description="N_1..N_L")
     temperature: Annotated[float, Field(gt=0)] = 1.5
     dead: Literal["discard", "heir"] = Field("discard", description="what becomes of a patch whose life is over")
+    attention: Literal["auto", "reference", "mask", "channel", "flex"] = Field(
+        "auto", description="the kernel where keys have a bias, in training"
+    )
 
     @model_validator(mode="after")
     def one_schedule(self) -> SlimmingSection:
@@ -89,6 +93,9 @@ class StageSection(Section):
     name: str | None = None
     learns: Literal["life", "backbone", "both"]
     mode: Literal["none", "soft", "hard"]
+    loss: Literal["labels", "cosine"] = Field(
+        "labels", description="cross-entropy, or 1 - cosine to the dense model's image embedding, without labels"
+    )
     epochs: PositiveInt = 1
     lr: Annotated[float, Field(gt=0)]
     backbone_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="for learns = 'both'; lr by default")

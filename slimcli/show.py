@@ -176,9 +176,9 @@ def look(
         before = model.mode
         batch = images.to(device, dtype)
         model.mode = "none"
-        dense = pooled(model(batch))
+        dense = pooled(model.logits(batch))
         model.mode = "hard"
-        slim = pooled(model(batch))
+        slim = pooled(model.logits(batch))
         life = model.life
         model.mode = before
         if life is None:  # nothing leaves: every patch lives to the end

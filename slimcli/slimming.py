@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slimcli import life as lives
+from slimcli.attention import KERNELS, NEVER
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
-from slimcli.plugins import hook
-from slimcli.schedule import Architecture, Schedule, default_drop_layers, default_life_layer, life_moments
+from slimcli.plugins import build_model, find_backbone
+from slimcli.schedule import Architecture, Schedule, life_moments
 
 #: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
 DEAD = ("discard", "heir")
@@ -21,31 +22,6 @@ DEAD = ("discard", "heir")
 #: `hard`: patches are dropped (inference). `mask`: the patches that `hard` drops are masked instead, and
 #: `threshold`: a patch is masked once the layer exceeds its life; both are slow, for checking.
 MODES = ("none", "soft", "hard", "mask", "threshold")
-
-
-def find_backbone(model: nn.Module) -> Backbone:
-    """The adapter that an installed plugin has for `model`; `SlimError` if none has."""
-    backbone: Backbone | None = hook().slim_backbone(model=model)
-    if backbone is None:
-        raise SlimError(
-            f"no installed plugin knows {type(model).__module__}.{type(model).__name__}: `slim plugins` lists what is "
-            "served, and docs/plugins.md shows how to add a backbone"
-        )
-    return backbone
-
-
-def build_model(name: str, pretrained: bool = False, **args: Any) -> nn.Module:
-    """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
-    model: nn.Module | None = hook().slim_build_model(name=name, pretrained=pretrained, args=args)
-    if model is None:
-        from slimcli.backbones.timm_vit import similar_names
-
-        near = similar_names(name)
-        hint = (
-            f"did you mean {', '.join(near)}?" if near else "expected a timm model name such as deit_small_patch16_224"
-        )
-        raise SlimError(f"no model is called {name!r}: {hint}")
-    return model
 
 
 class SlimModel(nn.Module):
@@ -76,6 +52,8 @@ class SlimModel(nn.Module):
         #: lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing
         self.life: Tensor | None = None
         self._mode = "hard"
+        #: what a call returns: "output", as the dense model does, or "embedding"
+        self.returns = "output"
 
     @property
     def mode(self) -> str:
@@ -140,8 +118,36 @@ class SlimModel(nn.Module):
         """Multiply-adds of one image under the present schedule."""
         return self.architecture().multiply_adds(self.patches_per_layer, heirs=self.dead == "heir")
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C)."""
+    @property
+    def attention(self) -> str:
+        """Which kernel runs where keys have a bias: one of `slimcli.attention.KERNELS`."""
+        return self.backbone.attention
+
+    @attention.setter
+    def attention(self, kernel: str) -> None:
+        if kernel not in KERNELS:
+            raise SlimError(f"attention {kernel!r} is not possible: expected one of {', '.join(KERNELS)}")
+        self.backbone.attention = kernel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C); called as it is called.
+
+        With `returns` set to "embedding", images to image embeddings (B, E).
+        """
+        if self.returns == "embedding":
+            return self.embedding(*args, **kwargs)
+        return self.backbone.call(self.logits, *args, **kwargs)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, C), whatever the dense model's own call returns."""
+        return self.backbone.head(*self._tokens(images))
+
+    def embedding(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to image embeddings (B, E): what the classifier reads."""
+        return self.backbone.embedding(*self._tokens(images))
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens after the last block, and the bias that their keys had there."""
         tokens, positions = self.backbone.embed(images)
         prefix = self.backbone.num_prefix_tokens
         num_patches = tokens.shape[1] - prefix
@@ -150,7 +156,7 @@ class SlimModel(nn.Module):
             for layer in range(1, self.schedule.depth + 1):
                 tokens = self._block(layer, tokens, positions, None)
             self._remember(None)
-            return self.backbone.head(tokens)
+            return tokens, None
 
         for layer in range(1, self.schedule.life_layer + 1):
             tokens = self._block(layer, tokens, positions, None)
@@ -159,7 +165,9 @@ class SlimModel(nn.Module):
         run = self._drop if self.mode == "hard" else self._bias
         return run(tokens, positions, life, counts)
 
-    def _drop(self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def _drop(
+        self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
         """The later blocks on ever fewer patches: sorted once, longest life first, then sliced.
 
         With heirs, each patch that leaves is added to the one it was most like; who inherits what is decided once.
@@ -185,37 +193,39 @@ class SlimModel(nn.Module):
                 tokens = tokens[:, : prefix + n]
             positions = None if positions is None else positions[:, :n]
             tokens = self._block(layer, tokens, positions, bias)
-        return self.backbone.head(tokens, bias)
+        return tokens, bias
 
-    def _bias(self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def _bias(
+        self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
         """The later blocks on all patches, each weighted by a bias on its key."""
         prefix, last = self.backbone.num_prefix_tokens, self.schedule.depth
         for layer in range(self.schedule.life_layer + 1, last + 1):
-            bias = self._patch_bias(life, layer, counts[layer - 1], keep_one=prefix == 0)
-            tokens = self._block(layer, tokens, positions, lives.prefix_bias(bias, prefix))
-        return self.backbone.head(tokens, lives.prefix_bias(self._patch_bias(life, last, counts[-1], True), prefix))
+            bias = lives.prefix_bias(self._patch_bias(life, layer, counts[layer - 1]), prefix)
+            tokens = self._block(layer, tokens, positions, bias)
+        return tokens, bias
 
-    def _patch_bias(self, life: Tensor, layer: int, count: int, keep_one: bool) -> Tensor:
+    def _patch_bias(self, life: Tensor, layer: int, count: int) -> Tensor:
         """The bias (B, N) of the patches' keys in block `layer`.
 
-        By the threshold rule all patches of an image may be dead; with `keep_one` the longest life then stays,
-        as it does in the limit of the soft weights where there are no other keys.
+        By the threshold rule all patches of an image may be dead. The longest life then keeps a bias that is nothing
+        beside a prefix token's and everything where there is none, as it is in the limit of the soft weights.
         """
         if self.mode == "soft":
             return lives.log_soft_weight(life, layer, self.temperature)
-        if self.mode == "mask":
-            used = lives.life_rank(life) < count
-        else:
-            used = layer <= life
-            if keep_one:
-                used = used | (lives.life_rank(life) == 0)
-        return torch.zeros_like(life).masked_fill(~used, float("-inf"))
+        rank = lives.life_rank(life)
+        used = rank < count if self.mode == "mask" else layer <= life
+        bias = torch.zeros_like(life).masked_fill(~used, float("-inf"))
+        return bias.masked_fill(~used & (rank == 0), NEVER)
 
     def _block(self, layer: int, tokens: Tensor, positions: Tensor | None, bias: Tensor | None) -> Tensor:
+        run, args = self.backbone.block, (layer, tokens, positions)
+        if bias is not None:
+            run, args = self.backbone.masked_block, (*args, bias)  # type: ignore[assignment]
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self.backbone.block, layer, tokens, positions, bias, use_reentrant=False)
+            result: Tensor = checkpoint(run, *args, use_reentrant=False)
             return result
-        return self.backbone.block(layer, tokens, positions, bias)
+        return run(*args)
 
     def _remember(self, life: Tensor | None) -> None:
         if not torch.compiler.is_exporting():
@@ -246,6 +256,7 @@ def slim(
     drop_layers: Sequence[int] | None = None,
     temperature: float = 1.5,
     dead: str = "discard",
+    plugin: str | None = None,
 ) -> SlimModel:
     """Make a model drop patches: `slim(timm.create_model("deit_small_patch16_224", pretrained=True))`.
 
@@ -258,14 +269,15 @@ def slim(
         drop_layers: the blocks after which patches leave; by default three, spread evenly from `life_layer` on.
         temperature: U of the soft weight in training.
         dead: what becomes of a patch whose life is over: "discard", or "heir": it is added to the one most like it.
+        plugin: which plugin's backbone to take, where two of them know the model.
 
     Raises:
         SlimError: for a model that cannot drop patches, with the reason, and for an impossible schedule.
     """
     if isinstance(model, str):
-        model = build_model(model, pretrained=True)
-    backbone = find_backbone(model)
-    life_layer = default_life_layer(backbone.depth) if life_layer is None else life_layer
-    layers = default_drop_layers(backbone.depth, life_layer) if drop_layers is None else drop_layers
+        model = build_model(model, pretrained=True, plugin=plugin)
+    backbone = find_backbone(model, plugin)
+    life_layer = backbone.life_layer if life_layer is None else life_layer
+    layers = backbone.drop_layers(life_layer) if drop_layers is None else drop_layers
     schedule = with_keep_rate(Schedule.uniform(backbone.depth, 1.0, life_layer, layers), keep_rate)
     return SlimModel(model, schedule, temperature, backbone, dead)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
+from slimcli.plugins import build_model, find_backbone
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel, build_model, find_backbone
+from slimcli.slimming import SlimModel
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -167,8 +168,9 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     """
     folder = Path(folder)
     config = read_config(folder)
-    dense = build_model(config["model"]["name"], **config["model"]["args"])
-    backbone = find_backbone(dense)
+    plugin = config["model"].get("backbone")
+    dense = build_model(config["model"]["name"], plugin=plugin, **config["model"]["args"])
+    backbone = find_backbone(dense, plugin)
     schedule = schedule_from_config(config["slimming"], backbone.depth)
     section = config["slimming"]
     model = SlimModel(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))

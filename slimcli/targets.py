@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from slimcli.backbones.base import Backbone
 from slimcli.backbones.timm_vit import DIGITS_VIT
 from slimcli.data import has_split, open_dataset
 from slimcli.errors import SlimError
+from slimcli.plugins import build_model, find_backbone
 from slimcli.recipe import (
     DataSection,
     ModelSection,
@@ -19,9 +21,12 @@ from slimcli.recipe import (
     builtin_recipes,
     load_recipe,
 )
-from slimcli.schedule import Schedule, default_drop_layers, default_life_layer
-from slimcli.slimming import SlimModel, build_model, find_backbone
+from slimcli.schedule import Schedule
+from slimcli.slimming import SlimModel
 from slimcli.store import CONFIG, load, load_weights, read_config, slimming_config
+
+#: names such as hf-hub:owner/model or hf:folder, which a plugin reads: its word, a colon, anything
+NAMED_BY_PLUGIN = re.compile(r"[a-z][a-z0-9_-]+:")
 
 
 @dataclass
@@ -85,9 +90,9 @@ def _find(text: str | None, overrides: tuple[str, ...], pretrained: bool, img_si
         recipe = load_recipe(path, overrides)
         counted = pretrained and recipe.model.num_classes is None
         return from_recipe(recipe, str(path), open_dataset(recipe.data, train=False).class_names if counted else None)
-    if path.suffix or ("/" in text and not text.startswith(("hf-hub:", "hf_hub:", "local-dir:"))):
+    if (path.suffix or "/" in text) and not NAMED_BY_PLUGIN.match(text):
         raise SlimError(f"{text}: no such file or folder: expected a run, a model folder, a recipe or a model's name")
-    args = {"img_size": img_size} if img_size else {}
+    args: dict[str, Any] = {"img_size": img_size} if img_size else {}
     dense = build_model(text, pretrained, **args)
     data = DataSection(name="digits") if text == "digits_vit" else None
     return Target(text, slimmed(dense), {"model": {"name": text, "args": args}}, data, has_life_head=False)
@@ -112,9 +117,12 @@ def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None
     elif class_names is not None:
         args["num_classes"] = len(class_names)
     pretrained = recipe.model.pretrained and recipe.model.weights is None
-    dense = build_model(recipe.model.name, pretrained, **args)
+    plugin = recipe.model.backbone
+    dense = build_model(recipe.model.name, pretrained, plugin, **args)
     model = slimmed(dense, recipe)
-    config = {"model": {"name": recipe.model.name, "args": args}}
+    config: dict[str, Any] = {"model": {"name": recipe.model.name, "args": args}}
+    if plugin is not None:
+        config["model"]["backbone"] = plugin
     target = Target(label, model, config, recipe.data, recipe, has_life_head=False)
     if recipe.model.weights is not None:
         target.has_life_head, target.has_classifier = load_weights(model, recipe.model.weights)
@@ -136,6 +144,7 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
         return target.recipe.model_copy(update={"data": data, "slimming": slimming})
     args = dict(target.config["model"]["args"])
     size = args.pop("img_size", None)
+    loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs else "cosine"
     return Recipe(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", target.model_name).strip("-."),
         description="Written by slim calibrate: the paper's two stages from the calibrated head.",
@@ -145,36 +154,40 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
             img_size=tuple(size) if isinstance(size, list) else size,
             num_classes=args.pop("num_classes", None),
             args=args,
+            backbone=target.config["model"].get("backbone"),
         ),
         data=data,
         slimming=slimming,
         stages=[
-            StageSection(learns="life", mode="soft", lr=1e-3),
-            StageSection(learns="backbone", mode="soft", lr=1e-5),
+            StageSection(learns="life", mode="soft", loss=loss, lr=1e-3),
+            StageSection(learns="backbone", mode="soft", loss=loss, lr=1e-5),
         ],
     )
 
 
 def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:
     """A dense model with the schedule of a recipe, or with the default one."""
-    backbone = find_backbone(dense)
     if recipe is None:
-        life_layer = default_life_layer(backbone.depth)
-        layers = default_drop_layers(backbone.depth, life_layer)
+        backbone = find_backbone(dense)
+        life_layer = backbone.life_layer
+        layers = backbone.drop_layers(life_layer)
         return SlimModel(dense, Schedule.uniform(backbone.depth, 0.7, life_layer, layers), backbone=backbone)
-    schedule = recipe_schedule(recipe, backbone.depth)
-    return SlimModel(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
+    backbone = find_backbone(dense, recipe.model.backbone)
+    schedule = recipe_schedule(recipe, backbone)
+    model = SlimModel(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
+    model.attention = recipe.slimming.attention
+    return model
 
 
-def recipe_schedule(recipe: Recipe, depth: int) -> Schedule:
-    """The schedule of a recipe's [slimming] for a model of `depth` blocks."""
-    section = recipe.slimming
-    life_layer = section.life_layer or default_life_layer(depth)
+def recipe_schedule(recipe: Recipe, backbone: Backbone) -> Schedule:
+    """The schedule of a recipe's [slimming] for a model."""
+    section, depth = recipe.slimming, backbone.depth
+    life_layer = section.life_layer or backbone.life_layer
     if section.patches_per_layer is not None:
         return Schedule(depth, life_layer, counts=tuple(section.patches_per_layer))
     if section.drops is not None:
         return Schedule(depth, life_layer, drops=tuple(sorted(section.drops)))
-    layers = section.drop_layers or default_drop_layers(depth, life_layer)
+    layers = section.drop_layers or backbone.drop_layers(life_layer)
     return Schedule.uniform(depth, section.keep_rate, life_layer, layers)
 
 

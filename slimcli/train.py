@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import signal
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from slimcli import data as datasets
 from slimcli.device import environment, find_device, find_dtype, make_accelerator
 from slimcli.errors import Interrupted, SlimError
-from slimcli.evaluate import Accuracy, check_classes, check_classifier, describe, evaluate
+from slimcli.evaluate import Scores, check_classes, check_classifier, describe, evaluate, pooled
 from slimcli.files import point_latest, write_file, write_json
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe, StageSection, load_recipe
@@ -80,10 +81,10 @@ class Run:
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_file(self.folder / METRICS, text.encode())
 
-    def save(self, model: SlimModel, top1: float) -> None:
+    def save(self, model: SlimModel, score: float) -> None:
         """Write the last model, and the best so far beside it."""
-        if top1 > self.best:
-            self.best = top1
+        if score > self.best:
+            self.best = score
             if self.writes:
                 save_model(self.folder, model, self.config)
         if self.writes:
@@ -175,8 +176,7 @@ def train(
     model = target.model.to(device)
     if not target.has_classifier:
         log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
-    check_classifier(model)
-    check_classes(model, class_names)
+    teacher = _teacher(target, recipe, class_names)
     prepare = datasets.preprocessing(model.backbone.preprocessing(), recipe.data)
     config = model_config(target, prepare, class_names)
 
@@ -194,10 +194,10 @@ def train(
             point_latest(run.folder)
             write_file(run.folder / RECIPE, recipe.to_toml().encode())
             write_json(run.folder / "environment.json", environment(device))
-        start = accuracy(model, "none", check_on, accelerator, progress)
+        start = accuracy(model, "none", check_on, accelerator, progress, teacher)
         run.tracker = Tracker(accelerator, recipe, run.folder, log)
         run.add({"event": "start", **start.row()}, 0)
-        log(f"dense model as given: top-1 {start.row()['top1']:.2f} % on {start.count} images")
+        log(f"dense model as given: {_said(start.row())} on {start.count} images")
     else:
         model.load_state_dict(state["model"])
         run.tracker = Tracker(accelerator, recipe, run.folder, log)
@@ -208,7 +208,9 @@ def train(
             for number, stage in enumerate(recipe.stages):
                 if number < run.position.stage:
                     continue
-                _run_stage(number, stage, run, model, learn_from, check_on, accelerator, state, stop, progress, log)
+                _run_stage(
+                    number, stage, run, model, teacher, learn_from, check_on, accelerator, state, stop, progress, log
+                )
                 state = None
     finally:
         run.tracker.finish()
@@ -222,6 +224,7 @@ def _run_stage(
     stage: StageSection,
     run: Run,
     model: SlimModel,
+    teacher: SlimModel | None,
     learn_from: DataLoader[Any],
     check_on: DataLoader[Any],
     accelerator: Accelerator,
@@ -245,7 +248,9 @@ def _run_stage(
         sums = EpochSums(**state["sums"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-    mixup, criterion = make_criterion(recipe, model)
+    mixup, criterion = make_criterion(recipe, model) if stage.loss == "labels" else (None, CosineToDense(teacher))
+    model.returns = "output" if stage.loss == "labels" else "embedding"
+    measured = "top-1" if stage.loss == "labels" else "cosine x 100"
     title = f"stage {number + 1}/{len(recipe.stages)} ({stage.title})"
     at = run.position
     written = time.monotonic()
@@ -272,8 +277,10 @@ def _run_stage(
             with accelerator.accumulate(wrapped):
                 mixed, labels = mixup(images, targets) if mixup else (images, targets)
                 with accelerator.autocast():
-                    logits = wrapped(mixed)
-                    loss = criterion(logits.float(), labels)
+                    output = wrapped(mixed)
+                    if stage.loss == "labels":
+                        output = model.backbone.logits(output)
+                    loss = criterion(output.float(), labels if stage.loss == "labels" else mixed)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     if recipe.optimizer.clip_grad is not None:
@@ -286,7 +293,8 @@ def _run_stage(
             if not numpy.isfinite(value):
                 raise SlimError(f"{title}: the loss became {value} at batch {batch + 1}: try a smaller lr or clip_grad")
             sums.loss += value * images.shape[0]
-            sums.hits += float((logits.argmax(1) == targets).sum())
+            hit = (output.argmax(1) == targets).sum() if stage.loss == "labels" else (1 - loss.detach()) * len(images)
+            sums.hits += float(hit)
             sums.images += images.shape[0]
             sums.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
@@ -294,7 +302,7 @@ def _run_stage(
             speed = sums.images / sums.seconds * accelerator.num_processes
             label = (
                 f"stage {number + 1} epoch {epoch + 1}/{stage.epochs}  loss {sums.loss / sums.images:.3f}  "
-                f"top-1 {100 * sums.hits / sums.images:.1f}  lr {lr:.0e}  {speed:.0f} img/s"
+                f"{measured} {100 * sums.hits / sums.images:.1f}  lr {lr:.0e}  {speed:.0f} img/s"
             )
             progress(label, batch + 1, total)
             if at.batch % interval == 0:
@@ -311,17 +319,19 @@ def _run_stage(
                 if stopping:
                     raise Interrupted(str(run.folder))
 
-        found = accuracy(model, "none" if stage.mode == "none" else "hard", check_on, accelerator, progress)
+        mode = "none" if stage.mode == "none" else "hard"
+        found = accuracy(model, mode, check_on, accelerator, progress, teacher)
         model.mode = stage.mode
         row = _row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)
         run.add(
             {"event": "epoch", **row, **{f"val_{key}": value for key, value in found.row().items()}},
             (epochs_before + 1) * total,
         )
-        run.save(model, found.row()["top1"])
+        run.save(model, found.score)
         log(
-            f"{title} epoch {epoch + 1}/{stage.epochs}: loss {row['loss']:.4f}, train top-1 {row['top1']:.2f} %, "
-            f"{'dense' if stage.mode == 'none' else 'slim'} val top-1 {found.row()['top1']:.2f} %, "
+            f"{title} epoch {epoch + 1}/{stage.epochs}: loss {row['loss']:.4f}, "
+            f"train {_said(row)}, "
+            f"{'dense' if stage.mode == 'none' else 'slim'} val {_said(found.row())}, "
             f"{row['images_per_second']:.0f} img/s, {sums.seconds:.0f} s"
         )
         if sums.waited > 0.25 * sums.seconds and sums.seconds > 5:
@@ -418,18 +428,60 @@ def make_criterion(recipe: Recipe, model: SlimModel) -> tuple[Mixup | None, nn.M
     return None, LabelSmoothingCrossEntropy(section.label_smoothing)
 
 
+class CosineToDense(nn.Module):
+    """1 - the mean cosine between image embeddings (B, E) and those that the dense model gives the same images."""
+
+    def __init__(self, teacher: SlimModel | None) -> None:
+        super().__init__()
+        assert teacher is not None
+        # not a submodule: the teacher neither learns nor is saved
+        self.embed = teacher.embedding
+
+    def forward(self, embedding: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            dense = self.embed(images)
+        return 1 - nn.functional.cosine_similarity(embedding, dense.float(), dim=-1).mean()
+
+
+def _teacher(target: Target, recipe: Recipe, class_names: list[str] | None) -> SlimModel | None:
+    """A copy of the dense model as it is before training, where a stage learns from it or it has no classifier."""
+    model = target.model
+    by_labels = any(stage.loss == "labels" for stage in recipe.stages)
+    if by_labels:
+        check_classifier(model)
+    check_classes(model, class_names)
+    if by_labels and all(stage.loss == "labels" for stage in recipe.stages) and not model.backbone.compares_embeddings:
+        return None
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher.mode = "none"
+    return teacher
+
+
 @torch.no_grad()
 def accuracy(
-    model: SlimModel, mode: str, loader: DataLoader[Any], accelerator: Accelerator, progress: Progress
-) -> Accuracy:
-    """Accuracy of the model in `mode` on all images of all processes, in the precision of the training."""
+    model: SlimModel,
+    mode: str,
+    loader: DataLoader[Any],
+    accelerator: Accelerator,
+    progress: Progress,
+    teacher: SlimModel | None = None,
+) -> Scores:
+    """Accuracy of the model in `mode` on all images of all processes, in the precision of the training.
+
+    With a `teacher` also the cosine to its image embeddings; without a classifier that alone.
+    """
     model.eval()
     before, model.mode = model.mode, mode
-    found = Accuracy()
+    found = Scores()
     for batch, (images, targets) in enumerate(loader):
+        images = images.to(accelerator.device)
         with accelerator.autocast():
-            logits = model(images.to(accelerator.device))
-        found.add(*accelerator.gather_for_metrics((logits.float(), targets.to(accelerator.device))))
+            if model.architecture().num_outputs:
+                logits = model.logits(images).float()
+                found.accuracy.add(*accelerator.gather_for_metrics((logits, targets.to(accelerator.device))))
+            if teacher is not None:
+                pair = pooled(model.embedding(images)), pooled(teacher.embedding(images))
+                found.similarity.add(*accelerator.gather_for_metrics(pair))
         progress("validating", batch + 1, len(loader))
     model.mode = before
     return found
@@ -522,7 +574,7 @@ def _summarise(
             "precision": run.recipe.precision,
             "batch_size": batch_size,
             "versions": facts["versions"],
-            "before": {key: start[key] for key in ("top1", "top5", "loss")},
+            "before": {key: start[key] for key in ("top1", "top5", "loss", "similarity") if key in start},
             "rows": rows,
         }
         write_json(run.folder / SUMMARY, summary)
@@ -537,8 +589,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
     class_names = getattr(train_set, "class_names", None)
     target = from_recipe(recipe, recipe.name, class_names)
-    check_classifier(target.model)
-    check_classes(target.model, class_names)
+    _teacher(target, recipe, class_names)
     images = len(train_set)
     stages = []
     for stage in recipe.stages:
@@ -565,11 +616,23 @@ def _row(
         "epoch": epoch + 1,
         "batch": at.batch,
         "loss": round(sums.loss / sums.images, 5),
-        "top1": round(100 * sums.hits / sums.images, 3),
+        **_measured(stage, sums),
         "lr": lr,
         "images_per_second": round(speed, 2),
         "seconds": round(sums.seconds, 2),
     }
+
+
+def _measured(stage: StageSection, sums: EpochSums) -> dict[str, float]:
+    """What training itself measured: top-1 in percent, or the mean cosine."""
+    share = sums.hits / sums.images
+    return {"top1": round(100 * share, 3)} if stage.loss == "labels" else {"similarity": round(share, 5)}
+
+
+def _said(row: dict[str, Any]) -> str:
+    """Top-1 and cosine of a row in words, for the log."""
+    said = [f"top-1 {row['top1']:.2f} %"] if "top1" in row else []
+    return ", ".join([*said, *([f"cosine {row['similarity']:.4f}"] if "similarity" in row else [])])
 
 
 def _place(at: Position, recipe: Recipe) -> str:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from slimcli.backbones.timm_vit import backbone, build_model
+from slimcli.backbones.timm_families import backbone
+from slimcli.backbones.timm_vit import build_model
 from slimcli.errors import SlimError
 from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, life_moments, patches_per_layer
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from slimcli.schedule import Architecture
+from slimcli.attention import AttentionRecorder, biased_attention
+from slimcli.errors import SlimError
+from slimcli.schedule import Architecture, default_drop_layers, default_life_layer
 
 
 class Backbone(ABC):
@@ -28,6 +35,10 @@ class Backbone(ABC):
     head_reads_prefix_only: bool = False
     #: the first part of the names of the classifier's parameters, which may differ between data sets
     classifier_names: tuple[str, ...] = ("head",)
+    #: whether `slim eval` also reports the cosine between the slimmed and the dense image embedding
+    compares_embeddings: bool = False
+    #: which of `slimcli.attention.KERNELS` runs where keys have a bias
+    attention: str = "auto"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -36,51 +47,90 @@ class Backbone(ABC):
 
     @property
     @abstractmethod
-    def depth(self) -> int:
-        """Number of blocks L."""
-
-    @property
-    @abstractmethod
-    def embed_dim(self) -> int:
-        """Width D of a token."""
-
-    @property
-    @abstractmethod
-    def num_prefix_tokens(self) -> int:
-        """Number of tokens P before the patches; they are never dropped."""
-
-    @property
-    @abstractmethod
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches in an image of the model's own size."""
-
-    @property
-    @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of the images that the model takes."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, the first at index 0; patches may leave between any two of them."""
 
     @abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, 3, H, W) to the tokens (B, P + N, D) that enter block 1, and their `positions` or None."""
 
     @abstractmethod
-    def block(
-        self, layer: int, tokens: Tensor, positions: Tensor | None = None, key_bias: Tensor | None = None
-    ) -> Tensor:
-        """Run block `layer` (1-based). `key_bias` (B, P + n) is added to the attention logits of each key."""
-
-    @abstractmethod
     def head(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
-        """Tokens after the last block to logits.
+        """Tokens (B, P + n, D) after the last block to logits (B, C), final norm and pooling included.
 
-        `key_bias` is log w of every token: a classifier that pools patches weights them by w.
+        `key_bias` (B, P + n) is log w of every token: a classifier that pools patches weights them by w, as
+        `pool_mean` does. One that reads prefix tokens alone may ignore it.
         """
 
-    @abstractmethod
-    def architecture(self) -> Architecture:
-        """The numbers that the cost formula needs."""
+    # What can be inferred. Override what is not so in your model.
 
-    # What can be inferred.
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens P before the patches; they are never dropped. 1, the class token, by default."""
+        return 1
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+        return len(self.blocks)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of a token."""
+        return self._embedded[1]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches in an image of the model's own size."""
+        patches = self._embedded[0] - self.num_prefix_tokens
+        height, width = self.image_size
+        rows = round((patches * height / width) ** 0.5)
+        if rows < 1 or rows * (patches // rows) != patches:
+            raise SlimError(f"{patches} patches form no grid of {height} x {width} px: override grid_size")
+        return rows, patches // rows
+
+    @property
+    def life_layer(self) -> int:
+        """The block whose output the life head reads where nobody says otherwise: a third of the depth."""
+        return default_life_layer(self.depth)
+
+    def drop_layers(self, life_layer: int) -> tuple[int, ...]:
+        """The blocks after which patches leave where nobody says otherwise: three, spread from `life_layer` on."""
+        return default_drop_layers(self.depth, life_layer)
+
+    def block(self, layer: int, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Run block `layer` (1-based) on tokens (B, P + n, D)."""
+        output: Tensor = self.blocks[layer - 1](tokens)
+        return output
+
+    def masked_block(self, layer: int, tokens: Tensor, positions: Tensor | None, key_bias: Tensor) -> Tensor:
+        """Run block `layer` with `key_bias` (B, P + n) added to the attention logits of each key.
+
+        The bias is added where the block calls torch's `scaled_dot_product_attention`, in the kernel that
+        `slimcli.attention` chooses. A block that attends in another way needs its own version.
+        """
+        with biased_attention(key_bias, kernel=self.attention, where=f"block {layer} of {type(self.model).__name__}"):
+            return self.block(layer, tokens, positions)
+
+    def embedding(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """Tokens after the last block to the image embedding (B, E) that training on the cosine compares.
+
+        By default what `head` returns.
+        """
+        return self.head(tokens, key_bias)
+
+    def call(self, run: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Call the slimmed model as the dense one is called; `run` takes images (B, 3, H, W) to logits (B, C)."""
+        return run(*args, **kwargs)
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits (B, C) in what `call` returns."""
+        return output
 
     def preprocessing(self) -> dict[str, Any]:
         """How images are prepared: input_size (3, H, W), mean, std, interpolation, crop_pct, crop_mode."""
@@ -97,17 +147,24 @@ class Backbone(ABC):
         """Fit a state dict to the model: rename keys, resample the position embedding to the model's grid."""
         return state
 
+    def architecture(self) -> Architecture:
+        """The numbers that the cost formula needs.
+
+        Read off the model by counting the multiply-adds of its parts at two numbers of tokens; nothing is computed.
+        """
+        return self._architecture
+
     def global_attention(self, layer: int, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run block `layer`; return its output and the attention (B, N) that the global token pays to each patch.
+        """Run block `layer`; return its output and the attention (B, n) that the global token pays to each patch.
 
         Averaged over heads. The queries and keys are read where the block hands them to
         `scaled_dot_product_attention`; a block that attends in another way needs its own version.
         """
-        recorder = _AttentionRecorder()
+        recorder = AttentionRecorder()
         with recorder:
             output = self.block(layer, tokens, positions)
         if recorder.query is None or recorder.key is None:
-            raise RuntimeError(
+            raise SlimError(
                 f"block {layer} of {type(self.model).__name__} does not use scaled_dot_product_attention: "
                 f"{type(self).__name__}.global_attention must be written for it"
             )
@@ -117,46 +174,117 @@ class Backbone(ABC):
         attention = (whole @ key.transpose(-2, -1) * scale).softmax(dim=-1)
         return output, attention[:, :, 0, prefix:].mean(dim=1)
 
+    @cached_property
+    def _embedded(self) -> tuple[int, int]:
+        """Number of tokens P + N, and their width D."""
+        with without_computing():
+            tokens, _ = self.embed(self._images())
+        return tokens.shape[1], tokens.shape[2]
 
-class _AttentionRecorder(TorchFunctionMode):
-    """Remembers the queries and keys (B, heads, n, d) of the first fused attention that runs inside it."""
+    @cached_property
+    def _architecture(self) -> Architecture:
+        prefix = self.num_prefix_tokens
+        training = self.model.training
+        self.model.eval()
+        try:
+            with without_computing():
+                embedding, (tokens, positions) = counted(lambda: self.embed(self._images()))
+                patches = tokens.shape[1] - prefix
+                sizes = patches, max(1, patches // 2), max(1, patches // 4)
+                inputs = [(tokens[:, : prefix + n], _first(positions, n)) for n in dict.fromkeys(sizes)]
+                costs: dict[tuple[Any, ...], list[int]] = {}
+                kinds = [_kind(block) for block in self.blocks]
+                for layer, kind in enumerate(kinds, 1):
+                    if kind not in costs:
+                        costs[kind] = [counted(partial(self.block, layer, *part))[0] for part in inputs]
+                heads = [counted(partial(self.head, part))[0] for part, _ in inputs]
+                outputs = self.head(tokens).shape[-1]
+        finally:
+            self.model.train(training)
+        lengths = [part.shape[1] for part, _ in inputs]
+        curves = [_parabola(lengths, costs[kind]) for kind in kinds]
+        per_patch = (heads[0] - heads[-1]) // max(1, sizes[0] - sizes[-1])
+        return Architecture(
+            embed_dim=tokens.shape[2],
+            num_patches=patches,
+            num_prefix_tokens=prefix,
+            patch_weights=embedding // patches,
+            block_weights=tuple(weights for _, weights, _ in curves),
+            # what blocks cost whatever the number of tokens (a table of relative positions) stands with the head
+            head_fixed=heads[0] - per_patch * patches + sum(fixed for fixed, _, _ in curves),
+            head_per_patch=per_patch,
+            attention_dim=curves[0][2],
+            num_outputs=outputs if self.has_classifier else 0,
+        )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.query: Tensor | None = None
-        self.key: Tensor | None = None
-        self.scale: float | None = None
+    @property
+    def has_classifier(self) -> bool:
+        """Whether `head` ends in a classifier; without one it returns features."""
+        return any(name.split(".")[0] in self.classifier_names for name, _ in self.model.named_parameters())
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self.query is None:
-            query = args[0] if args else kwargs["query"]
-            key = args[1] if len(args) > 1 else kwargs["key"]
-            self.query, self.key, self.scale = query, key, kwargs.get("scale")
-        return func(*args, **kwargs)
+    def _images(self) -> Tensor:
+        parameter = next(self.model.parameters())
+        channels = self.preprocessing()["input_size"][0]
+        return torch.zeros(1, channels, *self.image_size, device=parameter.device, dtype=parameter.dtype)
 
 
-def linear_weights(module: nn.Module) -> int:
-    """Weights of all linear layers in `module`: the multiply-adds that one token costs in them."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+@contextmanager
+def without_computing() -> Iterator[None]:
+    """Run modules for the shapes alone: tensors made inside hold no numbers."""
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
-def convolution_multiply_adds(module: nn.Module, images: Tensor) -> int:
-    """Multiply-adds of the convolutions and linear layers that run when `module` takes `images`, for one image."""
-    total = 0
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what torch's formulas say of the operators that run inside it."""
 
-    def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        nonlocal total
-        if isinstance(layer, nn.Conv2d):
-            total += output[0].numel() * layer.weight[0].numel()
-        elif isinstance(layer, nn.Linear):
-            total += output[0].numel() * layer.in_features
+    flops = 0
 
-    handles = [layer.register_forward_hook(count) for layer in module.modules()]
-    try:
-        with torch.no_grad():
-            module(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def counted(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Multiply-adds of the matrix products and convolutions in a call, and what it returns."""
+    counter = _Counter()  # type: ignore[no-untyped-call]
+    # fused kernels hide their products from the counter
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        result = run()
+    return counter.flops // 2, result
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What decides the cost of a block: the modules in it and the shapes of their parameters."""
+    modules = tuple(type(module).__name__ for module in block.modules())
+    return modules, tuple(tuple(parameter.shape) for parameter in block.parameters())
+
+
+def _first(positions: Tensor | None, count: int) -> Tensor | None:
+    return None if positions is None else positions[:, :count]
+
+
+def _parabola(tokens: Sequence[int], cost: Sequence[int]) -> tuple[int, int, int]:
+    """F, W and A of the cost F + W n + 2 A n^2 of a block, from its cost at up to three numbers of tokens."""
+    if len(tokens) == 1:
+        return 0, cost[0] // tokens[0], 0
+    if len(tokens) == 2:
+        (n, m), (whole, part) = tokens, cost
+        square = (whole * m - part * n) // (n * m * (n - m))
+        return 0, (whole - square * n * n) // n, square // 2
+    (n, m, k), (whole, half, quarter) = tokens, cost
+    steep, flat = (whole - half) // (n - m), (half - quarter) // (m - k)
+    square = (steep - flat) // (n - k)
+    weights = steep - square * (n + m)
+    return whole - weights * n - square * n * n, weights, square // 2
+
+
+def pool_mean(tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
+    """The mean of tokens (B, n, D) over n, each weighted by exp of its bias (B, n)."""
+    if key_bias is None:
+        return tokens.mean(dim=1)
+    # softmax: exp(key_bias) that sums to one, and does not vanish when every bias is far below zero
+    return (tokens * key_bias.softmax(dim=1).unsqueeze(-1).to(tokens.dtype)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The hooks of the built-in plugin for timm's plain Vision Transformers. timm itself is imported when first needed."""
+"""The hooks of the built-in plugin for timm's Vision Transformers. timm itself is imported when first needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from slimcli.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from slimcli.backbones.base import Backbone
@@ -15,9 +17,13 @@ if TYPE_CHECKING:
 @hookimpl
 def slim_backbone_names() -> dict[str, str]:
     return {
-        "vit_*": "timm's plain ViTs: ImageNet, DINOv2, MAE, CLIP and SigLIP vision towers, with or without registers",
+        "vit_*": "timm's ViTs: ImageNet, DINOv2, DINOv3, MAE, CLIP, SigLIP, with or without registers and rope",
         "deit_*": "DeiT, with and without distillation token",
         "deit3_*": "DeiT III",
+        "beit*": "BEiT and BEiT v2",
+        "eva*": "EVA and EVA-02",
+        "cait_*": "CaiT",
+        "naflexvit_*": "NaFlex ViT on images of one size",
         "digits_vit": "the small ViT that comes with slim",
     }
 
@@ -30,7 +36,21 @@ def slim_build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Mo
 
 
 @hookimpl
-def slim_backbone(model: nn.Module) -> Backbone | None:
+def slim_check_models() -> dict[str, Callable[[], nn.Module]]:
+    from slimcli.backbones import timm_families
+
+    return timm_families.small_models()
+
+
+@hookimpl
+def slim_similar_names(name: str) -> list[str]:
     from slimcli.backbones import timm_vit
 
-    return timm_vit.backbone(model)
+    return timm_vit.similar_names(name)
+
+
+@hookimpl
+def slim_backbone(model: nn.Module) -> Backbone | None:
+    from slimcli.backbones import timm_families
+
+    return timm_families.backbone(model)

@@ -1,22 +1,23 @@
-"""timm's plain Vision Transformers, run through timm's own layers and blocks."""
+"""timm's Vision Transformers, run through timm's own layers and blocks."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from slimcli.backbones.base import Backbone, convolution_multiply_adds, linear_weights
+from slimcli.attention import biased_attention
+from slimcli.backbones.base import Backbone, pool_mean
 from slimcli.errors import SlimError
-from slimcli.schedule import Architecture
 
 DIGITS_VIT = Path(__file__).parent.parent / "assets" / "digits_vit"
 
@@ -52,39 +53,16 @@ def _dense_weights(state: dict[str, Tensor], _model: nn.Module) -> dict[str, Ten
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
-# Why a family of timm's cannot drop patches, by the start of its module's name.
-REFUSED = {
-    "swin": "it attends within fixed windows and merges neighbouring patches between stages",
-    "vision_transformer_sam": "most of its blocks attend within fixed windows",
-    "vitamin": "it puts convolutions between its stages",
-    "maxxvit": "it attends within windows and grids and has convolutions between them",
-    "coatnet": "it has convolutions between its blocks",
-    "convnext": "it has no patches that could be dropped: it is a convolutional network",
-    "resnet": "it has no patches that could be dropped: it is a convolutional network",
-    "efficientnet": "it has no patches that could be dropped: it is a convolutional network",
-    "pvt": "it attends to a convolved, downsampled grid of keys",
-    "pit": "it pools its patches with convolutions between stages",
-    "levit": "it downsamples its grid of patches between stages",
-    "hiera": "it merges patches between stages",
-    "mvitv2": "it pools queries and keys on the grid in every block",
-    "twins": "it attends within windows and has convolutions between its blocks",
-    "coat": "it has convolutions in its attention",
-    "crossvit": "it runs two grids of patches side by side",
-    "davit": "it attends within fixed windows",
-    "focalnet": "it has convolutions in place of attention",
-    "mixer": "it mixes patches with weights fixed to their places",
-    "mlp_mixer": "it mixes patches with weights fixed to their places",
-    "nest": "it attends within blocks of the grid and merges them",
-    "volo": "it attends within windows around each patch",
-    "xcit": "it has convolutions in every block and attends over channels",
-}
-
-
 def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module | None:
     """`timm.create_model`, with its errors put plainly; None where timm has no such model."""
     hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not hub and not timm.is_model(name):
         return None
+    if name.startswith("naflexvit") and "img_size" in args:
+        # these take any size and do not say which one they were built for
+        size = args["img_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        args = {**args, "pretrained_cfg_overlay": {"input_size": (args.get("in_chans", 3), height, width)}}
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
     except (TypeError, AssertionError, ValueError) as error:
@@ -104,43 +82,23 @@ def similar_names(name: str) -> list[str]:
     return difflib.get_close_matches(name, timm.list_models(), n=3)
 
 
-def backbone(model: nn.Module) -> Backbone | None:
-    """The adapter for `model`; None if it is not timm's; `SlimError` with the reason if it cannot drop patches."""
-    if isinstance(model, VisionTransformer):
-        if type(model).forward_features is not VisionTransformer.forward_features:
-            raise SlimError(
-                f"{type(model).__name__} runs its blocks in its own way: a backbone plugin must tell slim how"
-            )
-        return TimmViT(model)
-    family = type(model).__module__
-    if not family.startswith("timm.models."):
-        return None
-    family = family.removeprefix("timm.models.")
-    name = type(model).__name__
-    for prefix in sorted(REFUSED, key=len, reverse=True):
-        if family.startswith(prefix):
-            raise SlimError(f"{name} cannot be slimmed: {REFUSED[prefix]}")
-    raise SlimError(f"{name} (timm.models.{family}) is not a plain ViT that slim knows; `slim plugins` lists what is")
-
-
 class TimmViT(Backbone):
-    """timm's `VisionTransformer` and its distilled variant."""
+    """timm's `VisionTransformer` and its distilled variant, and what its other ViTs have in common with it."""
 
     model: VisionTransformer
     classifier_names = ("head", "head_dist")
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.global_token = "cls" if model.has_class_token else "mean"
+        self.global_token = "cls" if self._has_class_token() else "mean"
         self.head_reads_prefix_only = isinstance(model, VisionTransformerDistilled) or model.global_pool == "token"
 
-    @property
-    def depth(self) -> int:
-        return len(self.model.blocks)
+    def _has_class_token(self) -> bool:
+        return getattr(self.model, "cls_token", None) is not None
 
     @property
-    def embed_dim(self) -> int:
-        return self.model.embed_dim
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.model.blocks
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -154,35 +112,50 @@ class TimmViT(Backbone):
     def image_size(self) -> tuple[int, int]:
         return self.model.patch_embed.img_size
 
+    @property
+    def has_classifier(self) -> bool:
+        return self.model.num_classes > 0
+
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         model = self.model
         tokens = model._pos_embed(model.patch_embed(images))
         return model.norm_pre(model.patch_drop(tokens)), None
 
-    def block(
-        self, layer: int, tokens: Tensor, positions: Tensor | None = None, key_bias: Tensor | None = None
-    ) -> Tensor:
-        block = self.model.blocks[layer - 1]
-        if key_bias is None:
-            return block(tokens)
-        return block(tokens, attn_mask=_attention_mask(key_bias, tokens))
-
     def head(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
-        model = self.model
-        tokens = model.norm(tokens)
-        if key_bias is None or self.head_reads_prefix_only or model.global_pool == "":
-            return model.forward_head(tokens)
-        first = 0 if model.pool_include_prefix else model.num_prefix_tokens
-        pooled = self._pool(tokens[:, first:], key_bias[:, first:])
-        return model.head(model.head_drop(model.fc_norm(pooled)))
+        if isinstance(self.model, VisionTransformerDistilled):
+            return self.model.forward_head(self.model.norm(tokens))
+        return self._classify(self._features(tokens, key_bias), pre_logits=False)
 
-    def _pool(self, tokens: Tensor, key_bias: Tensor) -> Tensor:
-        """timm's pooling with every token weighted by exp(key_bias)."""
+    def embedding(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        if isinstance(self.model, VisionTransformerDistilled):
+            return self.model.forward_head(self.model.norm(tokens), pre_logits=True)
+        return self._classify(self._features(tokens, key_bias), pre_logits=True)
+
+    def _classify(self, features: Tensor, pre_logits: bool) -> Tensor:
+        model = self.model
+        # a model without pooling normalises and classifies every token
+        features = model.head_drop(model.fc_norm(features))
+        return features if pre_logits else model.head(features)
+
+    def _features(self, tokens: Tensor, key_bias: Tensor | None) -> Tensor:
+        """timm's final norm and pooling, with every token weighted by exp(key_bias)."""
+        tokens = self.model.norm(tokens)
+        if key_bias is None or self.head_reads_prefix_only or self.model.global_pool == "":
+            return self._pool(tokens)
+        return self._weighted_pool(tokens, key_bias)
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        return self.model.pool(tokens)
+
+    def _weighted_pool(self, tokens: Tensor, key_bias: Tensor) -> Tensor:
         model, kind = self.model, self.model.global_pool
+        first = 0 if getattr(model, "pool_include_prefix", False) else self.num_prefix_tokens
         if kind == "map":
-            return model.attn_pool(tokens, attn_mask=_attention_mask(key_bias, tokens))
-        # softmax: exp(key_bias) that sums to one, and does not vanish when every bias is far below zero
-        mean = (tokens * key_bias.softmax(dim=1).unsqueeze(-1).to(tokens.dtype)).sum(dim=1)
+            first = first if hasattr(model, "pool_include_prefix") else 0
+            with biased_attention(key_bias[:, first:], kernel=self.attention, where="the attention pooling"):
+                return self._pool(tokens)
+        tokens, key_bias = tokens[:, first:], key_bias[:, first:]
+        mean = pool_mean(tokens, key_bias)
         if kind == "avg":
             return mean
         if kind in ("max", "avgmax"):
@@ -191,32 +164,9 @@ class TimmViT(Backbone):
             return maximum if kind == "max" else 0.5 * (maximum + mean)
         raise SlimError(f"pooling {kind!r} cannot weight its patches: train in hard mode instead of soft")
 
-    def architecture(self) -> Architecture:
-        model = self.model
-        rows, columns = self.grid_size
-        weight = next(model.parameters())
-        image = torch.zeros(1, model.in_chans, *self.image_size, device=weight.device, dtype=weight.dtype)
-        embedding = convolution_multiply_adds(model.patch_embed, image)
-        head_fixed = sum(linear_weights(getattr(model, name)) for name in ("head", "head_dist") if hasattr(model, name))
-        head_per_patch = 0
-        if model.global_pool == "map":
-            keys_and_values = linear_weights(model.attn_pool.kv)
-            head_fixed += linear_weights(model.attn_pool) - keys_and_values
-            head_per_patch = keys_and_values + 2 * model.embed_dim
-        return Architecture(
-            embed_dim=model.embed_dim,
-            num_patches=rows * columns,
-            num_prefix_tokens=model.num_prefix_tokens,
-            patch_weights=embedding // (rows * columns),
-            block_weights=tuple(linear_weights(block) for block in model.blocks),
-            head_fixed=head_fixed,
-            head_per_patch=head_per_patch,
-            attention_dim=getattr(getattr(model.blocks[0], "attn", None), "attn_dim", None),
-            num_outputs=model.num_classes,
-        )
-
     def adapt_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return checkpoint_filter_fn(dict(state), self.model, interpolation="bicubic", antialias=True)
+        module = sys.modules[family(type(self.model))]
+        return module.checkpoint_filter_fn(dict(state), self.model)
 
     def preprocessing(self) -> dict[str, Any]:
         config = timm.data.resolve_model_data_config(self.model)
@@ -224,8 +174,6 @@ class TimmViT(Backbone):
         return config
 
 
-def _attention_mask(key_bias: Tensor, tokens: Tensor) -> Tensor:
-    """A bias per key (B, n) as the mask (B, 1, 1, n) that attention broadcasts, in the dtype attention runs in."""
-    device = tokens.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-    return key_bias[:, None, None, :].to(dtype)
+def family(kind: type) -> str:
+    """The module of timm's that a model class or its nearest ancestor there comes from."""
+    return str(next(base.__module__ for base in kind.__mro__ if base.__module__.startswith("timm.models.")))

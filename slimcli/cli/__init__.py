@@ -40,11 +40,11 @@ class SlimGroup(click.Group):
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *sorted(_added())]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
-            return None
+            return _added().get(name)
         command: click.Command = importlib.import_module(f"slimcli.cli.{name}").command
         return command
 
@@ -52,6 +52,10 @@ class SlimGroup(click.Group):
         # click would import every command for its help line
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+        added = _added()
+        if added:
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl([(name, added[name].get_short_help_str(80)) for name in sorted(added)])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,6 +72,13 @@ class SlimGroup(click.Group):
             message, code = _explain(error)
             click.echo(message, err=True)
             ctx.exit(code)
+
+
+def _added() -> dict[str, click.Command]:
+    """The commands of installed plugins, without those that bear the name of one of slim's own."""
+    from slimcli.plugins import commands
+
+    return {name: command for name, command in commands().items() if name not in COMMANDS}
 
 
 def _explain(error: Exception) -> tuple[str, int]:

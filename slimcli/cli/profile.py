@@ -61,6 +61,7 @@ def command(
             layers = profile.per_layer(found.model, keep_rates, batch, where, dtype, progress=progress)
 
     threads = torch.get_num_threads()
+    kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {where.type}, {threads} threads, {chosen_precision}, batch {batch}")
     titles = ["Keep", "G MACs", "M params", "img/s", "Speed-up", "of ideal", "p50 ms", "p95 ms", "MiB"]
     columns = (("gmacs", 2), ("params_millions", 1), ("images_per_second", 1), ("speedup", 2))
@@ -76,6 +77,7 @@ def command(
         for index, row in enumerate(rows)
     ]
     display.table(titles, body, "of ideal: speed-up over the ratio of multiply-adds; p50, p95: latency at batch 1")
+    display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     for row in rows[1:]:
         if row["realised"] < REALISED_ENOUGH:
             display.warn(
@@ -91,6 +93,7 @@ def command(
         "precision": chosen_precision,
         "batch_size": batch,
         "versions": versions(),
+        "attention": kernels,
         "rows": rows,
     }
     if layers is not None:

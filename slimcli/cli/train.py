@@ -82,7 +82,8 @@ def command(
     display.line()
     across(display, summary["rows"], f"{loaded.data.name or loaded.data.root} ({loaded.data.val_split}), best epoch")
     start = summary["before"]
-    display.line(f"before training, dense: top-1 {start['top1']:.2f} %")
+    if "top1" in start:
+        display.line(f"before training, dense: top-1 {start['top1']:.2f} %")
     from slimcli.report import report_of_training
 
     with display.progress() as progress:
