@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from slimcli.cli import debug_option
 from slimcli.cli.options import json_option
 
 
-@click.command("plugins")
+@click.group("plugins", invoke_without_command=True)
 @json_option
 @debug_option
-def command(as_json: bool) -> None:
-    """What is installed, with versions, and which models each plugin serves."""
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """What is installed, with versions, and which models each plugin serves.
+
+    With --debug also the traceback of every plugin that failed.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
     from slimcli.cli.display import Display
-    from slimcli.plugins import installed
+    from slimcli.plugins import failures, installed
 
     display = Display(as_json)
     plugins = installed()
@@ -22,10 +30,83 @@ def command(as_json: bool) -> None:
         display.line(f"{plugin.name} ({plugin.package} {plugin.version})")
         for name, about in plugin.backbones.items():
             display.line(f"  {name:<12} {about}")
+        for name, about in plugin.datasets.items():
+            display.line(f"  data {name}: {about}")
+        for name, about in plugin.commands.items():
+            display.line(f"  slim {name}: {about}")
+    for failure in failures if ctx.meta.get("slim.debug") else ():
+        display.line(f"{failure}\n{failure.traceback()}")
     display.document(
         {
             "plugins": [
-                {"name": p.name, "package": p.package, "version": p.version, "backbones": p.backbones} for p in plugins
-            ]
+                {
+                    "name": p.name,
+                    "package": p.package,
+                    "version": p.version,
+                    "backbones": p.backbones,
+                    "datasets": p.datasets,
+                    "commands": p.commands,
+                }
+                for p in plugins
+            ],
+            "failures": [
+                {"plugin": f.plugin, "package": f.package, "asked": f.asked, "error": str(f.error)} for f in failures
+            ],
         }
     )
+
+
+@command.command("check")
+@click.argument("name")
+@click.option("--model", help="A model's name, built with random weights.  [default: the plugin's small models]")
+@json_option
+@debug_option
+@click.pass_context
+def check(ctx: click.Context, name: str, model: str | None, as_json: bool) -> None:
+    """Prove that the backbones of the plugin NAME do what slim needs, on small random models.
+
+    Exit code 1 if a check fails.
+    """
+    from slimcli.cli.display import Display
+    from slimcli.conformance import CHECKS, check_backbone
+    from slimcli.plugins import check_models
+
+    display = Display(as_json)
+    found = {}
+    builders = check_models(name, model)
+    with display.progress() as progress:
+        for done, (label, build) in enumerate(builders.items()):
+            progress(label, done, len(builders))
+            found[label] = check_backbone(build(), plugin=name)
+    if len(found) == 1:
+        label, outcomes = next(iter(found.items()))
+        display.line(f"{label}, plugin {name}")
+        rows = [[outcome.name, "pass" if outcome.passed else "FAIL"] for outcome in outcomes]
+        display.table(["Check", "Outcome"], rows, left=True)
+    else:
+        rows = [[label, f"{sum(o.passed for o in found[label])} of {len(CHECKS)}"] for label in found]
+        display.table(["Model", "Checks passed"], rows, left=True)
+    failed = [(label, outcome) for label, outcomes in found.items() for outcome in outcomes if not outcome.passed]
+    for label, outcome in failed:
+        display.line(f"FAIL {label}: {outcome.name}: {outcome.reason}")
+        display.line(f"     change {outcome.where}")
+    display.document({"plugin": name, "models": {k: [vars(o) for o in v] for k, v in found.items()}})
+    if failed:
+        ctx.exit(1)
+
+
+@command.command("new")
+@click.argument("name")
+@click.option("--to", type=click.Path(path_type=Path), help="Folder to write.  [default: slim-NAME]")
+@debug_option
+def new(name: str, to: Path | None) -> None:
+    """Write a plugin package for a model of your own: a tiny ViT, its backbone, and tests that pass."""
+    from slimcli.cli.display import Display
+    from slimcli.scaffold import write_plugin
+
+    folder = write_plugin(name, to)
+    display = Display()
+    display.line(f"Wrote {folder}. Next:")
+    display.line(f"  pip install -e {folder}")
+    display.line(f"  slim plugins check {name}")
+    display.line(f"  python -m pytest {folder}")
