@@ -1,0 +1,147 @@
+"""How slim runs open_clip's vision towers."""
+
+import slimcli
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+
+from slim_openclip.tower import ImageTower
+
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def find_backbone(model):
+    """The adapter for a tower, alone or in an `ImageTower`; None for anything else."""
+    visual = model.visual if isinstance(model, ImageTower) else model
+    if isinstance(visual, VisionTransformer):
+        if visual.attn_pool is not None and visual.attn_pool_contrastive is not None:
+            raise slimcli.SlimError("a tower with two attentional poolings cannot be slimmed: one reads the other's")
+        return OpenClipViT(model)
+    if isinstance(visual, TimmModel):
+        return TimmTower(model)
+    kind = type(model)
+    if kind.__module__.startswith("open_clip."):
+        if hasattr(model, "visual"):
+            raise slimcli.SlimError(f"give the tower of a {kind.__name__}: model.visual = slimcli.slim(model.visual)")
+        raise slimcli.SlimError(f"open_clip's {kind.__name__} cannot be slimmed: it is not a Vision Transformer")
+    return None
+
+
+class Tower(slimcli.Backbone):
+    """What towers have in common: an embedding, compared with the dense one, and class texts on top of it."""
+
+    compares_embeddings = True
+    classifier_names = ("class_embeddings", "logit_scale")
+
+    @property
+    def visual(self):
+        return self.model.visual if isinstance(self.model, ImageTower) else self.model
+
+    @property
+    def image_size(self):
+        return tuple(self.visual.image_size)
+
+    @property
+    def has_classifier(self):
+        return isinstance(self.model, ImageTower) and self.model.class_embeddings is not None
+
+    def head(self, tokens, key_bias=None):
+        embedding = self.embedding(tokens, key_bias)
+        return self.model.classify(embedding) if isinstance(self.model, ImageTower) else embedding
+
+    def preprocessing(self):
+        said = getattr(self.visual, "preprocess_cfg", {})
+        mean, std = said.get("mean", CLIP[0]), said.get("std", CLIP[1])
+        return {**super().preprocessing(), "mean": tuple(mean), "std": tuple(std)}
+
+
+class OpenClipViT(Tower):
+    """open_clip's own Vision Transformer."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.head_reads_prefix_only = self.visual.attn_pool is None and self.visual.pool_type == "tok"
+
+    @property
+    def blocks(self):
+        return self.visual.transformer.resblocks
+
+    @property
+    def grid_size(self):
+        return tuple(self.visual.grid_size)
+
+    def embed(self, images):
+        return self.visual._embeds(images), None
+
+    def block(self, layer, tokens, positions=None):
+        return self.run(layer, tokens, None)
+
+    def masked_block(self, layer, tokens, positions, key_bias):
+        return self.run(layer, tokens, key_bias)
+
+    def run(self, layer, tokens, key_bias):
+        block = self.blocks[layer - 1]
+        if not isinstance(block.attn, nn.MultiheadAttention):
+            if key_bias is None:
+                return block(tokens)
+            with slimcli.biased_attention(key_bias, kernel=self.attention, where=f"block {layer}"):
+                return block(tokens)
+        tokens = tokens + block.ls_1(self.attend(block.attn, block.ln_1(tokens), key_bias))
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+    def attend(self, attn, x, key_bias):
+        """torch's MultiheadAttention with a bias per key on the kernel that slim chooses."""
+        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        query, key, value = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = slimcli.attend(query, key, value, key_bias, kernel=self.attention)
+        return attn.out_proj(out.transpose(1, 2).flatten(2))
+
+    def embedding(self, tokens, key_bias=None):
+        visual = self.visual
+        if visual.attn_pool is not None and key_bias is not None:
+            with slimcli.biased_attention(key_bias, kernel=self.attention, where="the attentional pooling"):
+                pooled, _ = visual._pool(tokens)
+        elif visual.pool_type == "avg" and visual.attn_pool is None and key_bias is not None:
+            norm = visual.ln_post
+            after = visual.final_ln_after_pool
+            pooled = slimcli.pool_mean((tokens if after else norm(tokens))[:, 1:], key_bias[:, 1:])
+            pooled = norm(pooled) if after else pooled
+        else:
+            pooled, _ = visual._pool(tokens)
+        return pooled if visual.proj is None else pooled @ visual.proj
+
+
+class TimmTower(Tower):
+    """A timm model in open_clip's clothes: slim's own adapter for the trunk, and the tower's projection."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.trunk = slimcli.slim(self.visual.trunk, keep_rate=1.0).backbone
+        self.global_token = self.trunk.global_token
+        self.head_reads_prefix_only = self.trunk.head_reads_prefix_only
+
+    @property
+    def image_size(self):
+        return self.trunk.image_size
+
+    @property
+    def blocks(self):
+        return self.trunk.blocks
+
+    @property
+    def num_prefix_tokens(self):
+        return self.trunk.num_prefix_tokens
+
+    def embed(self, images):
+        return self.trunk.embed(images)
+
+    def block(self, layer, tokens, positions=None):
+        return self.trunk.block(layer, tokens, positions)
+
+    def masked_block(self, layer, tokens, positions, key_bias):
+        self.trunk.attention = self.attention
+        return self.trunk.masked_block(layer, tokens, positions, key_bias)
+
+    def embedding(self, tokens, key_bias=None):
+        return self.visual.head(self.trunk.head(tokens, key_bias))
