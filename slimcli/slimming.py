@@ -260,7 +260,7 @@ def slim(
 ) -> SlimModel:
     """Make a model drop patches: `slim(timm.create_model("deit_small_patch16_224", pretrained=True))`.
 
-    The life head starts untrained: run `slimcli.calibrate` or `slim train` before expecting accuracy.
+    The life head starts untrained: run `slim calibrate` or `slim train` before expecting accuracy.
 
     Args:
         model: a model that an installed plugin serves, or the name of one (built with pretrained weights).
