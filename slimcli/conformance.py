@@ -278,6 +278,36 @@ def cost(subject: Subject) -> None:
             raise Failed(f"the cost formula says {said:,} multiply-adds {what}, counted are {found:,}", "architecture")
 
 
+def exact_savings(subject: Subject) -> None:
+    slim, one = subject.slim, subject.images[:1]
+    backbone = subject.backbone
+    for mode in ("none", "hard", "soft"):
+        slim.exact_savings = False
+        expected = subject.run(mode)
+        slim.exact_savings = True
+        found = _difference(subject.run(mode), expected)
+        if found > ROUNDING:
+            hint = "head reads patches though head_reads_prefix_only is True" if backbone.head_reads_prefix_only else ""
+            raise Failed(
+                f"narrow blocks change the logits by {found:.1e} of the largest ({mode})" + (hint and f": {hint}"),
+                "narrow_block",
+                "head",
+            )
+        if mode == "soft":
+            continue
+        counts = None if mode == "none" else slim.patches_per_layer
+        architecture = slim.architecture()
+        said = architecture.multiply_adds(counts) - architecture.exact_savings(
+            counts, None if mode == "none" else slim.schedule.life_layer
+        )
+        with torch.no_grad():
+            cost, _ = counted(lambda: slim.logits(one))
+        if abs(said - cost) > 0.01 * cost:
+            raise Failed(
+                f"with narrow blocks the cost formula says {said:,} multiply-adds, counted are {cost:,}", "narrow_block"
+            )
+
+
 def kernels(subject: Subject) -> None:
     backbone = subject.backbone
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -325,6 +355,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "any batch size": batch_size,
     "save and load round-trip": save_and_load,
     "the cost formula equals the counted cost": cost,
+    "exact savings change no logits": exact_savings,
     "every attention kernel agrees": kernels,
     "no graph break and no host sync": export_friendly,
 }

@@ -111,28 +111,35 @@ def pooled(output: Tensor) -> Tensor:
 
 @dataclass
 class Variant:
-    """A way to run the model: dense (`schedule` None) or under a schedule."""
+    """A way to run the model: dense (`schedule` None) or under a schedule, with `exact_savings` or without."""
 
     schedule: Schedule | None
+    exact_savings: bool = False
     scores: Scores = field(default_factory=Scores)
     seconds: list[float] = field(default_factory=list)
 
     def set(self, model: SlimModel) -> None:
         model.mode = "none" if self.schedule is None else "hard"
+        model.exact_savings = self.exact_savings
         if self.schedule is not None:
             model.schedule = self.schedule
 
 
-def describe(model: SlimModel, schedule: Schedule | None) -> dict[str, Any]:
+def describe(model: SlimModel, schedule: Schedule | None, exact_savings: bool = False) -> dict[str, Any]:
     """What can be said of a variant without running it: keep rate, schedule, cost, parameters."""
-    architecture = model.architecture()
+    architecture, heirs = model.architecture(), bool(schedule) and model.dead == "heir"
     counts = schedule.resolve(architecture.num_patches) if schedule else None
     dense = sum(p.numel() for p in model.model.parameters())
     head = sum(p.numel() for p in model.life_head.parameters()) if schedule else 0
+    cost = architecture.multiply_adds(counts, heirs)
+    if exact_savings:
+        cost -= architecture.exact_savings(counts, schedule.life_layer if schedule and not heirs else None)
     return {
+        "dense": schedule is None,
         "keep_rate": schedule.keep_rate if schedule else None,
+        "exact_savings": exact_savings,
         "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
-        "gmacs": round(architecture.multiply_adds(counts, heirs=bool(schedule) and model.dead == "heir") / 1e9, 4),
+        "gmacs": round(cost / 1e9, 4),
         "params_millions": round((dense + head) / 1e6, 4),
     }
 
@@ -177,8 +184,9 @@ def evaluate(
     of the ratios within a batch. Small sets are topped up with more rounds on the last full batch.
     """
     model = model.to(device, dtype).eval()
-    variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
-    before = model.mode, model.schedule
+    before = model.mode, model.schedule, model.exact_savings
+    # the dense model runs as its library runs it, whatever the slimmed one leaves out
+    variants = [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
     has_classes = model.architecture().num_outputs > 0
     timed: Tensor | None = None
     warm = False
@@ -214,12 +222,12 @@ def evaluate(
         more = measure.interleave([partial(_run, model, variant, timed) for variant in variants], device, extra, 0.0)
         for variant, seconds in zip(variants, more, strict=True):
             variant.seconds += seconds
-    model.mode, model.schedule = before
+    model.mode, model.schedule, model.exact_savings = before
     rows = []
     for variant in variants:
         rows.append(
             {
-                **describe(model, variant.schedule),
+                **describe(model, variant.schedule, variant.exact_savings),
                 "images": variant.scores.count,
                 **variant.scores.row(),
                 "images_per_second": round(timed.shape[0] / statistics.median(variant.seconds), 2),

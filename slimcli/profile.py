@@ -17,6 +17,7 @@ from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
 from slimcli.evaluate import Variant, describe, schedules
 from slimcli.progress import Progress, no_progress
+from slimcli.schedule import Architecture
 from slimcli.slimming import SlimModel
 
 DEFAULT_BATCH = {"cuda": 128, "mps": 32, "cpu": 16}
@@ -38,15 +39,16 @@ def profile(
     dtype: torch.dtype = torch.float32,
     min_seconds: float = 3.0,
     progress: Progress = no_progress,
+    exact_savings: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows for the dense model and each keep rate.
+    """Rows for the dense model and each keep rate; with `exact_savings` all of them once more with it.
 
     Throughput is the median over interleaved rounds at `batch_size`, latency the p50 and p95 at batch 1, and
     `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
     """
     model = model.to(device, dtype).eval()
-    before = model.mode, model.schedule
-    variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
+    before = model.mode, model.schedule, model.exact_savings
+    variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)
 
     def runs(batch: Tensor) -> list[partial[Tensor]]:
@@ -57,7 +59,7 @@ def profile(
     rows: list[dict[str, Any]] = []
     for index, (variant, seconds, latency) in enumerate(zip(variants, times, latencies, strict=True)):
         progress("memory", index, len(variants))
-        row = describe(model, variant.schedule)
+        row = describe(model, variant.schedule, variant.exact_savings)
         faster = measure.speedup(times[0], seconds)
         arithmetic = rows[0]["gmacs"] / row["gmacs"] if rows else 1.0
         rows.append(
@@ -74,8 +76,20 @@ def profile(
             }
         )
     progress("memory", 1, 1)
-    model.mode, model.schedule = before
+    model.mode, model.schedule, model.exact_savings = before
     return rows
+
+
+def all_variants(model: SlimModel, keep_rates: Sequence[float] | None, exact_savings: bool) -> list[Variant]:
+    """The dense model, each keep rate, and with `exact_savings` all of them once more with it.
+
+    A model whose own `exact_savings` is set is slimmed with it; the plain dense model stays the baseline.
+    """
+    chosen = schedules(model, keep_rates)
+    plain = [Variant(schedule, model.exact_savings and schedule is not None) for schedule in chosen]
+    more = [Variant(schedule, True) for schedule in chosen] if exact_savings else []
+    known = [(variant.schedule, variant.exact_savings) for variant in plain]
+    return plain + [variant for variant in more if (variant.schedule, True) not in known]
 
 
 @torch.no_grad()
@@ -109,14 +123,15 @@ def per_layer(
     dtype: torch.dtype = torch.float32,
     rounds: int = 5,
     progress: Progress = no_progress,
+    exact_savings: bool = False,
 ) -> list[dict[str, Any]]:
     """For each variant: patches, multiply-adds and milliseconds (median, whole batch) of every block.
 
     What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
     """
     model = model.to(device, dtype).eval()
-    before = model.mode, model.schedule, model.backbone
-    variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
+    before = model.mode, model.schedule, model.exact_savings, model.backbone
+    variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)
     architecture = model.architecture()
     clock = _BlockClock(model.backbone, device)
@@ -132,23 +147,35 @@ def per_layer(
                 if done:
                     found.append([*clock.seconds, whole - sum(clock.seconds)])
     finally:
-        model.mode, model.schedule, model.backbone = before
+        model.mode, model.schedule, model.exact_savings, model.backbone = before
     progress("per layer", 1, 1)
     tables = []
     for variant, found in zip(variants, seconds, strict=True):
-        row = describe(model, variant.schedule)
+        row = describe(model, variant.schedule, variant.exact_savings)
         *blocks, other = [statistics.median(column) * 1000 for column in zip(*found, strict=True)]
         layers = [
             {
                 "layer": layer,
                 "patches": patches,
-                "gmacs": round(architecture.block(layer, patches) / 1e9, 5),
+                "gmacs": round(block_cost(architecture, model, variant, layer) / 1e9, 5),
                 "ms": round(ms, 3),
             }
             for layer, (patches, ms) in enumerate(zip(row["schedule"], blocks, strict=True), 1)
         ]
-        tables.append({"keep_rate": row["keep_rate"], "layers": layers, "other_ms": round(other, 3)})
+        named = {key: row[key] for key in ("dense", "keep_rate", "exact_savings")}
+        tables.append({**named, "layers": layers, "other_ms": round(other, 3)})
     return tables
+
+
+def block_cost(architecture: Architecture, model: SlimModel, variant: Variant, layer: int) -> int:
+    """Multiply-adds of one block of a variant."""
+    counts = variant.schedule.resolve(architecture.num_patches) if variant.schedule else None
+    patches = counts[layer - 1] if counts else architecture.num_patches
+    saved = 0
+    if variant.exact_savings:
+        life_layer = variant.schedule.life_layer if variant.schedule and model.dead == "discard" else None
+        saved = architecture.saved_in_block(layer, counts, life_layer)
+    return architecture.block(layer, patches) - saved
 
 
 class _BlockClock:
@@ -166,6 +193,9 @@ class _BlockClock:
 
     def masked_block(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._timed(self.backbone.masked_block, *args, **kwargs)
+
+    def narrow_block(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._timed(self.backbone.narrow_block, *args, **kwargs)
 
     def _timed(self, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         synchronise(self.device)

@@ -73,6 +73,7 @@ class SlimmingSection(Section):
     patches_per_layer: list[PositiveInt] | None = Field(None, description="N_1..N_L")
     temperature: Annotated[float, Field(gt=0)] = 1.5
     dead: Literal["discard", "heir"] = Field("discard", description="what becomes of a patch whose life is over")
+    exact_savings: bool = Field(False, description="no queries, projection and MLP for tokens that nothing reads after")
     attention: Literal["auto", "reference", "mask", "channel", "flex"] = Field(
         "auto", description="the kernel where keys have a bias, in training"
     )

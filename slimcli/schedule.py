@@ -151,7 +151,9 @@ class Architecture:
 
     `block_weights` are the weights that each token is multiplied with in each block: 12 D^2 for an MLP ratio
     of 4. `head_fixed` and `head_per_patch` are the classifier's cost, for an image and for each patch it reads.
-    `num_outputs` are the classes, 0 without a classifier.
+    `num_outputs` are the classes, 0 without a classifier. `key_value_weights` is the part of `block_weights` that makes
+    keys and values, all a token needs that nothing reads after the block: 2 D^2, or all of `block_weights` where the
+    block has no version that leaves the rest out.
     """
 
     embed_dim: int
@@ -163,6 +165,8 @@ class Architecture:
     head_per_patch: int = 0
     attention_dim: int | None = None
     num_outputs: int = 0
+    key_value_weights: tuple[int, ...] | None = None
+    head_reads_prefix_only: bool = False
 
     @property
     def depth(self) -> int:
@@ -190,6 +194,37 @@ class Architecture:
         """Multiply-adds of block `layer` on `num_patches` patches: W n + 2 n^2 D for n tokens (prefix included)."""
         n = num_patches + self.num_prefix_tokens
         return self.block_weights[layer - 1] * n + 2 * n * n * (self.attention_dim or self.embed_dim)
+
+    def narrow_block(self, layer: int, num_patches: int, keep: int) -> int:
+        """Multiply-adds of block `layer` where only its first `keep` of n tokens are read after it.
+
+        K n + (W - K) keep + 2 n keep D for n tokens, where K makes keys and values.
+        """
+        n, weights = num_patches + self.num_prefix_tokens, self.block_weights[layer - 1]
+        only_keys = self.key_value_weights[layer - 1] if self.key_value_weights else weights
+        if only_keys == weights:
+            return self.block(layer, num_patches)
+        return only_keys * n + (weights - only_keys) * keep + 2 * n * keep * (self.attention_dim or self.embed_dim)
+
+    def exact_savings(self, counts: Sequence[int] | None = None, life_layer: int | None = None) -> int:
+        """Multiply-adds that go to tokens nothing reads any more, under the schedule N_1..N_L or of the dense model.
+
+        In the last block these are the patches, where the classifier reads prefix tokens alone; with `life_layer`, in
+        each later block also the patches that leave after it. They are needed there as keys and values only.
+        """
+        return sum(self.saved_in_block(layer, counts, life_layer) for layer in range(1, self.depth + 1))
+
+    def saved_in_block(self, layer: int, counts: Sequence[int] | None = None, life_layer: int | None = None) -> int:
+        """The part of `exact_savings` that falls to one block."""
+        n = tuple(counts) if counts is not None else (self.num_patches,) * self.depth
+        patches = n[layer - 1]
+        if layer == self.depth:
+            keep = 0 if self.head_reads_prefix_only else patches
+        else:
+            keep = n[layer] if life_layer is not None and layer > life_layer else patches
+        if keep == patches:
+            return 0
+        return self.block(layer, patches) - self.narrow_block(layer, patches, keep + self.num_prefix_tokens)
 
     @property
     def embedding(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -49,6 +49,9 @@ class SlimModel(nn.Module):
         self.schedule = schedule
         self.dead = dead
         self.grad_checkpointing = False
+        #: whether tokens that nothing reads after a block are only keys and values in it: patches that leave after it
+        #: and, where the classifier reads prefix tokens alone, all patches in the last block. Same logits to rounding.
+        self.exact_savings = False
         #: lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing
         self.life: Tensor | None = None
         self._mode = "hard"
@@ -116,7 +119,12 @@ class SlimModel(nn.Module):
 
     def multiply_adds(self) -> int:
         """Multiply-adds of one image under the present schedule."""
-        return self.architecture().multiply_adds(self.patches_per_layer, heirs=self.dead == "heir")
+        architecture, heirs = self.architecture(), self.dead == "heir"
+        total = architecture.multiply_adds(self.patches_per_layer, heirs)
+        if self.exact_savings:
+            # a patch that has an heir must come out of the block that it leaves after
+            total -= architecture.exact_savings(self.patches_per_layer, None if heirs else self.schedule.life_layer)
+        return total
 
     @property
     def attention(self) -> str:
@@ -154,7 +162,7 @@ class SlimModel(nn.Module):
         counts = self.schedule.resolve(num_patches)
         if self.mode == "none" or counts[-1] == num_patches:
             for layer in range(1, self.schedule.depth + 1):
-                tokens = self._block(layer, tokens, positions, None)
+                tokens = self._block(layer, tokens, positions, None, self._read_after(layer, counts))
             self._remember(None)
             return tokens, None
 
@@ -192,7 +200,7 @@ class SlimModel(nn.Module):
             else:
                 tokens = tokens[:, : prefix + n]
             positions = None if positions is None else positions[:, :n]
-            tokens = self._block(layer, tokens, positions, bias)
+            tokens = self._block(layer, tokens, positions, bias, self._read_after(layer, counts))
         return tokens, bias
 
     def _bias(
@@ -202,8 +210,18 @@ class SlimModel(nn.Module):
         prefix, last = self.backbone.num_prefix_tokens, self.schedule.depth
         for layer in range(self.schedule.life_layer + 1, last + 1):
             bias = lives.prefix_bias(self._patch_bias(life, layer, counts[layer - 1]), prefix)
-            tokens = self._block(layer, tokens, positions, bias)
+            tokens = self._block(layer, tokens, positions, bias, self._read_after(layer, counts))
         return tokens, bias
+
+    def _read_after(self, layer: int, counts: tuple[int, ...]) -> int | None:
+        """How many tokens, the first ones, anything reads after block `layer`; None for all, or if that is not used."""
+        if not self.exact_savings:
+            return None
+        prefix = self.backbone.num_prefix_tokens
+        if layer == self.schedule.depth:
+            return prefix if prefix and self.backbone.head_reads_prefix_only else None
+        leave = self.mode == "hard" and self.dead == "discard" and layer > self.schedule.life_layer
+        return prefix + counts[layer] if leave and counts[layer] < counts[layer - 1] else None
 
     def _patch_bias(self, life: Tensor, layer: int, count: int) -> Tensor:
         """The bias (B, N) of the patches' keys in block `layer`.
@@ -218,10 +236,15 @@ class SlimModel(nn.Module):
         bias = torch.zeros_like(life).masked_fill(~used, float("-inf"))
         return bias.masked_fill(~used & (rank == 0), NEVER)
 
-    def _block(self, layer: int, tokens: Tensor, positions: Tensor | None, bias: Tensor | None) -> Tensor:
-        run, args = self.backbone.block, (layer, tokens, positions)
-        if bias is not None:
-            run, args = self.backbone.masked_block, (*args, bias)  # type: ignore[assignment]
+    def _block(
+        self, layer: int, tokens: Tensor, positions: Tensor | None, bias: Tensor | None, keep: int | None = None
+    ) -> Tensor:
+        run: Callable[..., Tensor] = self.backbone.block
+        args: tuple[Any, ...] = (layer, tokens, positions)
+        if keep is not None:
+            run, args = self.backbone.narrow_block, (*args, keep, bias)
+        elif bias is not None:
+            run, args = self.backbone.masked_block, (*args, bias)
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             result: Tensor = checkpoint(run, *args, use_reentrant=False)
             return result

@@ -104,6 +104,7 @@ def slimming_config(model: SlimModel) -> dict[str, Any]:
         "life_layer": schedule.life_layer,
         "temperature": model.temperature,
         "dead": model.dead,
+        "exact_savings": model.exact_savings,
     }
     if schedule.counts is not None:
         config["patches_per_layer"] = list(schedule.counts)
@@ -174,5 +175,6 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     schedule = schedule_from_config(config["slimming"], backbone.depth)
     section = config["slimming"]
     model = SlimModel(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
+    model.exact_savings = section.get("exact_savings", False)
     load_weights(model, folder / WEIGHTS)
     return model.eval()

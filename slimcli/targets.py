@@ -176,6 +176,7 @@ def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:
     schedule = recipe_schedule(recipe, backbone)
     model = SlimModel(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
     model.attention = recipe.slimming.attention
+    model.exact_savings = recipe.slimming.exact_savings
     return model
 
 

@@ -117,6 +117,18 @@ class Backbone(ABC):
         with biased_attention(key_bias, kernel=self.attention, where=f"block {layer} of {type(self.model).__name__}"):
             return self.block(layer, tokens, positions)
 
+    def narrow_block(
+        self, layer: int, tokens: Tensor, positions: Tensor | None, keep: int, key_bias: Tensor | None = None
+    ) -> Tensor:
+        """Run block `layer` on tokens (B, P + n, D) and return its first `keep` tokens (B, keep, D) alone.
+
+        The others are needed as keys and values only: their queries, projection and MLP may be left out, which changes
+        nothing in what is returned. By default everything is computed and cut off.
+        """
+        if key_bias is None:
+            return self.block(layer, tokens, positions)[:, :keep]
+        return self.masked_block(layer, tokens, positions, key_bias)[:, :keep]
+
     def embedding(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
         """Tokens after the last block to the image embedding (B, E) that training on the cosine compares.
 
@@ -193,16 +205,21 @@ class Backbone(ABC):
                 sizes = patches, max(1, patches // 2), max(1, patches // 4)
                 inputs = [(tokens[:, : prefix + n], _first(positions, n)) for n in dict.fromkeys(sizes)]
                 costs: dict[tuple[Any, ...], list[int]] = {}
+                narrow: dict[tuple[Any, ...], int] = {}
                 kinds = [_kind(block) for block in self.blocks]
                 for layer, kind in enumerate(kinds, 1):
                     if kind not in costs:
                         costs[kind] = [counted(partial(self.block, layer, *part))[0] for part in inputs]
+                        narrow[kind] = counted(partial(self.narrow_block, layer, tokens, positions, 1))[0]
                 heads = [counted(partial(self.head, part))[0] for part, _ in inputs]
                 outputs = self.head(tokens).shape[-1]
         finally:
             self.model.train(training)
         lengths = [part.shape[1] for part, _ in inputs]
         curves = [_parabola(lengths, costs[kind]) for kind in kinds]
+        key_values = tuple(
+            _key_value_weights(lengths[0], curve, narrow[kind]) for curve, kind in zip(curves, kinds, strict=True)
+        )
         per_patch = (heads[0] - heads[-1]) // max(1, sizes[0] - sizes[-1])
         return Architecture(
             embed_dim=tokens.shape[2],
@@ -215,6 +232,8 @@ class Backbone(ABC):
             head_per_patch=per_patch,
             attention_dim=curves[0][2],
             num_outputs=outputs if self.has_classifier else 0,
+            key_value_weights=key_values,
+            head_reads_prefix_only=self.head_reads_prefix_only and prefix > 0,
         )
 
     @property
@@ -280,6 +299,18 @@ def _parabola(tokens: Sequence[int], cost: Sequence[int]) -> tuple[int, int, int
     square = (steep - flat) // (n - k)
     weights = steep - square * (n + m)
     return whole - weights * n - square * n * n, weights, square // 2
+
+
+def _key_value_weights(tokens: int, curve: tuple[int, int, int], narrow: int) -> int:
+    """K, what each token is multiplied with where it is a key and a value only, from a block narrowed to one token.
+
+    That costs F + K n + (W - K) + 2 A n for n tokens, with F, W and A of `_parabola`. K is W where the block has
+    no narrow version: then nothing is saved.
+    """
+    fixed, weights, attention = curve
+    if tokens == 1 or narrow == fixed + weights * tokens + 2 * attention * tokens**2:
+        return weights
+    return (narrow - fixed - weights - 2 * attention * tokens) // (tokens - 1)
 
 
 def pool_mean(tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:

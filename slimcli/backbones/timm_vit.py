@@ -10,12 +10,14 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from slimcli.attention import biased_attention
+from slimcli.attention import attend, biased_attention
 from slimcli.backbones.base import Backbone, pool_mean
 from slimcli.errors import SlimError
 
@@ -121,6 +123,36 @@ class TimmViT(Backbone):
         tokens = model._pos_embed(model.patch_embed(images))
         return model.norm_pre(model.patch_drop(tokens)), None
 
+    def narrow_block(
+        self, layer: int, tokens: Tensor, positions: Tensor | None, keep: int, key_bias: Tensor | None = None
+    ) -> Tensor:
+        block: Any = self.blocks[layer - 1]
+        if positions is not None or not is_plain(block):
+            return super().narrow_block(layer, tokens, positions, keep, key_bias)
+        attended = self._narrow_attention(block.attn, block.norm1(tokens), keep, key_bias)
+        read = tokens[:, :keep] + block.drop_path1(block.ls1(attended))
+        return read + block.drop_path2(block.ls2(block.mlp(block.norm2(read))))
+
+    def _narrow_attention(self, attn: Attention, x: Tensor, keep: int, key_bias: Tensor | None) -> Tensor:
+        """timm's attention of the first `keep` of the tokens (B, n, D) to all of them: (B, keep, D)."""
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        split = weight.shape[0] // 3
+        first, rest = (None, None) if bias is None else (bias[:split], bias[split:])
+        batch, n, _ = x.shape
+        reading = x[:, :keep]
+        query = F.linear(reading, weight[:split], first).reshape(batch, keep, attn.num_heads, -1).transpose(1, 2)
+        both = F.linear(x, weight[split:], rest).reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = attn.q_norm(query), attn.k_norm(both[0]), both[1]
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        if key_bias is None:
+            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        else:
+            out = attend(query, key, value, key_bias, dropout=dropout, kernel=self.attention)
+        out = attn.norm(out.transpose(1, 2).reshape(batch, keep, split))
+        if getattr(attn, "gate", None) is not None:
+            out = out * attn.gate(reading).sigmoid()
+        return attn.proj_drop(attn.proj(out))
+
     def head(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
         if isinstance(self.model, VisionTransformerDistilled):
             return self.model.forward_head(self.model.norm(tokens))
@@ -172,6 +204,19 @@ class TimmViT(Backbone):
         config = timm.data.resolve_model_data_config(self.model)
         config["input_size"] = (self.model.in_chans, *self.image_size)
         return config
+
+
+def is_plain(block: Any) -> bool:
+    """Whether a block is timm's own, every part of it known: what it does can then be done for some tokens alone."""
+    return (
+        type(block) is Block
+        and type(block.attn) is Attention
+        and type(block.attn.qkv) is nn.Linear
+        and type(block.mlp) in (Mlp, GluMlp, SwiGLU)
+        and block.attn.fused_attn
+        # what a hook would see or change is not there in a narrow block
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.attn, block.attn.qkv))
+    )
 
 
 def family(kind: type) -> str:

@@ -103,10 +103,9 @@ class Display:
 
 
 def rate_title(row: dict[str, Any], dense: bool) -> str:
-    """How a row is called: `dense`, its keep rate, or `own` for a schedule of another form."""
-    if dense:
-        return "dense"
-    return f"{row['keep_rate']:g}" if row["keep_rate"] is not None else "own"
+    """How a row is called: `dense`, its keep rate, or `own` for another schedule; then `exact` with exact savings."""
+    name = "dense" if dense else "own" if row["keep_rate"] is None else f"{row['keep_rate']:g}"
+    return f"{name} exact" if row.get("exact_savings") else name
 
 
 def number(value: float | None, digits: int) -> str:

@@ -19,6 +19,9 @@ REALISED_ENOUGH = 0.9
 @click.option("--img-size", type=click.IntRange(min=1), help="Height and width in pixels, for a model's name.")
 @click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
 @click.option(
+    "--exact-savings", is_flag=True, help="Also without the work for tokens that nothing reads; the same logits."
+)
+@click.option(
     "--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="Shortest time to measure."
 )
 @dead_option
@@ -30,6 +33,7 @@ def command(
     batch_size: int | None,
     img_size: int | None,
     per_layer: bool,
+    exact_savings: bool,
     seconds: float,
     dead: str | None,
     overrides: tuple[str, ...],
@@ -56,9 +60,11 @@ def command(
     batch = batch_size or profile.DEFAULT_BATCH[where.type]
     layers: list[dict[str, Any]] | None = None
     with display.progress() as progress:
-        rows = profile.profile(found.model, keep_rates, batch, where, dtype, seconds, progress)
+        rows = profile.profile(found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings)
         if per_layer:
-            layers = profile.per_layer(found.model, keep_rates, batch, where, dtype, progress=progress)
+            layers = profile.per_layer(
+                found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
+            )
 
     threads = torch.get_num_threads()
     kernels = profile.attention(found.model, batch, where, dtype)
@@ -67,25 +73,29 @@ def command(
     columns = (("gmacs", 2), ("params_millions", 1), ("images_per_second", 1), ("speedup", 2))
     body = [
         [
-            rate_title(row, index == 0),
+            rate_title(row, row["dense"]),
             *(number(row[key], digits) for key, digits in columns),
             f"{100 * row['realised']:.0f} %",
             number(row["latency_ms_p50"], 1),
             number(row["latency_ms_p95"], 1),
             number(row["peak_memory_mib"], 0),
         ]
-        for index, row in enumerate(rows)
+        for row in rows
     ]
-    display.table(titles, body, "of ideal: speed-up over the ratio of multiply-adds; p50, p95: latency at batch 1")
+    caption = "of ideal: speed-up over the ratio of multiply-adds; p50, p95: latency at batch 1"
+    if exact_savings:
+        caption += "\nexact: tokens that nothing reads after a block are only keys and values in it"
+    display.table(titles, body, caption)
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     for row in rows[1:]:
         if row["realised"] < REALISED_ENOUGH:
+            name = "the dense model, exact," if row["dense"] else f"keep rate {rate_title(row, False)}"
             display.warn(
-                f"keep rate {rate_title(row, False)} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
+                f"{name} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
                 f"{likely_reason(batch, found.model.num_patches)}"
             )
-    for index, table in enumerate(layers or []):
-        _print_layers(display, table, dense=index == 0)
+    for table in layers or []:
+        _print_layers(display, table)
     document = {
         "model": found.model_name,
         "device": where.type,
@@ -108,11 +118,12 @@ def likely_reason(batch: int, num_patches: int) -> str:
     return "other programs may be using the device; run again with --seconds 10, and see --per-layer"
 
 
-def _print_layers(display: Any, table: dict[str, Any], dense: bool) -> None:
+def _print_layers(display: Any, table: dict[str, Any]) -> None:
     from slimcli.cli.display import number, rate_title
 
     display.line()
-    display.line("dense" if dense else f"keep rate {rate_title(table, False)}")
+    title = rate_title(table, table["dense"])
+    display.line(title if table["dense"] else f"keep rate {title}")
     body = [
         [str(row["layer"]), str(row["patches"]), number(row["gmacs"], 4), number(row["ms"], 2)]
         for row in table["layers"]

@@ -30,6 +30,9 @@ from slimcli.errors import SlimError
 @click.option("--limit", type=click.IntRange(min=1), help="Measure accuracy on this many validation images.")
 @batch_size_option
 @dead_option
+@click.option(
+    "--exact-savings", is_flag=True, help="Leave out the work for tokens that nothing reads; the same logits."
+)
 @set_option
 @common_options
 def command(
@@ -42,6 +45,7 @@ def command(
     limit: int | None,
     batch_size: int | None,
     dead: str | None,
+    exact_savings: bool,
     overrides: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -71,6 +75,7 @@ def command(
     where = find_device(device)
     found = find_target(target, overrides, pretrained=True, dead=dead)
     model = found.model
+    model.exact_savings = model.exact_savings or exact_savings
     if not found.has_life_head:
         raise SlimError(f"{found.label} has no trained life head: run `slim calibrate` or `slim train` first")
     chosen_precision = precision or "float32"
