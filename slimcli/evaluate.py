@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from slimcli import measure
 from slimcli.errors import SlimError
 from slimcli.files import write_json
+from slimcli.layout import lay_out_for_inference
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
@@ -184,6 +185,7 @@ def evaluate(
     of the ratios within a batch. Small sets are topped up with more rounds on the last full batch.
     """
     model = model.to(device, dtype).eval()
+    lay_out_for_inference(model.model)
     before = model.mode, model.schedule, model.exact_savings
     # the dense model runs as its library runs it, whatever the slimmed one leaves out
     variants = [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]

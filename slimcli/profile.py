@@ -16,6 +16,7 @@ from slimcli.attention import AttentionRecorder, running
 from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
 from slimcli.evaluate import Variant, describe, schedules
+from slimcli.layout import lay_out_for_inference
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Architecture
 from slimcli.slimming import SlimModel
@@ -47,6 +48,7 @@ def profile(
     `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
     """
     model = model.to(device, dtype).eval()
+    lay_out_for_inference(model.model)
     before = model.mode, model.schedule, model.exact_savings
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)
@@ -130,6 +132,7 @@ def per_layer(
     What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
     """
     model = model.to(device, dtype).eval()
+    lay_out_for_inference(model.model)
     before = model.mode, model.schedule, model.exact_savings, model.backbone
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)

@@ -183,7 +183,7 @@ class SlimModel(nn.Module):
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         inherit = self.dead == "heir"
         order = lives.longest_lives_first(life, counts[0] if inherit else counts[first])
-        tokens = torch.cat((tokens[:, :prefix], lives.take_patches(tokens[:, prefix:], order)), dim=1)
+        tokens = lives.sort_patches(tokens, order, prefix)
         if positions is not None:
             positions = lives.take_patches(positions, order)
         bias: Tensor | None = None

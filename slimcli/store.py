@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
+from slimcli.layout import lay_out_for_inference
 from slimcli.plugins import build_model, find_backbone
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
@@ -177,4 +178,5 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     model = SlimModel(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
     model.exact_savings = section.get("exact_savings", False)
     load_weights(model, folder / WEIGHTS)
+    lay_out_for_inference(model.model)
     return model.eval()

@@ -14,6 +14,7 @@ from slimcli.life import (
     log_soft_weight,
     longest_lives_first,
     normalise_life,
+    sort_patches,
     take_patches,
 )
 
@@ -106,6 +107,18 @@ def slow_heirs(patches, counts):
             for heir, parts in bequests.items()
         }
     return torch.stack([token for token, _ in kept.values()]), torch.tensor([size for _, size in kept.values()])
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_sorting_the_patches_leaves_the_prefix_tokens_in_front(prefix):
+    tokens = torch.randn(3, prefix + 7, 4)[..., ::2].requires_grad_()
+    order = torch.stack([torch.randperm(7)[:5] for _ in range(3)])
+    found = sort_patches(tokens, order, prefix)
+    expected = torch.cat((tokens[:, :prefix], take_patches(tokens[:, prefix:], order)), dim=1)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((tensor * weights).sum(), tokens)[0] for tensor in (found, expected)]
+    assert torch.equal(*gradients)
 
 
 def test_heirs_are_as_the_rule_says():
