@@ -214,8 +214,11 @@ class SlimModel(nn.Module):
         return tokens, bias
 
     def _read_after(self, layer: int, counts: tuple[int, ...]) -> int | None:
-        """How many tokens, the first ones, anything reads after block `layer`; None for all, or if that is not used."""
-        if not self.exact_savings:
+        """How many tokens, the first ones, anything reads after block `layer`; None for all, or if that is not used.
+
+        Training always uses it: no gradient comes back from a token that nothing reads.
+        """
+        if not self.exact_savings and not self.training:
             return None
         prefix = self.backbone.num_prefix_tokens
         if layer == self.schedule.depth:
