@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from slimcli.errors import DataError, SlimError
 from slimcli.plugins import open_plugin_dataset
+from slimcli.progress import Progress, no_progress
 from slimcli.recipe import AugmentationSection, DataSection
 
 SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "evaluation", "test"))
@@ -28,6 +29,40 @@ DIGITS = [str(digit) for digit in range(10)]
 DIGITS_EVERY = 5
 
 Sample = tuple[Image.Image, int]
+
+
+class DecodedImages:
+    """RGB images decoded once and kept as bytes, in few large tensors that loader processes share."""
+
+    CHUNK = 64 * 2**20
+
+    def __init__(self) -> None:
+        self.chunks: list[torch.Tensor] = []
+        #: for each image: its chunk, where in it the image starts, its height and width, its class
+        self.places: dict[int, tuple[int, int, int, int, int]] = {}
+        self.bytes = 0
+        self._open: list[torch.Tensor] = []
+        self._filled = 0
+
+    def add(self, index: int, image: Image.Image, target: int) -> None:
+        pixels = torch.from_numpy(numpy.array(image)).flatten()
+        self.places[index] = (len(self.chunks), self._filled, image.height, image.width, target)
+        self._open.append(pixels)
+        self._filled += len(pixels)
+        self.bytes += len(pixels)
+        if self._filled >= self.CHUNK:
+            self.close()
+
+    def close(self) -> None:
+        """Join the images that are not yet in a chunk."""
+        if self._open:
+            self.chunks.append(torch.cat(self._open))
+        self._open, self._filled = [], 0
+
+    def read(self, index: int) -> Sample:
+        chunk, start, height, width, target = self.places[index]
+        pixels = self.chunks[chunk][start : start + 3 * height * width].view(height, width, 3)
+        return Image.fromarray(pixels.numpy()), target
 
 
 class ImageSamples(Dataset[tuple[Any, int]]):
@@ -53,14 +88,34 @@ class ImageSamples(Dataset[tuple[Any, int]]):
         if count is not None and count < self.size:
             self.indices = [i * self.size // count for i in range(count)]
 
+    def keep_decoded(self, limit_gib: float, progress: Progress = no_progress) -> None:
+        """Decode all samples now and read them from memory from now on.
+
+        Raises `DataError` if they need more than `limit_gib` GiB, which a look at a few of them tells beforehand.
+        """
+        count, limit = len(self.indices), limit_gib * 2**30
+        few = [self.indices[i * count // min(count, 64)] for i in range(min(count, 64))]
+        expected = sum(3 * image.width * image.height for image, _ in map(self._decode, few)) / max(len(few), 1) * count
+        decoded = DecodedImages()
+        for done, index in enumerate(self.indices):
+            if max(expected, decoded.bytes) > limit:
+                raise DataError(
+                    f"data.cache: {count} decoded images need about {max(expected, decoded.bytes) / 2**30:.3g} GiB, "
+                    f"data.cache_gib allows {limit_gib:g}: raise it, set data.cache = false, or make the images smaller"
+                )
+            progress("decoding images", done, count)
+            decoded.add(index, *self._decode(index))
+        decoded.close()
+        progress("decoding images", count, count)
+        self.read = decoded.read
+
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[Any, int]:
-        index = self.indices[place]
+    def _decode(self, index: int) -> Sample:
         try:
             image, target = self.read(index)
-            image = as_rgb(image)
+            return as_rgb(image), target
         except (
             OSError,
             SyntaxError,
@@ -70,6 +125,10 @@ class ImageSamples(Dataset[tuple[Any, int]]):
             Image.DecompressionBombError,
         ) as error:
             raise DataError(f"{self.name(index)}: not a readable image ({error}): mend it or take it out") from error
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        index = self.indices[place]
+        image, target = self._decode(index)
         if self.transform is None:
             return image, target
         if self.seed is None:
@@ -101,6 +160,13 @@ def open_dataset(data: DataSection, train: bool, seed: int | None = None) -> Ima
         samples.seed = seed
         samples.limit(data.train_limit if train else data.val_limit)
     return samples
+
+
+def keep_decoded(dataset: Any, data: DataSection, progress: Progress = no_progress) -> None:
+    """Keep the decoded images of a data set in memory; `DataError` if they do not fit or it is a stream."""
+    if not isinstance(dataset, ImageSamples):
+        raise DataError(f"data.cache: {data.name} is read as a stream and cannot be kept: set data.cache = false")
+    dataset.keep_decoded(data.cache_gib, progress)
 
 
 def shuffled(dataset: Any) -> Any:

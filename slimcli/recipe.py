@@ -56,6 +56,10 @@ class DataSection(Section):
     val_limit: PositiveInt | None = None
     batch_size: PositiveInt = 64
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    cache: bool = Field(False, description="decode every image once, before training, and keep it in memory")
+    cache_gib: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="the most that cached images may take, each split"
+    )
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"] | None = None

@@ -167,6 +167,9 @@ def train(
 
     train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
     val_set = datasets.open_dataset(recipe.data, train=False)
+    if recipe.data.cache:
+        for images in (train_set, val_set):
+            datasets.keep_decoded(images, recipe.data, progress)
     class_names = getattr(train_set, "class_names", None)
     if class_names != getattr(val_set, "class_names", None):
         raise SlimError(
@@ -337,7 +340,7 @@ def _run_stage(
         if sums.waited > 0.25 * sums.seconds and sums.seconds > 5:
             log(
                 f"the loader held training up for {100 * sums.waited / sums.seconds:.0f} % of the time: "
-                "raise data.workers, or shrink the images on disk"
+                "raise data.workers, set data.cache = true if the images fit in memory, or shrink them on disk"
             )
         at.epoch, at.batch = epoch + 1, 0
         sums = EpochSums()

@@ -3,9 +3,16 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import document
+from PIL import Image
+
+from slimcli.data import DecodedImages, keep_decoded, open_dataset, train_loader
+from slimcli.errors import DataError
+from slimcli.recipe import AugmentationSection, DataSection
 
 
 def train_words(name, root):
@@ -53,3 +60,67 @@ def test_hugging_face_datasets(slim, tiny_recipe, photographs):
 def test_a_kind_of_data_set_that_does_not_exist(refused, tiny_recipe, photographs):
     line = refused("train", tiny_recipe, *train_words("torch/no_such_set", photographs))
     assert "cannot be opened" in line
+
+
+def cached(root, **changes):
+    section = DataSection(root=root, cache=True, **changes)
+    plain = open_dataset(section, train=True, seed=3)
+    kept = open_dataset(section, train=True, seed=3)
+    keep_decoded(kept, section)
+    return plain, kept
+
+
+def test_cached_images_are_the_images(photographs, monkeypatch):
+    monkeypatch.setattr(DecodedImages, "CHUNK", 3 * 24 * 32 * 3)  # three images a chunk
+    # sizes and modes of their own
+    Image.new("L", (7, 9), 40).save(photographs / "train" / "cat" / "grey.png")
+    plain, kept = cached(photographs)
+    assert len(plain) == len(kept) == 41
+    for number in (0, 20, 40, 3):
+        assert plain[number][0].tobytes() == kept[number][0].tobytes()
+        assert plain[number][1] == kept[number][1]
+    for path in (photographs / "train").rglob("*.*g"):
+        path.unlink()
+    assert kept[0][0].size in ((32, 24), (7, 9))
+    with pytest.raises(DataError):
+        plain[0]
+
+
+def test_cached_images_are_transformed_as_before_in_worker_processes_too(photographs):
+    plain, kept = cached(photographs, train_limit=16)
+    assert kept.read.__self__.bytes == 16 * 24 * 32 * 3
+    prepare = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    prepare |= {"crop_pct": 1.0, "crop_mode": "center"}
+    seen = []
+    for dataset, workers in ((plain, 0), (kept, 2)):
+        torch.manual_seed(0)
+        loader = train_loader(dataset, prepare, AugmentationSection(), 8, workers, torch.device("cpu"))
+        seen.append(list(loader))
+    for (images, classes), (others, also) in zip(*seen, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(classes, also)
+
+
+def test_a_cache_that_is_too_large_is_refused_before_training(refused, tiny_recipe, photographs):
+    words = train_words("", photographs)
+    line = refused("train", tiny_recipe, *words, "--set", "data.cache=true", "--set", "data.cache_gib=1e-5")
+    assert line == (
+        "Error: data.cache: 40 decoded images need about 8.58e-05 GiB, data.cache_gib allows 1e-05: "
+        "raise it, set data.cache = false, or make the images smaller"
+    )
+
+
+def test_a_cached_image_that_cannot_be_read_is_named(refused, tiny_recipe, photographs):
+    (photographs / "train" / "dog" / "7.jpg").write_bytes(b"no image")
+    line = refused("train", tiny_recipe, *train_words("", photographs), "--set", "data.cache=true")
+    assert "dog/7.jpg: not a readable image" in line
+
+
+def test_training_on_cached_images_gives_the_same_model(slim, tiny_recipe, photographs):
+    losses = []
+    for cache in ("false", "true"):
+        words = train_words("", photographs)
+        run = document(slim("train", tiny_recipe, *words, "--set", f"data.cache={cache}", "--json"))["run"]
+        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == losses[1]
