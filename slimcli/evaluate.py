@@ -126,13 +126,13 @@ class Variant:
 def describe(model: SlimModel, schedule: Schedule | None) -> dict[str, Any]:
     """What can be said of a variant without running it: keep rate, schedule, cost, parameters."""
     architecture = model.architecture()
-    counts = schedule.resolve(architecture.num_patches) if schedule else None
+    counts = model.patches_used(schedule) if schedule else None
     dense = sum(p.numel() for p in model.model.parameters())
-    head = sum(p.numel() for p in model.life_head.parameters()) if schedule else 0
+    head = sum(p.numel() for p in model.selector.parameters()) if schedule else 0
     return {
         "keep_rate": schedule.keep_rate if schedule else None,
         "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
-        "gmacs": round(architecture.multiply_adds(counts, heirs=bool(schedule) and model.dead == "heir") / 1e9, 4),
+        "gmacs": round(model.cost(schedule) / 1e9, 4),
         "params_millions": round((dense + head) / 1e6, 4),
     }
 
@@ -141,7 +141,7 @@ def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Sche
     """The dense model, then the model's own schedule or, where given, one schedule a keep rate."""
     if keep_rates is None:
         return [None, model.schedule]
-    return [None, *(model.schedule.at_keep_rate(rate) for rate in keep_rates)]
+    return [None, *(model.at_keep_rate(rate) for rate in keep_rates)]
 
 
 def check_classes(model: SlimModel, class_names: Sequence[str] | None) -> None:

@@ -66,6 +66,7 @@ class DataSection(Section):
 class SlimmingSection(Section):
     """Which patches leave when. Layers count from 1; patches leave after a drop layer."""
 
+    method: str = Field("life", description="the rule by which patches leave; `slim plugins` lists them")
     life_layer: PositiveInt | None = None
     drop_layers: list[PositiveInt] | None = None
     keep_rate: KeepRate = 0.7

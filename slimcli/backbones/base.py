@@ -117,6 +117,18 @@ class Backbone(ABC):
         with biased_attention(key_bias, kernel=self.attention, where=f"block {layer} of {type(self.model).__name__}"):
             return self.block(layer, tokens, positions)
 
+    def halves(self, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+        """Block `layer` in two, tokens to tokens: attention and what surrounds it, then the MLP and what surrounds it.
+
+        For methods that take patches out between the two. None where nobody says what lies in the middle of the
+        block: they are then taken out after it.
+        """
+        return None
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """Tokens after the last block as the classifier sees them: normalised, where the model does that first."""
+        return tokens
+
     def embedding(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
         """Tokens after the last block to the image embedding (B, E) that training on the cosine compares.
 

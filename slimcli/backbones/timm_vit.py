@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from slimcli.attention import biased_attention
@@ -120,6 +120,22 @@ class TimmViT(Backbone):
         model = self.model
         tokens = model._pos_embed(model.patch_embed(images))
         return model.norm_pre(model.patch_drop(tokens)), None
+
+    def halves(self, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+        block: Any = self.blocks[layer - 1]
+        if type(block) is not Block:
+            return None
+
+        def attention(tokens: Tensor) -> Tensor:
+            return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+
+        def mlp(tokens: Tensor) -> Tensor:
+            return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+        return attention, mlp
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
 
     def head(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
         if isinstance(self.model, VisionTransformerDistilled):
