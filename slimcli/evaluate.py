@@ -114,6 +114,8 @@ class Variant:
     """A way to run the model: dense (`schedule` None) or under a schedule."""
 
     schedule: Schedule | None
+    #: the model that runs, where it is not the one that is measured but a rival of it
+    rival: SlimModel | None = None
     scores: Scores = field(default_factory=Scores)
     seconds: list[float] = field(default_factory=list)
 
@@ -130,6 +132,7 @@ def describe(model: SlimModel, schedule: Schedule | None) -> dict[str, Any]:
     dense = sum(p.numel() for p in model.model.parameters())
     head = sum(p.numel() for p in model.selector.parameters()) if schedule else 0
     return {
+        "method": model.method if schedule else None,
         "keep_rate": schedule.keep_rate if schedule else None,
         "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
         "gmacs": round(model.cost(schedule) / 1e9, 4),

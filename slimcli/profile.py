@@ -16,6 +16,7 @@ from slimcli.attention import AttentionRecorder, running
 from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
 from slimcli.evaluate import Variant, describe, schedules
+from slimcli.methods.base import rival
 from slimcli.progress import Progress, no_progress
 from slimcli.slimming import SlimModel
 
@@ -38,8 +39,9 @@ def profile(
     dtype: torch.dtype = torch.float32,
     min_seconds: float = 3.0,
     progress: Progress = no_progress,
+    against: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Rows for the dense model and each keep rate.
+    """Rows for the dense model and each keep rate, and for the methods called `against` at the same keep rates.
 
     Throughput is the median over interleaved rounds at `batch_size`, latency the p50 and p95 at batch 1, and
     `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
@@ -47,6 +49,7 @@ def profile(
     model = model.to(device, dtype).eval()
     before = model.mode, model.schedule
     variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
+    variants += rivals(model, variants, against, device, dtype)
     images = random_images(model, batch_size, device, dtype)
 
     def runs(batch: Tensor) -> list[partial[Tensor]]:
@@ -57,7 +60,7 @@ def profile(
     rows: list[dict[str, Any]] = []
     for index, (variant, seconds, latency) in enumerate(zip(variants, times, latencies, strict=True)):
         progress("memory", index, len(variants))
-        row = describe(model, variant.schedule)
+        row = _described(model, variants, index)
         faster = measure.speedup(times[0], seconds)
         arithmetic = rows[0]["gmacs"] / row["gmacs"] if rows else 1.0
         rows.append(
@@ -69,7 +72,8 @@ def profile(
                 "latency_ms_p50": round(1000 * statistics.median(latency), 3),
                 "latency_ms_p95": round(1000 * measure.percentile(latency, 0.95), 3),
                 "peak_memory_mib": round(
-                    measure.peak_memory_mib(partial(_forward, model, variant, images), model, device), 1
+                    measure.peak_memory_mib(partial(_forward, model, variant, images), variant.rival or model, device),
+                    1,
                 ),
             }
         )
@@ -96,8 +100,33 @@ def attention(model: SlimModel, batch_size: int, device: torch.device, dtype: to
 
 
 def _forward(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
+    model = variant.rival or model
     variant.set(model)
     return model.logits(images)
+
+
+def rivals(
+    model: SlimModel, variants: Sequence[Variant], against: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> list[Variant]:
+    """For each method, variants that are compared with the slimmed ones: equal keep rates, or equal cost."""
+    found = []
+    for name in against:
+        other = rival(name, model).to(device, dtype).eval()
+        slimmed = [variant.schedule for variant in variants if variant.schedule is not None]
+        found += [Variant(other.schedule_like(model, schedule), other) for schedule in slimmed]
+    return found
+
+
+def _described(model: SlimModel, variants: Sequence[Variant], index: int) -> dict[str, Any]:
+    """The row of a variant; a rival's has the keep rate of what it is compared with."""
+    variant = variants[index]
+    row = describe(variant.rival or model, variant.schedule)
+    if variant.rival is not None:
+        slimmed = [other for other in variants if other.schedule is not None and other.rival is None]
+        first = next(i for i, other in enumerate(variants) if other.rival is not None)
+        compared = slimmed[(index - first) % len(slimmed)].schedule
+        row["keep_rate"] = compared.keep_rate if compared is not None else None
+    return row
 
 
 @torch.inference_mode()

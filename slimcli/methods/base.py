@@ -13,6 +13,7 @@ from slimcli.attention import AttentionRecorder
 from slimcli.backbones.base import Backbone, counted, without_computing
 from slimcli.errors import SlimError
 from slimcli.life import take_patches
+from slimcli.plugins import find_method
 from slimcli.schedule import Architecture, Schedule
 from slimcli.slimming import SlimModel
 
@@ -80,6 +81,10 @@ class Method(SlimModel):
             low, high = (middle, high) if self.cost(self.at_keep_rate(middle)) <= target else (low, middle)
         return self.at_keep_rate(int(low * 10_000) / 10_000)
 
+    def schedule_like(self, model: SlimModel, schedule: Schedule) -> Schedule:
+        """What is compared with `model` under `schedule`: the same keep rates, or the same cost where it has none."""
+        return self.schedule_for_cost(model.cost(schedule)) if self.by_cost else schedule
+
     def _slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
@@ -140,6 +145,14 @@ def backbone_cost(architecture: Architecture, counts: Sequence[int]) -> int:
     """Multiply-adds of the backbone alone on N_1..N_L patches."""
     blocks = sum(architecture.block(layer, n) for layer, n in enumerate(counts, 1))
     return architecture.embedding + architecture.head_fixed + architecture.head_per_patch * counts[-1] + blocks
+
+
+def rival(name: str, model: SlimModel) -> Method:
+    """The method called `name` on the dense model of `model`, weights shared; `SlimError` if it is no `Method`."""
+    kind = find_method(name)
+    if not issubclass(kind, Method):
+        raise SlimError(f"the method {name!r} is what the others are compared with: name another one")
+    return kind(model.model, model.schedule, backbone=model.backbone)
 
 
 def drop_layers(counts: Sequence[int]) -> tuple[int, ...]:
