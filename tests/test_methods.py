@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import slimcli
 from slimcli import SlimError, plugins
 from slimcli.backbones.base import counted
 from slimcli.methods import dynamicvit
-from slimcli.methods.base import Method, facts
+from slimcli.methods.base import facts
 from slimcli.methods.tome import merges
 from slimcli.store import save_model
 
@@ -430,31 +432,31 @@ def test_dynamicvit_needs_a_score_head_for_every_drop_layer():
         other(images(other))
 
 
-def test_a_plugin_adds_a_method():
-    class First(Method):
-        method = "first"
-
-        def choose(self, layer, tokens, count):
-            return torch.arange(count, device=tokens.device).expand(tokens.shape[0], -1)
-
-    class Adds:
-        @slimcli.hookimpl
-        def slim_register_methods(self, register):
-            register("first", First, "the first patches go on")
-
+def test_a_plugin_adds_a_method_as_the_page_shows(slim):
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
     manager = plugins.plugin_manager()
-    manager.register(Adds(), name="adds")
+    manager.register(names["MyPlugin"](), name="mine")
     try:
-        model = slim(tiny_vit(), 0.5, method="first").eval()
-        assert type(model) is First
-        assert model(images(model)).shape == (2, 10)
-        assert plugins.methods()["first"].plugin == "adds"
-        assert next(p for p in plugins.installed() if p.name == "adds").methods == {"first": "the first patches go on"}
-        manager.register(Adds(), name="twice")
-        with pytest.raises(SlimError, match="'first' is claimed by the plugins"):
-            slim(tiny_vit(), 0.5, method="first")
+        model = slimcli.slim(tiny_vit(), 0.5, method="norm").eval()
+        assert type(model) is names["Norm"]
+        embedded = model.backbone.embed(images(model))[0]
+        kept = embedded[:, 1:][torch.arange(2)[:, None], model.choose(1, embedded, 8)].norm(dim=-1)
+        assert kept.min() >= embedded[:, 1:].norm(dim=-1).median(dim=1).values.min()
+        plain = slimcli.slim(tiny_vit(), 0.5, method="random")
+        assert model.multiply_adds() == plain.multiply_adds() + (16 + 8 + 4) * 32
+        assert plugins.methods()["norm"].plugin == "mine"
+        assert next(p for p in plugins.installed() if p.name == "mine").methods == {
+            "norm": "patches with the longest tokens go on"
+        }
+        rows = document(slim("profile", "digits_vit", "--against", "norm", "--seconds", 0, "--json"))["rows"]
+        assert [row["method"] for row in rows] == [None, "life", "norm"]
+        manager.register(names["MyPlugin"](), name="twice")
+        with pytest.raises(SlimError, match="'norm' is claimed by the plugins"):
+            slimcli.slim(tiny_vit(), 0.5, method="norm")
     finally:
-        manager.unregister(name="adds")
+        manager.unregister(name="mine")
         if manager.has_plugin("twice"):
             manager.unregister(name="twice")
 
