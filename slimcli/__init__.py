@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slimcli.backbones.base import Backbone, pool_mean
     from slimcli.conformance import check_backbone, conformance_tests
     from slimcli.life import LifeHead
+    from slimcli.methods.base import Method
     from slimcli.slimming import SlimModel, slim
     from slimcli.store import load
 
@@ -27,6 +28,7 @@ __all__ = [
     "Architecture",
     "Backbone",
     "LifeHead",
+    "Method",
     "Schedule",
     "SlimError",
     "SlimModel",
@@ -44,6 +46,7 @@ __all__ = [
 _LAZY = {
     "Backbone": "slimcli.backbones.base",
     "LifeHead": "slimcli.life",
+    "Method": "slimcli.methods.base",
     "attend": "slimcli.attention",
     "biased_attention": "slimcli.attention",
     "check_backbone": "slimcli.conformance",

@@ -317,10 +317,13 @@ class AttentionRecorder(TorchFunctionMode):
         self.query: Tensor | None = None
         self.key: Tensor | None = None
         self.scale: float | None = None
+        #: whether it had a mask or biases beside queries and keys
+        self.masked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.query is None:
+            self.masked = (args[3] if len(args) > 3 else kwargs.get("attn_mask")) is not None
             self.query = args[0] if args else kwargs["query"]
             self.key = args[1] if len(args) > 1 else kwargs["key"]
             self.scale = kwargs.get("scale")

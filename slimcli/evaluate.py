@@ -116,6 +116,10 @@ class Variant:
 
     schedule: Schedule | None
     exact_savings: bool = False
+    #: the model that runs, where it is not the one that is measured but a rival of it
+    rival: SlimModel | None = None
+    #: the schedule that a rival's is compared with
+    like: Schedule | None = None
     scores: Scores = field(default_factory=Scores)
     seconds: list[float] = field(default_factory=list)
 
@@ -128,15 +132,14 @@ class Variant:
 
 def describe(model: SlimModel, schedule: Schedule | None, exact_savings: bool = False) -> dict[str, Any]:
     """What can be said of a variant without running it: keep rate, schedule, cost, parameters."""
-    architecture, heirs = model.architecture(), bool(schedule) and model.dead == "heir"
-    counts = schedule.resolve(architecture.num_patches) if schedule else None
+    architecture = model.architecture()
+    counts = model.patches_used(schedule) if schedule else None
     dense = sum(p.numel() for p in model.model.parameters())
-    head = sum(p.numel() for p in model.life_head.parameters()) if schedule else 0
-    cost = architecture.multiply_adds(counts, heirs)
-    if exact_savings:
-        cost -= architecture.exact_savings(counts, schedule.life_layer if schedule and not heirs else None)
+    head = sum(p.numel() for p in model.selector.parameters()) if schedule else 0
+    cost = model.cost(schedule) - (model.savings(schedule) if exact_savings else 0)
     return {
         "dense": schedule is None,
+        "method": model.method if schedule else None,
         "keep_rate": schedule.keep_rate if schedule else None,
         "exact_savings": exact_savings,
         "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
@@ -149,7 +152,7 @@ def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Sche
     """The dense model, then the model's own schedule or, where given, one schedule a keep rate."""
     if keep_rates is None:
         return [None, model.schedule]
-    return [None, *(model.schedule.at_keep_rate(rate) for rate in keep_rates)]
+    return [None, *(model.at_keep_rate(rate) for rate in keep_rates)]
 
 
 def check_classes(model: SlimModel, class_names: Sequence[str] | None) -> None:

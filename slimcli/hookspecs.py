@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from slimcli.backbones.base import Backbone
+    from slimcli.slimming import SlimModel
 
 hookspec = pluggy.HookspecMarker("slim")
 hookimpl = pluggy.HookimplMarker("slim")
@@ -62,6 +63,12 @@ def slim_datasets() -> dict[str, str]:
 @hookspec
 def slim_open_dataset(name: str, root: Path | None, split: str, train: bool) -> Dataset[Any]:
     """Open one of them: items are (PIL image, class), and `classes` lists the class names, if there are any."""
+    raise NotImplementedError
+
+
+@hookspec
+def slim_register_methods(register: Callable[[str, type[SlimModel], str], None]) -> None:
+    """Add rules by which patches leave: call `register(name, class, a line about it)` for each; see docs/methods.md."""
     raise NotImplementedError
 
 

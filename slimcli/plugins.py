@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.metadata
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slimcli.backbones.base import Backbone
+    from slimcli.slimming import SlimModel
 
 GROUP = "slim"
-BUILT_IN = {"timm": "slimcli.backbones.timm_plugin"}
+BUILT_IN = {"timm": "slimcli.backbones.timm_plugin", "methods": "slimcli.methods.plugin"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Plugin:
     backbones: dict[str, str]
     datasets: dict[str, str]
     commands: dict[str, str]
+    methods: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,45 @@ def open_plugin_dataset(name: str, root: Any, split: str, train: bool) -> Any:
     return answers[owners[0]]
 
 
+@dataclass(frozen=True)
+class RegisteredMethod:
+    """A rule by which patches leave: the plugin that adds it, its class, and a line about it."""
+
+    plugin: str
+    kind: type[SlimModel]
+    about: str
+
+
+def methods() -> dict[str, RegisteredMethod]:
+    """Every rule by which patches can leave, by name; `SlimError` if two plugins give one name."""
+    found: dict[str, RegisteredMethod] = {}
+    for implementation in plugin_manager().hook.slim_register_methods.get_hookimpls():
+        plugin = implementation.plugin_name
+        own: dict[str, tuple[type[SlimModel], str]] = {}
+
+        def register(name: str, kind: type[SlimModel], about: str = "", own: Any = own) -> None:
+            own[name] = kind, about
+
+        ask("slim_register_methods", plugin, register=register)
+        for name, (kind, about) in own.items():
+            if name in found:
+                raise SlimError(
+                    f"the method {name!r} is claimed by the plugins {found[name].plugin} and {plugin}: uninstall one"
+                )
+            found[name] = RegisteredMethod(plugin, kind, about)
+    return found
+
+
+def find_method(name: str) -> type[SlimModel]:
+    """The class of the method called `name`; `SlimError` with the known names if there is none."""
+    known = methods()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SlimError(f"no method is called {name!r}: {hint}known are {', '.join(known)}")
+    return known[name].kind
+
+
 def commands() -> dict[str, click.Command]:
     """The subcommands that installed plugins add; nothing is loaded where slim is installed alone."""
     if not _entries():
@@ -213,10 +255,11 @@ def installed() -> list[Plugin]:
     manager = plugin_manager()
     own = ("slimcli", importlib.metadata.version("slimcli"))
     backbones, datasets = ask("slim_backbone_names")[0], ask("slim_datasets")[0]
-    added = ask("slim_commands")[0]
+    added, rules = ask("slim_commands")[0], methods()
     found = []
     for name, _plugin in manager.list_name_plugin():
         package, version = own if name in BUILT_IN else _packages().get(name, own)
         helps = {command: value.get_short_help_str() for command, value in added.get(name, {}).items()}
-        found.append(Plugin(name, package, version, backbones.get(name, {}), datasets.get(name, {}), helps))
+        own_rules = {rule: entry.about for rule, entry in rules.items() if entry.plugin == name}
+        found.append(Plugin(name, package, version, backbones.get(name, {}), datasets.get(name, {}), helps, own_rules))
     return found

@@ -17,6 +17,7 @@ from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
 from slimcli.evaluate import Variant, describe, schedules
 from slimcli.layout import lay_out_for_inference
+from slimcli.methods.base import rival
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Architecture
 from slimcli.slimming import SlimModel
@@ -41,8 +42,11 @@ def profile(
     min_seconds: float = 3.0,
     progress: Progress = no_progress,
     exact_savings: bool = False,
+    against: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Rows for the dense model and each keep rate; with `exact_savings` all of them once more with it.
+
+    Then rows for the methods called `against` at the same keep rates.
 
     Throughput is the median over interleaved rounds at `batch_size`, latency the p50 and p95 at batch 1, and
     `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
@@ -51,6 +55,7 @@ def profile(
     lay_out_for_inference(model.model)
     before = model.mode, model.schedule, model.exact_savings
     variants = all_variants(model, keep_rates, exact_savings)
+    variants += rivals(model, variants, against, device, dtype)
     images = random_images(model, batch_size, device, dtype)
 
     def runs(batch: Tensor) -> list[partial[Tensor]]:
@@ -61,7 +66,9 @@ def profile(
     rows: list[dict[str, Any]] = []
     for index, (variant, seconds, latency) in enumerate(zip(variants, times, latencies, strict=True)):
         progress("memory", index, len(variants))
-        row = describe(model, variant.schedule, variant.exact_savings)
+        row = describe(variant.rival or model, variant.schedule, variant.exact_savings)
+        if variant.like is not None:
+            row["keep_rate"] = variant.like.keep_rate
         faster = measure.speedup(times[0], seconds)
         arithmetic = rows[0]["gmacs"] / row["gmacs"] if rows else 1.0
         rows.append(
@@ -73,7 +80,8 @@ def profile(
                 "latency_ms_p50": round(1000 * statistics.median(latency), 3),
                 "latency_ms_p95": round(1000 * measure.percentile(latency, 0.95), 3),
                 "peak_memory_mib": round(
-                    measure.peak_memory_mib(partial(_forward, model, variant, images), model, device), 1
+                    measure.peak_memory_mib(partial(_forward, model, variant, images), variant.rival or model, device),
+                    1,
                 ),
             }
         )
@@ -112,8 +120,21 @@ def attention(model: SlimModel, batch_size: int, device: torch.device, dtype: to
 
 
 def _forward(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
+    model = variant.rival or model
     variant.set(model)
     return model.logits(images)
+
+
+def rivals(
+    model: SlimModel, variants: Sequence[Variant], against: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> list[Variant]:
+    """For each method, variants that are compared with the slimmed ones: equal keep rates, or equal cost."""
+    found = []
+    for name in against:
+        other = rival(name, model).to(device, dtype).eval()
+        slimmed = [v.schedule for v in variants if v.schedule is not None and v.exact_savings == model.exact_savings]
+        found += [Variant(other.schedule_like(model, schedule), rival=other, like=schedule) for schedule in slimmed]
+    return found
 
 
 @torch.inference_mode()

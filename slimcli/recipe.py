@@ -70,6 +70,7 @@ class DataSection(Section):
 class SlimmingSection(Section):
     """Which patches leave when. Layers count from 1; patches leave after a drop layer."""
 
+    method: str = Field("life", description="the rule by which patches leave; `slim plugins` lists them")
     life_layer: PositiveInt | None = None
     drop_layers: list[PositiveInt] | None = None
     keep_rate: KeepRate = 0.7
@@ -181,6 +182,9 @@ class Recipe(Section):
     def to_toml(self) -> str:
         """The recipe with every default spelt out, as TOML."""
         plain = self.model_dump(mode="json", exclude_none=True)
+        if "drops" in plain["slimming"] or "patches_per_layer" in plain["slimming"]:
+            # its default would contradict them when the file is read again
+            del plain["slimming"]["keep_rate"]
         return tomli_w.dumps({key: value for key, value in plain.items() if value != {} and value != []})
 
 

@@ -13,7 +13,7 @@ from slimcli import life as lives
 from slimcli.attention import KERNELS, NEVER
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
-from slimcli.plugins import build_model, find_backbone
+from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.schedule import Architecture, Schedule, life_moments
 
 #: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
@@ -29,7 +29,18 @@ class SlimModel(nn.Module):
 
     `model` is the dense model, unchanged and shared. The keep rate and the mode can be set at any time;
     the target mean and standard deviation of the lives follow from the schedule.
+    Other methods of dropping patches are subclasses with a rule of their own: see `slimcli.methods`.
     """
+
+    #: the name of the rule by which patches leave, as `slim_register_methods` knows it
+    method = "life"
+    #: the modes that this rule can run in
+    modes: tuple[str, ...] = MODES
+    #: the attribute that holds what the rule itself learns, beside the backbone
+    selector_name = "life_head"
+    #: whether `own_loss` compares with the dense model
+    needs_teacher = False
+    life_head: lives.LifeHead
 
     def __init__(
         self,
@@ -42,9 +53,7 @@ class SlimModel(nn.Module):
         super().__init__()
         self.backbone = backbone or find_backbone(model)
         self.model = model
-        self.life_head = lives.LifeHead(self.backbone.embed_dim, self.backbone.global_token)
-        parameter = next(model.parameters())
-        self.life_head.to(parameter.device)
+        setattr(self, self.selector_name, self._make_selector(schedule).to(next(model.parameters()).device))
         self.temperature = temperature
         self.schedule = schedule
         self.dead = dead
@@ -58,15 +67,26 @@ class SlimModel(nn.Module):
         #: what a call returns: "output", as the dense model does, or "embedding"
         self.returns = "output"
 
+    def _make_selector(self, schedule: Schedule) -> nn.Module:
+        """What the rule learns beside the backbone: here the life head."""
+        return lives.LifeHead(self.backbone.embed_dim, self.backbone.global_token)
+
+    @property
+    def selector(self) -> nn.Module:
+        """What the rule learns beside the backbone; a module without parameters where it learns nothing."""
+        module: nn.Module = getattr(self, self.selector_name)
+        return module
+
     @property
     def mode(self) -> str:
-        """How the blocks run: one of `MODES`."""
+        """How the blocks run: one of `modes`."""
         return self._mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        if mode not in MODES:
-            raise SlimError(f"mode {mode!r} is not possible: expected one of {', '.join(MODES)}")
+        if mode not in self.modes:
+            whom = "" if self.method == "life" else f" for the method {self.method}"
+            raise SlimError(f"mode {mode!r} is not possible{whom}: expected one of {', '.join(self.modes)}")
         self._mode = mode
 
     @property
@@ -87,11 +107,15 @@ class SlimModel(nn.Module):
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
+        self._schedule = self._fitted(schedule)
+
+    def _fitted(self, schedule: Schedule) -> Schedule:
+        """The schedule in the form that the rule runs; `SlimError` if it cannot run it."""
         if schedule.depth != self.backbone.depth:
             raise SlimError(
                 f"a schedule for {schedule.depth} blocks does not fit a model of {self.backbone.depth} blocks"
             )
-        self._schedule = schedule
+        return schedule
 
     @property
     def keep_rate(self) -> float | None:
@@ -100,7 +124,14 @@ class SlimModel(nn.Module):
 
     @keep_rate.setter
     def keep_rate(self, value: float | Sequence[tuple[int, float]] | Sequence[int]) -> None:
-        self.schedule = with_keep_rate(self.schedule, value)
+        if isinstance(value, (int, float)):
+            self.schedule = self.at_keep_rate(value)
+        else:
+            self.schedule = with_keep_rate(self.schedule, value)
+
+    def at_keep_rate(self, keep_rate: float) -> Schedule:
+        """The schedule of this model at another keep rate."""
+        return self.schedule.at_keep_rate(keep_rate)
 
     @property
     def num_patches(self) -> int:
@@ -119,12 +150,28 @@ class SlimModel(nn.Module):
 
     def multiply_adds(self) -> int:
         """Multiply-adds of one image under the present schedule."""
-        architecture, heirs = self.architecture(), self.dead == "heir"
-        total = architecture.multiply_adds(self.patches_per_layer, heirs)
-        if self.exact_savings:
-            # a patch that has an heir must come out of the block that it leaves after
-            total -= architecture.exact_savings(self.patches_per_layer, None if heirs else self.schedule.life_layer)
-        return total
+        savings = self.savings(self.schedule) if self.exact_savings else 0
+        return self.cost(self.schedule) - savings
+
+    def savings(self, schedule: Schedule | None) -> int:
+        """Multiply-adds of one image that `exact_savings` leaves out under `schedule`; None is the dense model."""
+        counts = schedule.resolve(self.num_patches) if schedule is not None else None
+        # a patch that has an heir must come out of the block that it leaves after
+        leaving = schedule is not None and self.dead == "discard"
+        return self.architecture().exact_savings(counts, schedule.life_layer if leaving and schedule else None)
+
+    def cost(self, schedule: Schedule | None) -> int:
+        """Multiply-adds of one image under `schedule`, what the rule itself costs included; None is the dense model."""
+        counts = schedule.resolve(self.num_patches) if schedule is not None else None
+        return self.architecture().multiply_adds(counts, heirs=schedule is not None and self.dead == "heir")
+
+    def patches_used(self, schedule: Schedule) -> tuple[int, ...]:
+        """How many patches each block is given under `schedule`."""
+        return schedule.resolve(self.num_patches)
+
+    def own_loss(self, images: Tensor, teacher: SlimModel | None) -> Tensor | float:
+        """What the rule adds to the loss of the forward pass just done on `images`; `teacher` is the dense model."""
+        return 0.0
 
     @property
     def attention(self) -> str:
@@ -157,15 +204,20 @@ class SlimModel(nn.Module):
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens after the last block, and the bias that their keys had there."""
         tokens, positions = self.backbone.embed(images)
-        prefix = self.backbone.num_prefix_tokens
-        num_patches = tokens.shape[1] - prefix
+        num_patches = tokens.shape[1] - self.backbone.num_prefix_tokens
         counts = self.schedule.resolve(num_patches)
         if self.mode == "none" or counts[-1] == num_patches:
             for layer in range(1, self.schedule.depth + 1):
                 tokens = self._block(layer, tokens, positions, None, self._read_after(layer, counts))
             self._remember(None)
             return tokens, None
+        return self._slimmed(tokens, positions, counts)
 
+    def _slimmed(
+        self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embedded patches through all blocks where some leave: tokens after the last, and the bias of their keys."""
+        prefix = self.backbone.num_prefix_tokens
         for layer in range(1, self.schedule.life_layer + 1):
             tokens = self._block(layer, tokens, positions, None)
         life = self.life_head(tokens, prefix, *life_moments(counts))
@@ -283,6 +335,7 @@ def slim(
     temperature: float = 1.5,
     dead: str = "discard",
     plugin: str | None = None,
+    method: str = "life",
 ) -> SlimModel:
     """Make a model drop patches: `slim(timm.create_model("deit_small_patch16_224", pretrained=True))`.
 
@@ -296,6 +349,7 @@ def slim(
         temperature: U of the soft weight in training.
         dead: what becomes of a patch whose life is over: "discard", or "heir": it is added to the one most like it.
         plugin: which plugin's backbone to take, where two of them know the model.
+        method: the rule by which patches leave: "life", or another that `slim plugins` lists.
 
     Raises:
         SlimError: for a model that cannot drop patches, with the reason, and for an impossible schedule.
@@ -306,4 +360,4 @@ def slim(
     life_layer = backbone.life_layer if life_layer is None else life_layer
     layers = backbone.drop_layers(life_layer) if drop_layers is None else drop_layers
     schedule = with_keep_rate(Schedule.uniform(backbone.depth, 1.0, life_layer, layers), keep_rate)
-    return SlimModel(model, schedule, temperature, backbone, dead)
+    return find_method(method)(model, schedule, temperature, backbone, dead)

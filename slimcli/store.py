@@ -16,7 +16,7 @@ from torch import Tensor
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.layout import lay_out_for_inference
-from slimcli.plugins import build_model, find_backbone
+from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
 
@@ -64,8 +64,10 @@ def load_weights(model: SlimModel, path: Path) -> Loaded:
     as it is, with the rest loaded; anything else that does not fit is a `SlimError`.
     """
     state = read_weights(path)
-    dense = {name: value for name, value in state.items() if not name.startswith(LIFE_HEAD)}
-    head = {name.removeprefix(LIFE_HEAD): value for name, value in state.items() if name.startswith(LIFE_HEAD)}
+    own = f"{model.selector_name}."
+    # the weights of a model slimmed by its lives serve every other method too
+    dense = {name: value for name, value in state.items() if not name.startswith((LIFE_HEAD, own))}
+    head = {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
     if dense and all(name.startswith(MODEL) for name in dense):
         dense = {name.removeprefix(MODEL): value for name, value in dense.items()}
     dense = model.backbone.adapt_weights(dense)
@@ -90,10 +92,11 @@ def load_weights(model: SlimModel, path: Path) -> Loaded:
     model.model.load_state_dict(dense)
     if head:
         try:
-            model.life_head.load_state_dict(head)
+            model.selector.load_state_dict(head)
         except RuntimeError as error:
+            what = model.selector_name.replace("_", " ")
             raise SlimError(
-                f"{path}: its life head does not fit the model: {str(error).splitlines()[-1].strip()}"
+                f"{path}: its {what} does not fit the model: {str(error).splitlines()[-1].strip()}"
             ) from None
     return Loaded(life_head=bool(head), classifier=has_classifier)
 
@@ -102,6 +105,7 @@ def slimming_config(model: SlimModel) -> dict[str, Any]:
     """How a model drops patches, as it stands in config.json and in a recipe's [slimming]."""
     schedule = model.schedule
     config: dict[str, Any] = {
+        "method": model.method,
         "life_layer": schedule.life_layer,
         "temperature": model.temperature,
         "dead": model.dead,
@@ -175,7 +179,8 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     backbone = find_backbone(dense, plugin)
     schedule = schedule_from_config(config["slimming"], backbone.depth)
     section = config["slimming"]
-    model = SlimModel(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
+    kind = find_method(section.get("method", "life"))
+    model = kind(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
     model.exact_savings = section.get("exact_savings", False)
     load_weights(model, folder / WEIGHTS)
     lay_out_for_inference(model.model)

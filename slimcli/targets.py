@@ -11,7 +11,7 @@ from slimcli.backbones.base import Backbone
 from slimcli.backbones.timm_vit import DIGITS_VIT
 from slimcli.data import has_split, open_dataset
 from slimcli.errors import SlimError
-from slimcli.plugins import build_model, find_backbone
+from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.recipe import (
     DataSection,
     ModelSection,
@@ -174,7 +174,8 @@ def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:
         return SlimModel(dense, Schedule.uniform(backbone.depth, 0.7, life_layer, layers), backbone=backbone)
     backbone = find_backbone(dense, recipe.model.backbone)
     schedule = recipe_schedule(recipe, backbone)
-    model = SlimModel(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
+    kind = find_method(recipe.slimming.method)
+    model = kind(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
     model.attention = recipe.slimming.attention
     model.exact_savings = recipe.slimming.exact_savings
     return model

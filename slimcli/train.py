@@ -284,6 +284,7 @@ def _run_stage(
                     if stage.loss == "labels":
                         output = model.backbone.logits(output)
                     loss = criterion(output.float(), labels if stage.loss == "labels" else mixed)
+                    loss = loss + model.own_loss(mixed, teacher)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     if recipe.optimizer.clip_grad is not None:
@@ -358,7 +359,7 @@ def _run_stage(
 
 def choose_parameters(model: SlimModel, stage: StageSection) -> None:
     """Let the life head, the backbone or both learn; freeze the rest."""
-    model.life_head.requires_grad_(stage.learns in ("life", "both"))
+    model.selector.requires_grad_(stage.learns in ("life", "both"))
     model.model.requires_grad_(stage.learns in ("backbone", "both"))
 
 
@@ -374,7 +375,7 @@ def make_optimizer(model: SlimModel, stage: StageSection, recipe: Recipe) -> tor
     section = recipe.optimizer
     groups: list[dict[str, Any]] = []
     if stage.learns in ("life", "both"):
-        groups += param_groups_weight_decay(model.life_head, stage.weight_decay)
+        groups += param_groups_weight_decay(model.selector, stage.weight_decay)
     if stage.learns in ("backbone", "both"):
         dense = model.model
         undecayed: set[str] = getattr(dense, "no_weight_decay", set)()
@@ -453,7 +454,8 @@ def _teacher(target: Target, recipe: Recipe, class_names: list[str] | None) -> S
     if by_labels:
         check_classifier(model)
     check_classes(model, class_names)
-    if by_labels and all(stage.loss == "labels" for stage in recipe.stages) and not model.backbone.compares_embeddings:
+    only_labels = by_labels and all(stage.loss == "labels" for stage in recipe.stages)
+    if only_labels and not model.backbone.compares_embeddings and not model.needs_teacher:
         return None
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     teacher.mode = "none"

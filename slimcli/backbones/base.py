@@ -129,6 +129,18 @@ class Backbone(ABC):
             return self.block(layer, tokens, positions)[:, :keep]
         return self.masked_block(layer, tokens, positions, key_bias)[:, :keep]
 
+    def halves(self, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+        """Block `layer` in two, tokens to tokens: attention and what surrounds it, then the MLP and what surrounds it.
+
+        For methods that take patches out between the two. None where nobody says what lies in the middle of the
+        block: they are then taken out after it.
+        """
+        return None
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """Tokens after the last block as the classifier sees them: normalised, where the model does that first."""
+        return tokens
+
     def embedding(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
         """Tokens after the last block to the image embedding (B, E) that training on the cosine compares.
 

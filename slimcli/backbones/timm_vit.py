@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,22 @@ class TimmViT(Backbone):
         if getattr(attn, "gate", None) is not None:
             out = out * attn.gate(reading).sigmoid()
         return attn.proj_drop(attn.proj(out))
+
+    def halves(self, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+        block: Any = self.blocks[layer - 1]
+        if type(block) is not Block:
+            return None
+
+        def attention(tokens: Tensor) -> Tensor:
+            return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+
+        def mlp(tokens: Tensor) -> Tensor:
+            return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+        return attention, mlp
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
 
     def head(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
         if isinstance(self.model, VisionTransformerDistilled):

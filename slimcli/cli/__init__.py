@@ -18,6 +18,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 COMMANDS = {
     "calibrate": "A working slimmed model before any training, in about two minutes.",
+    "compare": "Life regression beside other methods: one table, one plot.",
     "eval": "Accuracy, cost and speed, dense against slimmed, on real images.",
     "plugins": "What is installed, and which models each plugin serves.",
     "profile": "Cost, speed and memory of a model, without any data.",

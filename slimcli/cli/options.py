@@ -37,6 +37,11 @@ class KeepRates(click.ParamType):  # type: ignore[type-arg]
         return rates
 
 
+def words(text: str | None) -> list[str]:
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+
+
 def command_line() -> str:
     """The command that is running, as it can be run again."""
     return shlex.join(["slim", *click.get_current_context().meta.get("slim.words", [])])

@@ -30,6 +30,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
         display.line(f"{plugin.name} ({plugin.package} {plugin.version})")
         for name, about in plugin.backbones.items():
             display.line(f"  {name:<12} {about}")
+        for name, about in plugin.methods.items():
+            display.line(f"  method {name}: {about}")
         for name, about in plugin.datasets.items():
             display.line(f"  data {name}: {about}")
         for name, about in plugin.commands.items():
@@ -44,6 +46,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
                     "package": p.package,
                     "version": p.version,
                     "backbones": p.backbones,
+                    "methods": p.methods,
                     "datasets": p.datasets,
                     "commands": p.commands,
                 }

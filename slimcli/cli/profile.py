@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import batch_size_option, common_options, dead_option, keep_rate_option, set_option
+from slimcli.cli.options import (
+    batch_size_option,
+    common_options,
+    dead_option,
+    keep_rate_option,
+    set_option,
+    words,
+)
 
 #: under this share of the arithmetic's saving, a user should hear why
 REALISED_ENOUGH = 0.9
@@ -17,6 +24,11 @@ REALISED_ENOUGH = 0.9
 @keep_rate_option("One or several.  [default: the model's own schedule, 0.7 for a model's name]")
 @batch_size_option
 @click.option("--img-size", type=click.IntRange(min=1), help="Height and width in pixels, for a model's name.")
+@click.option(
+    "--against",
+    metavar="METHOD[,METHOD...]",
+    help="Also measure other methods in the same run: evit, dynamicvit, tome, random.",
+)
 @click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
 @click.option(
     "--exact-savings", is_flag=True, help="Also without the work for tokens that nothing reads; the same logits."
@@ -32,6 +44,7 @@ def command(
     keep_rates: list[float] | None,
     batch_size: int | None,
     img_size: int | None,
+    against: str | None,
     per_layer: bool,
     exact_savings: bool,
     seconds: float,
@@ -60,7 +73,10 @@ def command(
     batch = batch_size or profile.DEFAULT_BATCH[where.type]
     layers: list[dict[str, Any]] | None = None
     with display.progress() as progress:
-        rows = profile.profile(found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings)
+        others = words(against)
+        rows = profile.profile(
+            found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=others
+        )
         if per_layer:
             layers = profile.per_layer(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
@@ -73,7 +89,7 @@ def command(
     columns = (("gmacs", 2), ("params_millions", 1), ("images_per_second", 1), ("speedup", 2))
     body = [
         [
-            rate_title(row, row["dense"]),
+            row_title(row, rate_title(row, row["dense"]), bool(others)),
             *(number(row[key], digits) for key, digits in columns),
             f"{100 * row['realised']:.0f} %",
             number(row["latency_ms_p50"], 1),
@@ -88,7 +104,8 @@ def command(
     display.table(titles, body, caption)
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     for row in rows[1:]:
-        if row["realised"] < REALISED_ENOUGH:
+        # what another method loses is a finding, not a fault
+        if row["realised"] < REALISED_ENOUGH and row["method"] in (None, found.model.method):
             name = "the dense model, exact," if row["dense"] else f"keep rate {rate_title(row, False)}"
             display.warn(
                 f"{name} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
@@ -109,6 +126,11 @@ def command(
     if layers is not None:
         document["per_layer"] = layers
     display.document(document)
+
+
+def row_title(row: dict[str, Any], rate: str, methods: bool) -> str:
+    """A row's first cell: its keep rate, and where several methods are compared the method before it."""
+    return f"{row['method']} {rate}" if methods and row["method"] else rate
 
 
 def likely_reason(batch: int, num_patches: int) -> str:

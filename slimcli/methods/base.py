@@ -1,0 +1,167 @@
+"""What every method shares: the dense blocks in a loop, and a choice at each drop layer of the patches that go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.attention import AttentionRecorder
+from slimcli.backbones.base import Backbone, counted, without_computing
+from slimcli.errors import SlimError
+from slimcli.life import take_patches
+from slimcli.plugins import find_method
+from slimcli.schedule import Architecture, Schedule
+from slimcli.slimming import SlimModel
+
+
+class Method(SlimModel):
+    """A rule by which patches leave, with the surface of `SlimModel`: trained, measured and saved in the same way.
+
+    The smallest rule overrides `choose`; one that learns also `_make_selector` and `own_loss`; one that costs
+    something `overhead`; one that does more than take patches out `_slimmed` and `cost`.
+    """
+
+    method = ""
+    modes: tuple[str, ...] = ("none", "hard")
+    selector_name = "score_heads"
+    #: whether the rule has no keep rate of its own: a keep rate then stands for what life regression costs at it
+    by_cost = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        temperature: float = 1.5,
+        backbone: Backbone | None = None,
+        dead: str = "discard",
+    ) -> None:
+        # what becomes of the patches that leave is part of each rule
+        super().__init__(model, schedule, temperature, backbone, "discard")
+        reason = self.refusal()
+        if reason is not None:
+            raise SlimError(f"the method {self.method} cannot run {type(model).__name__}: {reason}")
+
+    def _make_selector(self, schedule: Schedule) -> nn.Module:
+        return nn.Identity()
+
+    def refusal(self) -> str | None:
+        """Why this rule cannot run on the backbone; None if it can."""
+        return None
+
+    def choose(self, layer: int, tokens: Tensor, count: int) -> Tensor:
+        """Places (B, count), among the patches of `tokens` (B, P + n, D) after block `layer`, of those that go on."""
+        raise NotImplementedError(f"{type(self).__name__}.choose")
+
+    def overhead(self, counts: Sequence[int]) -> int:
+        """Multiply-adds of one image that the rule itself costs under N_1..N_L."""
+        return 0
+
+    def cost(self, schedule: Schedule | None) -> int:
+        architecture = self.architecture()
+        if schedule is None:
+            return architecture.multiply_adds()
+        counts = schedule.resolve(architecture.num_patches)
+        if counts[-1] == counts[0]:
+            return architecture.multiply_adds()
+        return backbone_cost(architecture, counts) + self.overhead(counts)
+
+    def schedule_for_cost(self, target: float) -> Schedule:
+        """The schedule with the highest keep rate, at the present drop layers, that costs at most `target`."""
+        low, high = 0.01, 1.0
+        if self.cost(self.at_keep_rate(high)) <= target:
+            return self.at_keep_rate(high)
+        if self.cost(self.at_keep_rate(low)) > target:
+            raise SlimError(f"the method {self.method} cannot cost as little as {target / 1e9:.3g} G multiply-adds")
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.cost(self.at_keep_rate(middle)) <= target else (low, middle)
+        return self.at_keep_rate(int(low * 10_000) / 10_000)
+
+    def schedule_like(self, model: SlimModel, schedule: Schedule) -> Schedule:
+        """What is compared with `model` under `schedule`: the same keep rates, or the same cost where it has none."""
+        return self.schedule_for_cost(model.cost(schedule)) if self.by_cost else schedule
+
+    def _slimmed(
+        self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        self._remember(None)
+        for layer in range(1, self.schedule.depth + 1):
+            tokens = self._block(layer, tokens, positions, None)
+            if layer in drop_layers(counts):
+                chosen = self.choose(layer, tokens, counts[layer])
+                tokens, positions = self._take(tokens, positions, chosen)
+        return tokens, None
+
+    def _take(self, tokens: Tensor, positions: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prefix tokens and the `chosen` patches (B, n), with their positions."""
+        prefix = self.backbone.num_prefix_tokens
+        everywhere = torch.arange(prefix, device=tokens.device).expand(chosen.shape[0], -1)
+        kept = take_rows(tokens, torch.cat((everywhere, chosen + prefix), dim=1))
+        return kept, None if positions is None else take_patches(positions, chosen)
+
+    @cached_property
+    def _facts(self) -> Facts:
+        return facts(self.backbone)
+
+
+class Facts(NamedTuple):
+    """What a rule may need to know of a backbone.
+
+    `positions`: patches have a place in every block (rotary, relative). `key_channels`: channels of a head's keys;
+    None where the blocks attend in another way than torch's fused attention. `biased`: something is added to the
+    products of queries and keys. `mlp_weights`: the weights of each block's second half that every token is multiplied
+    with; None where the halves are not known.
+    """
+
+    positions: bool
+    key_channels: int | None
+    biased: bool
+    mlp_weights: tuple[int, ...] | None
+
+
+def facts(backbone: Backbone) -> Facts:
+    """Read off a backbone by running it on shapes alone; nothing is computed."""
+    training = backbone.model.training
+    backbone.model.eval()
+    try:
+        with without_computing():
+            tokens, positions = backbone.embed(backbone._images())
+            halves = [backbone.halves(layer) for layer in range(1, backbone.depth + 1)]
+            mlp = tuple(counted(partial(pair[1], tokens))[0] // tokens.shape[1] for pair in halves if pair)
+        # operators that fall back on the plain formula hide the fused call: look at it outside of the counter
+        with without_computing(), AttentionRecorder() as seen:
+            backbone.block(1, *backbone.embed(backbone._images()))
+    finally:
+        backbone.model.train(training)
+    channels = None if seen.key is None else seen.key.shape[-1]
+    return Facts(positions is not None, channels, seen.masked, mlp if len(mlp) == backbone.depth else None)
+
+
+def backbone_cost(architecture: Architecture, counts: Sequence[int]) -> int:
+    """Multiply-adds of the backbone alone on N_1..N_L patches."""
+    blocks = sum(architecture.block(layer, n) for layer, n in enumerate(counts, 1))
+    return architecture.embedding + architecture.head_fixed + architecture.head_per_patch * counts[-1] + blocks
+
+
+def rival(name: str, model: SlimModel) -> Method:
+    """The method called `name` on the dense model of `model`, weights shared; `SlimError` if it is no `Method`."""
+    kind = find_method(name)
+    if not issubclass(kind, Method):
+        raise SlimError(f"the method {name!r} is what the others are compared with: name another one")
+    return kind(model.model, model.schedule, backbone=model.backbone)
+
+
+def drop_layers(counts: Sequence[int]) -> tuple[int, ...]:
+    """The blocks, counted from 1, after which fewer patches go on."""
+    return tuple(layer for layer in range(1, len(counts)) if counts[layer] < counts[layer - 1])
+
+
+def take_rows(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens (B, n, D) at the places `chosen` (B, m): (B, m, D). Whole rows are copied, which a gather does not do."""
+    batch, n, width = tokens.shape
+    rows = chosen + n * torch.arange(batch, device=tokens.device).unsqueeze(1)
+    return tokens.reshape(batch * n, width).index_select(0, rows.flatten()).reshape(batch, -1, width)

@@ -1,0 +1,179 @@
+"""slim compare: every method on the same data, arithmetic and epochs; what was finished is kept."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import document
+from PIL import Image
+
+import slimcli
+from slimcli import compare, train
+from slimcli.errors import Interrupted
+from slimcli.recipe import load_recipe
+
+ALL = "life,evit,evit-nofuse,dynamicvit,tome,random"
+
+
+def rows_of(found):
+    return {(row["title"], row["keep_rate"]): row for row in found["rows"]}
+
+
+def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path):
+    words = ["compare", "quickstart", "--methods", "life,evit,tome,random", "--keep-rate", "0.7,0.5", "--limit", 40]
+    found = document(slim(*words, "-o", "out", "--json"))
+    rows = rows_of(found)
+    assert found["rows"][0]["title"] == "dense"
+    assert len(rows) == 9
+    for rate in (0.7, 0.5):
+        life = rows["life", rate]
+        assert life["gmacs"] == pytest.approx(slimcli.slim("digits_vit", rate).multiply_adds() / 1e9, abs=1e-4)
+        for name in ("evit", "tome", "random"):
+            assert 0.97 * life["gmacs"] <= rows[name, rate]["gmacs"] <= life["gmacs"] + 1e-4
+    for row in found["rows"]:
+        assert row["images"] == 40 and row["images_per_second"] > 0
+        assert row["lost"] == pytest.approx(rows["dense", None]["top1"] - row["top1"], abs=0.01)
+    assert rows["evit", 0.7]["setting"]["keep_rate"] != 0.7
+    assert rows["dense", None]["top1"] > 90
+    out = tmp_path / "out"
+    assert json.loads((out / "compare.json").read_text()) == found
+    table = (out / "compare.md").read_text()
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 9
+    assert f"| life | 0.7 | keep 0.7 after 4, 7, 10 | {rows['life', 0.7]['gmacs']:.4f} |" in table
+    with Image.open(out / "compare.png") as picture:
+        assert picture.width > 800
+    assert ElementTree.parse(out / "compare.svg").getroot().tag.endswith("svg")
+
+
+def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, tmp_path, monkeypatch):
+    words = ["compare", "quickstart", "--methods", "life", "--limit", 40]
+    calls = []
+    real = compare.calibrate.calibrate
+    monkeypatch.setattr(compare.calibrate, "calibrate", lambda *args: calls.append(1) or real(*args))
+    assert slim(*words, "--set", "slimming.keep_rate=0.6").exit_code == 0
+    assert calls == [1]
+    slim("calibrate", "quickstart", "--images", 64, "--limit", 20, "-o", "calibrated")
+    found = document(slim("compare", "calibrated/recipe.toml", *words[2:], "--json"))
+    assert found["rows"][1]["keep_rate"] is None
+    # the calibration of `slim calibrate` itself is the second
+    assert calls == [1, 1]
+
+
+def test_trained_for_the_same_epochs(slim, tiny_recipe, tmp_path):
+    found = document(slim("compare", tiny_recipe, "--methods", ALL, "--keep-rate", 0.6, "--train", "--json"))
+    assert [row["title"] for row in found["rows"]] == ["dense", "dense, trained", *ALL.split(",")]
+    assert found["epochs"] == 3
+    runs = {row["title"]: tmp_path / row["run"] for row in found["rows"] if row.get("run")}
+    epochs = {}
+    for title, run in runs.items():
+        events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        epochs[title] = [(e["learns"], e["mode"]) for e in events if e["event"] == "epoch"]
+    assert epochs["dense, trained"] == [("backbone", "none")] * 3
+    assert epochs["life"] == [("life", "soft"), ("backbone", "soft"), ("backbone", "soft")]
+    assert epochs["dynamicvit"] == [("both", "soft")] * 3
+    assert epochs["tome"] == epochs["evit"] == epochs["random"] == [("backbone", "hard")] * 3
+    for title, run in runs.items():
+        model = slimcli.load(run)
+        assert model.method == (title if title != "dense, trained" else "life")
+    assert rows_of(found)["dense, trained", None]["lost"] == 0
+    assert all(row["setting"] for row in found["rows"][2:])
+
+
+def test_epochs_are_shared_out_over_the_stages(tiny_recipe):
+    recipe = load_recipe(tiny_recipe)
+    assert [stage.epochs for stage in compare.stages_for("life", recipe, 5)] == [2, 3]
+    assert [stage.epochs for stage in compare.stages_for("tome", recipe, 5)] == [5]
+    assert [stage.epochs for stage in compare.stages_for("life", recipe, 0)] == [1, 2]
+    stage = compare.stages_for("dynamicvit", recipe, 0)[0]
+    assert (stage.lr, stage.backbone_lr, stage.epochs) == (1e-3, 1e-3, 3)
+
+
+def test_finished_lines_are_kept_and_not_measured_again(slim, tiny_recipe, tmp_path, monkeypatch):
+    words = ["compare", tiny_recipe, "--methods", "random,tome", "--keep-rate", "0.7,0.5"]
+    real, calls = compare.evaluate, []
+
+    def interrupted(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(compare, "evaluate", interrupted)
+    stopped = slim(*words)
+    assert stopped.exit_code == 1
+    assert "what was finished is kept" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    folder = next((tmp_path / "runs").glob("tiny-compare-*"))
+    kept = {path.name: path.read_text() for path in (folder / "cells").iterdir()}
+    assert set(kept) == {"dense.json", "random-0.7.json"}
+    monkeypatch.setattr(compare, "evaluate", lambda *args: calls.append(1) or real(*args))
+    found = document(slim(*words, "--resume", "--json"))
+    assert found["output"] == str(folder.relative_to(tmp_path))
+    assert len(calls) == 5, "two lines were there already"
+    assert {name: (folder / "cells" / name).read_text() for name in kept} == kept
+    more = document(slim(*words[:3], "life", "--keep-rate", "0.7", "--resume", "-o", folder, "--json"))
+    assert [row["title"] for row in more["rows"]] == ["dense", "life"]
+    assert len(calls) == 6
+
+
+def test_a_training_that_was_interrupted_goes_on(slim, tiny_recipe, tmp_path, monkeypatch):
+    words = ["compare", tiny_recipe, "--methods", "random,tome", "--keep-rate", "0.5", "--epochs", 2, "-o", "out"]
+    whole = document(slim(*words[:-1], "whole", "--json"))
+    real = train.Run.checkpoint
+
+    def stop(run, *args):
+        real(run, *args)
+        if run.recipe.name.startswith("tome"):
+            raise Interrupted(str(run.folder))
+
+    monkeypatch.setattr(train.Run, "checkpoint", stop)
+    stopped = slim(*words)
+    assert stopped.exit_code == 1
+    assert "--resume -o out" in stopped.stderr
+    assert (tmp_path / "out" / "cells" / "random-0.5.json").is_file()
+    monkeypatch.setattr(train.Run, "checkpoint", real)
+    found = document(slim(*words, "--resume", "--json"))
+    assert len(list((tmp_path / "out" / "runs").glob("tome-*"))) == 1
+    for row, other in zip(found["rows"], whole["rows"], strict=True):
+        assert (row["title"], row["top1"], row["loss"]) == (other["title"], other["top1"], other["loss"])
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([], "Missing argument"),
+        (["nowhere.toml"], "nowhere.toml: no such recipe"),
+        (["quickstart", "--methods", "life,tomee"], "did you mean tome?"),
+        (["quickstart", "--methods", ","], "--methods ',' names no method"),
+        (["quickstart", "--keep-rate", "0"], "--keep-rate 0"),
+        (["quickstart", "--untrained", "--epochs", "2"], "--untrained and --epochs"),
+        (["quickstart", "--epochs", "1"], "--epochs 1: quickstart has 2 stages"),
+        (["quickstart", "--methods", "dynamicvit"], "its score heads must be trained"),
+        (["quickstart", "--limit", "0"], "--limit"),
+        (["quickstart", "--resume"], "no unfinished comparison of quickstart"),
+        (["quickstart", "--resume", "-o", "nowhere"], "nowhere: is no comparison to go on with"),
+        (["quickstart", "--set", 'slimming.method="tome"'], "starts from a recipe of life regression"),
+        (["quickstart", "--set", "stages=[]", "--train"], "no stage that teaches the backbone"),
+    ],
+)
+def test_bad_input_is_one_clear_line(refused, words, part):
+    assert part in refused("compare", *words)
+
+
+def test_a_model_that_a_method_cannot_serve_is_refused_before_anything_is_measured(refused, tiny_recipe, tmp_path):
+    pooled = ["--set", "model.args.class_token=false", "--set", "model.args.global_pool=avg"]
+    assert "the method evit cannot run VisionTransformer" in refused("compare", tiny_recipe, "-o", "out", *pooled)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_and_other_folders_are_refused(slim, refused, tiny_recipe, tmp_path):
+    words = ["compare", tiny_recipe, "--methods", "random", "-o", "out"]
+    assert slim(*words).exit_code == 0
+    assert "is a comparison already: --resume" in refused(*words)
+    line = refused(*words, "--resume", "--limit", 8, "--set", "seed=3")
+    assert "differs in recipe.seed, recipe.data" in line
+    (tmp_path / "out" / "cells" / "dense.json").write_text("{")
+    assert "dense.json: is damaged" in refused(*words, "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    assert "other: is there already and is no comparison" in refused(*words[:-1], "other")
