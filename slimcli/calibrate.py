@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimcli import measure
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
-from slimcli.evaluate import Accuracy, Similarity, Variant, agreement, pooled
+from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
 from slimcli.life import LifeHead, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
-from slimcli.schedule import Schedule, default_drop_layers, default_life_layer
+from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts
 from slimcli.slimming import SlimModel
 
-#: memory that the remembered tokens may take, for all candidate life layers together
-TOKEN_BYTES = 2 * 2**30
+#: memory that what is remembered of the images may take, for all candidate life layers together
+REMEMBERED_BYTES = 2 * 2**30
+#: patches of an image that teach how alike patches are: their pairs grow with the square
+COMPARED_PATCHES = 256
+#: width of the projection that patches are compared by
+SIMILARITY_DIM = 64
+#: how the number of patches may fall: exponents of `falling_counts`
+POWERS = (0.35, 0.5, 0.7, 1.0)
+#: what a patch's life may lose for what others already say, in standard deviations
+REDUNDANCIES = (5.0, 10.0, 25.0)
 
 
 @dataclass
@@ -31,26 +39,40 @@ class Observed:
     """What the dense model did with the calibration images (M of them), kept on the CPU.
 
     `tokens[l]` are its tokens (M, P + N, D) after block l, in bfloat16; `attention[t]` what block t's global
-    token paid to each patch (M, N); `predictions` the classes it chose (M,).
+    token paid to each patch (M, N); `alike[l]` the cosines between patches, averaged over the blocks after l but the
+    last (M, n, n), of the patches at `compared` (n,).
     """
 
     tokens: dict[int, Tensor]
     attention: dict[int, Tensor]
-    predictions: Tensor
+    alike: dict[int, Tensor]
+    compared: Tensor
+
+
+@dataclass
+class Checked:
+    """The images that candidates are compared on, in batches: what enters the block after each life layer, and what
+    the dense model made of it: logits (B, C), or features.
+    """
+
+    tokens: dict[int, list[Tensor]]
+    positions: list[Tensor | None]
+    outputs: list[Tensor]
 
 
 def candidate_life_layers(depth: int) -> tuple[int, ...]:
-    """Life layers worth trying: a sixth to a half of the depth (2 to 6 of 12) around the default."""
-    default = default_life_layer(depth)
-    spread = sorted({max(1, default + round(depth * shift / 12)) for shift in (-1, 0, 1)})
-    return tuple(layer for layer in spread if layer < depth)
+    """Life layers worth trying: from the first block to five twelfths of the depth (1 to 5 of 12)."""
+    last = max(1, min(depth - 1, round(depth * 5 / 12)))
+    spread = (1 + round(i * (last - 1) / 4) for i in range(5))
+    return tuple(sorted(set(spread)))
 
 
 def images_that_fit(backbone: Backbone, wanted: int, layers: int) -> int:
-    """How many images' tokens can be remembered for `layers` life layers."""
+    """How many images can be remembered for `layers` life layers."""
     rows, columns = backbone.grid_size
-    bytes_each = (rows * columns + backbone.num_prefix_tokens) * backbone.embed_dim * 2 * layers
-    return max(1, min(wanted, TOKEN_BYTES // bytes_each))
+    patches = rows * columns
+    tokens = (patches + backbone.num_prefix_tokens) * backbone.embed_dim
+    return max(1, min(wanted, REMEMBERED_BYTES // (2 * layers * (tokens + min(patches, COMPARED_PATCHES) ** 2))))
 
 
 @torch.no_grad()
@@ -64,14 +86,16 @@ def observe(
     total: int = 1,
 ) -> Observed:
     """Run the dense model over calibration images and remember what the life head will be taught with."""
-    backbone = model.backbone
+    backbone, prefix = model.backbone, model.backbone.num_prefix_tokens
     model.eval()
     tokens: dict[int, list[Tensor]] = {layer: [] for layer in life_layers}
     attention: dict[int, list[Tensor]] = {layer: [] for layer in range(min(life_layers) + 1, backbone.depth + 1)}
-    predictions = []
+    alike: dict[int, list[Tensor]] = {layer: [] for layer in life_layers}
+    compared = torch.randperm(model.num_patches, generator=torch.Generator().manual_seed(0))[:COMPARED_PATCHES]
     seen = 0
     for images, _targets in batches:
         x, positions = backbone.embed(images.to(device, dtype))
+        sums = {layer: torch.zeros(()) for layer in life_layers}
         for layer in range(1, backbone.depth + 1):
             if layer in attention:
                 x, paid = backbone.global_attention(layer, x, positions)
@@ -80,20 +104,61 @@ def observe(
                 x = backbone.block(layer, x, positions)
             if layer in tokens:
                 tokens[layer].append(x.to("cpu", torch.bfloat16))
-        predictions.append(pooled(backbone.head(x)).argmax(dim=-1).cpu())
+            cosines = _cosines(x[:, prefix:][:, compared.to(device)].float()).cpu()
+            for life_layer in life_layers:
+                # the last block's patches are not compared any more, unless there is no block in between
+                if life_layer < layer < max(backbone.depth, life_layer + 2):
+                    sums[life_layer] = sums[life_layer] + cosines
+        for life_layer, summed in sums.items():
+            blocks = max(1, backbone.depth - 1 - life_layer)
+            alike[life_layer].append((summed / blocks).to(torch.bfloat16))
         seen += images.shape[0]
         progress("observing the dense model", seen, total)
     return Observed(
         {layer: torch.cat(parts) for layer, parts in tokens.items()},
         {layer: torch.cat(parts) for layer, parts in attention.items()},
-        torch.cat(predictions),
+        {layer: torch.cat(parts) for layer, parts in alike.items()},
+        compared,
     )
+
+
+def _cosines(features: Tensor) -> Tensor:
+    """Cosine (B, n, n) of every pair of features (B, n, C)."""
+    unit = F.normalize(features, dim=-1)
+    return torch.bmm(unit, unit.transpose(1, 2))
 
 
 def attention_target(observed: Observed, life_layer: int) -> Tensor:
     """What the life head is taught (M, N): the attention of all blocks after l, standardised in each image."""
     later = [paid for layer, paid in observed.attention.items() if layer > life_layer]
     return normalise_life(torch.stack(later).mean(dim=0), 0.0, 1.0)
+
+
+def _learn(
+    modules: Sequence[nn.Module],
+    loss_of: Callable[[Tensor], Tensor],
+    num_images: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    progress: Progress,
+    label: str,
+) -> float:
+    """AdamW with a one-cycle rate on random images (their indices are given to `loss_of`); return the final loss."""
+    optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
+    losses: list[float] = []
+    for step in range(steps):
+        loss = loss_of(torch.randint(num_images, (min(batch_size, num_images),), generator=generator))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        progress(label, step + 1, steps)
+    recent = losses[-max(1, steps // 10) :]
+    return sum(recent) / len(recent)
 
 
 def fit_life_head(
@@ -113,43 +178,73 @@ def fit_life_head(
     No labels are needed. The error of a head that knows nothing is 2 in the mean, of a perfect one 0.
     """
     head.to(device).float().train()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(0)
-    losses: list[float] = []
-    for step in range(steps):
-        chosen = torch.randint(tokens.shape[0], (min(batch_size, tokens.shape[0]),), generator=generator)
+
+    def loss_of(chosen: Tensor) -> Tensor:
         score = head.score(tokens[chosen].to(device, torch.float32), num_prefix_tokens)
-        loss = F.mse_loss(normalise_life(score, 0.0, 1.0), target[chosen].to(device))
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        progress(label, step + 1, steps)
+        return F.mse_loss(normalise_life(score, 0.0, 1.0), target[chosen].to(device))
+
+    taught = [head.norm, head.query, head.key]
+    error = _learn(taught, loss_of, tokens.shape[0], steps, batch_size, lr, progress, label)
     head.eval()
-    recent = losses[-max(1, steps // 10) :]
-    return sum(recent) / len(recent)
+    return error
 
 
-def schedules_for_cost(model: SlimModel, target: float, life_layers: Sequence[int]) -> list[Schedule]:
-    """For each life layer, the schedule with evenly spread drop layers that costs at most `target` multiply-adds."""
-    architecture = model.architecture()
-    depth = architecture.depth
-    found = []
-    for life_layer in life_layers:
-        layers = default_drop_layers(depth, life_layer)
-        rate = architecture.keep_rate_for(target, life_layer, layers)
-        if rate is not None:
-            found.append(Schedule.uniform(depth, rate, life_layer, layers))
-    if not found:
-        first = min(life_layers)
-        lowest = architecture.multiply_adds((architecture.num_patches,) * first + (1,) * (depth - first))
-        raise SlimError(
-            f"a cost of {target / 1e9:.3g} G cannot be reached: with all patches in blocks 1 to {first} "
-            f"it is at least {lowest / 1e9:.3g} G (dense: {architecture.multiply_adds() / 1e9:.3g} G)"
-        )
-    return found
+def fit_similarity(
+    head: LifeHead,
+    patches: Tensor,
+    target: Tensor,
+    device: torch.device,
+    steps: int = 400,
+    batch_size: int = 16,
+    lr: float = 2e-3,
+    progress: Progress = no_progress,
+    label: str = "fitting how alike patches will be",
+) -> float:
+    """Teach the head's projection of patches (M, n, D) cosines that are linear in `target` (M, n, n).
+
+    Returns the final squared error over the variance within an image; 0 is that of a perfect projection.
+    """
+    assert head.similarity is not None
+    head.similarity.to(device).float().train()
+    line = nn.ParameterList([torch.ones((), device=device), torch.zeros((), device=device)])
+    others = 1.0 - torch.eye(patches.shape[1], device=device)
+    pairs = others.sum()
+
+    def loss_of(chosen: Tensor) -> Tensor:
+        wanted = target[chosen].to(device).float()
+        mean = (wanted * others).sum(dim=(1, 2), keepdim=True) / pairs
+        spread = ((wanted - mean).square() * others).sum().clamp(min=1e-6)
+        found = _cosines(head.features(patches[chosen].to(device))) * line[0] + line[1]
+        return ((found - wanted).square() * others).sum() / spread
+
+    error = _learn([head.similarity, line], loss_of, patches.shape[0], steps, batch_size, lr, progress, label)
+    head.eval()
+    return error
+
+
+def falling_schedule(model: SlimModel, target: float, life_layer: int, power: float) -> Schedule | None:
+    """The schedule of `falling_counts` that costs at most `target` multiply-adds; None if even the steepest costs more.
+
+    The cost is that of `model` as it stands: with heirs or without, with what comparing patches costs.
+    """
+    depth, num_patches = model.backbone.depth, model.num_patches
+
+    def schedule(leave: float) -> Schedule:
+        return Schedule(depth, life_layer, counts=falling_counts(num_patches, depth, life_layer, power, leave))
+
+    # more than there are may leave: the last blocks are then left with one patch
+    low, high = 0.0, 4.0 * num_patches
+    if cost_of(model, schedule(high)) > target:
+        return None
+    while high - low > 0.05:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost_of(model, schedule(middle)) > target else (low, middle)
+    return schedule(high)
+
+
+def cost_of(model: SlimModel, schedule: Schedule) -> int:
+    """Multiply-adds of one image under `schedule`, with everything that the model is set to do or to leave out."""
+    return model.cost(schedule) - (model.savings(schedule) if model.exact_savings else 0)
 
 
 def cost_for_speedup(
@@ -178,8 +273,7 @@ def cost_for_speedup(
             )
         low, high = (rate, high) if faster >= target else (low, rate)
     progress("measuring speed", 1, 1)
-    counts = Schedule.uniform(depth, low, life_layer, default_drop_layers(depth, life_layer)).resolve(model.num_patches)
-    return model.architecture().multiply_adds(counts)
+    return cost_of(model, Schedule.uniform(depth, low, life_layer, default_drop_layers(depth, life_layer)))
 
 
 @torch.inference_mode()
@@ -200,62 +294,199 @@ def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, devic
 
 @dataclass
 class Tried:
-    """A candidate: its schedule, how well the head learned, and how often the slimmed model agrees with the dense."""
+    """A candidate: how patches leave, and how far the slimmed model is from the dense one on the check images.
+
+    `divergence` is the mean Kullback-Leibler divergence of its predictions in nats, or without a classifier 1 - cosine
+    of the features; `agreement` how often it predicts the same class, in percent, or 100 cosine.
+    """
 
     schedule: Schedule
+    redundancy: float
     gmacs: float
-    fit_error: float
+    divergence: float
     agreement: float
-    head: dict[str, Tensor]
+
+
+@dataclass
+class Fitted:
+    """A life head that was taught for one life layer, with the squared errors of its two parts."""
+
+    state: dict[str, Tensor]
+    life_error: float
+    similarity_error: float
+
+
+@dataclass
+class Calibration:
+    """What `calibrate` did: the heads it fitted, by life layer, and every candidate it tried, the chosen one first.
+
+    `paper` is the paper's way at the same cost, for comparison: three drops, and dead patches discarded.
+    """
+
+    fitted: dict[int, Fitted]
+    tried: list[Tried]
+    paper: Tried | None = None
 
 
 def calibrate(
     model: SlimModel,
-    schedules: Sequence[Schedule],
+    goal: float | Schedule,
     fit_on: Iterable[tuple[Tensor, Tensor]],
     check_on: Sequence[tuple[Tensor, Tensor]],
     num_images: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
-) -> list[Tried]:
-    """Fit a life head for each schedule and leave the model with the one that agrees best with its dense self.
+) -> Calibration:
+    """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
-    `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
-    Returns every candidate, the chosen one first.
+    `goal` is a cost in multiply-adds, for which life layer and N_t are searched, or a schedule, to keep. `fit_on` are
+    the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
     model = model.to(device, dtype).eval()
-    layers = sorted({schedule.life_layer for schedule in schedules})
+    model.mode = "hard"
+    head = model.life_head
+    head.similarity_dim = min(SIMILARITY_DIM, model.backbone.embed_dim)
+    if not isinstance(goal, Schedule):
+        head.redundancy = REDUNDANCIES[0]
+        layers = candidate_life_layers(model.backbone.depth)
+        check_cost(model, goal, layers)
+        if goal >= model.cost(None):
+            goal = model.schedule.at_keep_rate(1.0)
+    layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
     observed = observe(model, fit_on, layers, device, dtype, progress, num_images)
-    architecture = model.architecture()
-    heads: dict[int, tuple[float, dict[str, Tensor]]] = {}
-    tried = []
-    for schedule in schedules:
-        layer = schedule.life_layer
-        if layer not in heads:
-            head = LifeHead(architecture.embed_dim, model.backbone.global_token)
-            label = f"fitting the life head after block {layer}"
-            target = attention_target(observed, layer)
-            error = fit_life_head(
-                head,
-                observed.tokens[layer],
-                target,
-                architecture.num_prefix_tokens,
-                device,
-                progress=progress,
-                label=label,
-            )
-            heads[layer] = error, {name: value.detach().clone() for name, value in head.state_dict().items()}
-        error, state = heads[layer]
-        model.life_head.load_state_dict(state)
-        model.schedule = schedule
-        agreed, _, _ = agreement(model, check_on, device, dtype)
-        cost = architecture.multiply_adds(schedule.resolve(architecture.num_patches)) / 1e9
-        tried.append(Tried(schedule, cost, error, agreed, state))
-    tried.sort(key=lambda candidate: -candidate.agreement)
-    model.schedule = tried[0].schedule
-    model.life_head.load_state_dict(tried[0].head)
+    fitted = {layer: _fit(model, observed, layer, device, progress) for layer in layers}
+    del observed
+    checked = check(model, check_on, layers, device, dtype)
+
+    def attempt(schedule: Schedule, redundancy: float) -> Tried:
+        head.load_state_dict(fitted[schedule.life_layer].state)
+        head.redundancy, model.schedule = redundancy, schedule
+        cost = cost_of(model, schedule) / 1e9
+        if not schedule.drops_patches():
+            return Tried(schedule, redundancy, cost, 0.0, 100.0)
+        return Tried(schedule, redundancy, cost, *distance(model, checked))
+
+    if isinstance(goal, Schedule):
+        tried = [attempt(goal, redundancy) for redundancy in (0.0, *REDUNDANCIES)]
+    else:
+        tried = search(model, goal, layers, attempt, progress)
+    tried.sort(key=lambda candidate: candidate.divergence)
+    best, paper = tried[0], None
+    if not isinstance(goal, Schedule) and (steps := paper_schedule(model, goal)) and steps.life_layer in fitted:
+        dead, model.dead = model.dead, "discard"
+        paper = attempt(steps, 0.0)
+        model.dead = dead
+    attempt(best.schedule, best.redundancy)
+    return Calibration(fitted, tried, paper)
+
+
+def paper_schedule(model: SlimModel, target: float) -> Schedule | None:
+    """The paper's three drops at the highest keep rate that costs at most `target` multiply-adds, if there is one."""
+    depth = model.backbone.depth
+    life_layer = default_life_layer(depth)
+    layers = default_drop_layers(depth, life_layer)
+    rate = model.architecture().keep_rate_for(target, life_layer, layers)
+    return None if rate is None else Schedule.uniform(depth, rate, life_layer, layers)
+
+
+def search(
+    model: SlimModel,
+    target: float,
+    layers: Sequence[int],
+    attempt: Callable[[Schedule, float], Tried],
+    progress: Progress = no_progress,
+) -> list[Tried]:
+    """Try life layers first, then for the two best of them every form of the fall and weight of redundancy."""
+    label, middle, usual = "searching how patches should leave", POWERS[1], REDUNDANCIES[1]
+    tried: list[Tried] = []
+
+    def attempt_all(candidates: Sequence[tuple[int, float, float]], before: int, total: int) -> None:
+        for number, (layer, power, redundancy) in enumerate(candidates):
+            progress(label, before + number, total)
+            schedule = falling_schedule(model, target, layer, power)
+            if schedule is not None and (schedule, redundancy) not in [(t.schedule, t.redundancy) for t in tried]:
+                tried.append(attempt(schedule, redundancy))
+
+    more = 2 * len(POWERS) * len(REDUNDANCIES)
+    total = len(layers) + more
+    attempt_all([(layer, middle, usual) for layer in layers], 0, total)
+    best = sorted(tried, key=lambda candidate: candidate.divergence)[:2]
+    chosen = [candidate.schedule.life_layer for candidate in best]
+    attempt_all([(t, p, r) for t in chosen for p in POWERS for r in REDUNDANCIES], len(layers), total)
+    progress(label, total, total)
     return tried
+
+
+def _fit(
+    model: SlimModel, observed: Observed, layer: int, device: torch.device, progress: Progress = no_progress
+) -> Fitted:
+    """A fresh life head for one life layer, taught what the dense model did after it."""
+    backbone = model.backbone
+    head = LifeHead(backbone.embed_dim, backbone.global_token)
+    head.similarity_dim = model.life_head.similarity_dim
+    tokens, prefix = observed.tokens[layer], backbone.num_prefix_tokens
+    label = f"fitting the life head after block {layer}"
+    target = attention_target(observed, layer)
+    life = fit_life_head(head, tokens, target, prefix, device, progress=progress, label=label)
+    patches = tokens[:, prefix:][:, observed.compared]
+    label = f"fitting how alike patches will be after block {layer}"
+    alike = fit_similarity(head, patches, observed.alike[layer], device, progress=progress, label=label)
+    return Fitted({name: value.detach().clone() for name, value in head.state_dict().items()}, life, alike)
+
+
+@torch.no_grad()
+def check(
+    model: SlimModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    layers: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Checked:
+    """Run the dense model over the check images and remember where candidates go on from."""
+    backbone = model.backbone
+    found = Checked({layer: [] for layer in layers}, [], [])
+    for images, _targets in batches:
+        x, positions = backbone.embed(images.to(device, dtype))
+        for layer in range(1, backbone.depth + 1):
+            x = backbone.block(layer, x, positions)
+            if layer in found.tokens:
+                found.tokens[layer].append(x)
+        found.positions.append(positions)
+        found.outputs.append(pooled(backbone.head(x)))
+    return found
+
+
+@torch.no_grad()
+def distance(model: SlimModel, checked: Checked) -> tuple[float, float]:
+    """Divergence and agreement, as `Tried` has them, of the model under its schedule from the dense one."""
+    classifies = model.architecture().num_outputs > 0
+    apart = same = images = 0.0
+    starts = checked.tokens[model.schedule.life_layer]
+    for tokens, positions, dense in zip(starts, checked.positions, checked.outputs, strict=True):
+        counts = model.schedule.resolve(tokens.shape[1] - model.backbone.num_prefix_tokens)
+        slim = pooled(model.backbone.head(*model.after_life_layer(tokens, positions, counts)))
+        images += dense.shape[0]
+        if classifies:
+            logs = slim.log_softmax(dim=-1), dense.log_softmax(dim=-1)
+            apart += float(F.kl_div(*logs, log_target=True, reduction="sum"))
+            same += float((slim.argmax(dim=-1) == dense.argmax(dim=-1)).sum())
+        else:
+            cosine = float(F.cosine_similarity(slim, dense, dim=-1).sum())
+            apart, same = apart + dense.shape[0] - cosine, same + cosine
+    return apart / images, 100 * same / images
+
+
+def check_cost(model: SlimModel, target: float, layers: Sequence[int]) -> None:
+    """`SlimError` unless some schedule costs at most `target` multiply-adds."""
+    first, depth = min(layers), model.backbone.depth
+    steepest = Schedule(depth, first, counts=(model.num_patches,) * first + (1,) * (depth - first))
+    lowest = cost_of(model, steepest)
+    if target < lowest:
+        raise SlimError(
+            f"a cost of {target / 1e9:.3g} G cannot be reached: with all patches in blocks 1 to {first} "
+            f"it is at least {lowest / 1e9:.3g} G (dense: {model.cost(None) / 1e9:.3g} G)"
+        )
 
 
 Agreement = tuple[float, Accuracy | Similarity, Accuracy | Similarity]

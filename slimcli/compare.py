@@ -194,15 +194,20 @@ def _untrained(
     if cell.method == "dense":
         return evaluate(target.model, loader, [], device, dtype, progress)[0]
     if cell.method == target.model.method and not target.has_life_head:
-        _calibrate(target, comparison, prepare, progress)
-        plan[cell] = _copy_with(target.model, plan[cell].schedule)
+        own = plan[cell].schedule
+        target.model.schedule = own
+        _calibrate(target.model, own.resolve(target.model.num_patches), comparison, prepare, progress)
+        plan[cell] = _copy_with(target.model, target.model.schedule)
     return evaluate(plan[cell], loader, None, device, dtype, progress)[1]
 
 
-def _calibrate(target: Target, comparison: Comparison, prepare: dict[str, Any], progress: Progress) -> None:
-    """Teach the life head on training images, without their labels, as `slim calibrate` does."""
-    recipe, device, model = comparison.recipe, comparison.device, target.model
-    count = calibrate.images_that_fit(model.backbone, FIT_IMAGES, 1)
+def _calibrate(
+    model: SlimModel, counts: Sequence[int], comparison: Comparison, prepare: dict[str, Any], progress: Progress
+) -> None:
+    """Calibrate on training images for the arithmetic of N_1..N_L, without labels, as `slim calibrate` does."""
+    recipe, device = comparison.recipe, comparison.device
+    layers = calibrate.candidate_life_layers(model.backbone.depth)
+    count = calibrate.images_that_fit(model.backbone, FIT_IMAGES, len(layers))
     wanted = recipe.data.model_copy(update={"train_limit": min(recipe.data.train_limit or 2**62, count + CHECK_IMAGES)})
     images = datasets.shuffled(datasets.open_dataset(wanted, train=True))
     workers = datasets.num_workers(recipe.data, images, device)
@@ -212,8 +217,8 @@ def _calibrate(target: Target, comparison: Comparison, prepare: dict[str, Any], 
     fit_on, check_on = batches[:-kept] or batches, batches[-kept:]
     seen = sum(len(labels) for _, labels in fit_on)
     dtype = find_dtype(recipe.precision, device)
-    calibrate.calibrate(model, [model.schedule], fit_on, check_on, seen, device, dtype, progress)
-    target.has_life_head = True
+    cost = float(model.architecture().multiply_adds(counts))
+    calibrate.calibrate(model, cost, fit_on, check_on, seen, device, dtype, progress)
 
 
 def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,18 +62,29 @@ def sort_patches(tokens: Tensor, order: Tensor, num_prefix_tokens: int) -> Tenso
 
 
 @torch.no_grad()
-def choose_heirs(patches: Tensor, counts: Sequence[int]) -> list[Tensor]:
+def choose_heirs(features: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """For each drop, the heir (B, number that leave) of every patch that leaves, as a place among those that stay.
 
-    `patches` (B, N, D) are sorted, longest life first, and `counts` are the falling patch counts N, N', N'', ...: the
-    patches from N' on leave first. The heir is the patch with the highest cosine similarity among those that live
-    on. At most N^2 D multiply-adds, once; nothing is compared again later.
+    `features` (B, N, C) of patches are sorted, longest life first, and `counts` are the falling patch counts N, N',
+    N'', ...: the patches from N' on leave first. The heir is the patch with the highest cosine similarity among those
+    that live on. At most N^2 C multiply-adds, once; nothing is compared again later.
     """
-    unit = F.normalize(patches, dim=-1)
+    unit = F.normalize(features, dim=-1)
     return [
         torch.bmm(unit[:, stay:n], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
         for n, stay in itertools.pairwise(counts)
     ]
+
+
+def redundancy(features: Tensor, score: Tensor) -> Tensor:
+    """How much of each patch another one already says: (B, N), between -1 and 1.
+
+    The highest cosine between its `features` (B, N, C) and those of a patch with a higher `score` (B, N); -1 for the
+    patch with the highest.
+    """
+    unit = F.normalize(features, dim=-1)
+    less = score.unsqueeze(2) >= score.unsqueeze(1)
+    return torch.bmm(unit, unit.transpose(1, 2)).masked_fill(less, -1.0).amax(dim=-1)
 
 
 def inherit(patches: Tensor, size: Tensor, heir: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,11 +107,35 @@ def prefix_bias(patch_bias: Tensor, num_prefix_tokens: int) -> Tensor:
     return F.pad(patch_bias, (num_prefix_tokens, 0))
 
 
+class Similarity(nn.Module):
+    """Projects patches to what they are compared with each other by; everything is computed in float32."""
+
+    def __init__(self, embed_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.projection = nn.Linear(embed_dim, dim, bias=False)
+        nn.init.orthogonal_(self.projection.weight)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, D) to features (B, N, dim)."""
+        with torch.autocast(patches.device.type, enabled=False):
+            return F.linear(normalised(patches, self.norm), self.projection.weight.float())
+
+
+def normalised(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm in float32, whatever the dtype of tokens and weights is."""
+    return F.layer_norm(tokens.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+
+
 class LifeHead(nn.Module):
     """Predicts the life of every patch from the tokens after one block (eqs. 1-3).
 
     s_i = (W_q h_0) . (W_k h_i) with h = LayerNorm(x). h_0 is the class token, or with `global_token="mean"`
     the mean of the patches' h_i. Everything is computed in float32, also under autocast.
+
+    Beyond the paper, and off by default: with `redundancy` above 0 the life of a patch is also shortened, by so many
+    standard deviations, for what a more important patch already says. Patches are compared by their tokens or, with
+    `similarity_dim` above 0, by a projection of them, which may learn how alike they will be in later blocks.
     """
 
     def __init__(self, embed_dim: int, global_token: str = "cls") -> None:
@@ -112,6 +148,24 @@ class LifeHead(nn.Module):
         self.key = nn.Linear(embed_dim, embed_dim, bias=False)
         for projection in (self.query, self.key):
             nn.init.trunc_normal_(projection.weight, std=0.02)
+        #: weight of what other patches already say, in standard deviations of the score
+        self.redundancy = 0.0
+        self.similarity: Similarity | None = None
+
+    @property
+    def similarity_dim(self) -> int:
+        """Width of the projection that patches are compared by; 0 if their tokens are compared as they are."""
+        return self.similarity.projection.out_features if self.similarity is not None else 0
+
+    @similarity_dim.setter
+    def similarity_dim(self, dim: int) -> None:
+        weight = self.query.weight
+        if dim != self.similarity_dim:
+            self.similarity = Similarity(weight.shape[0], dim).to(weight.device, weight.dtype) if dim > 0 else None
+
+    def features(self, patches: Tensor) -> Tensor:
+        """What patches (B, N, D) are compared with each other by: (B, N, C), float32."""
+        return patches.float() if self.similarity is None else cast(Tensor, self.similarity(patches))
 
     def score(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
         """Importance s (B, N) of the patches in `tokens` (B, P + N, D).
@@ -119,13 +173,7 @@ class LifeHead(nn.Module):
         The product is folded, s_i = (W_k^T W_q h_0) . h_i, which costs 2 D^2 + N D multiply-adds an image.
         """
         with torch.autocast(tokens.device.type, enabled=False):
-            h = F.layer_norm(
-                tokens.float(),
-                self.norm.normalized_shape,
-                self.norm.weight.float(),
-                self.norm.bias.float(),
-                self.norm.eps,
-            )
+            h = normalised(tokens, self.norm)
             patches = h[:, num_prefix_tokens:]
             whole = h[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
             folded = F.linear(whole, self.query.weight.float()) @ self.key.weight.float()
@@ -133,4 +181,9 @@ class LifeHead(nn.Module):
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:
         """Lives tau (B, N), float32, with mean `life_mean` and standard deviation `life_std` in every image."""
-        return normalise_life(self.score(tokens, num_prefix_tokens), life_mean, life_std)
+        score = self.score(tokens, num_prefix_tokens)
+        if self.redundancy > 0:
+            with torch.no_grad():
+                said = redundancy(self.features(tokens[:, num_prefix_tokens:]), score)
+            score = normalise_life(score, 0.0, 1.0) - self.redundancy * normalise_life(said, 0.0, 1.0)
+        return normalise_life(score, life_mean, life_std)

@@ -77,7 +77,12 @@ class SlimmingSection(Section):
     drops: list[tuple[PositiveInt, KeepRate]] | None = Field(None, description="(layer, keep rate) pairs")
     patches_per_layer: list[PositiveInt] | None = Field(None, description="N_1..N_L")
     temperature: Annotated[float, Field(gt=0)] = 1.5
-    dead: Literal["discard", "heir"] = Field("discard", description="what becomes of a patch whose life is over")
+    dead: Literal["discard", "heir"] = Field(
+        "heir", description="what becomes of a patch whose life is over: gone, or added to the one most like it"
+    )
+    redundancy: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="standard deviations of life that a patch loses for what a more important one already says"
+    )
     exact_savings: bool = Field(False, description="no queries, projection and MLP for tokens that nothing reads after")
     attention: Literal["auto", "reference", "mask", "channel", "flex"] = Field(
         "auto", description="the kernel where keys have a bias, in training"

@@ -50,6 +50,37 @@ def patches_per_layer(num_patches: int, depth: int, drops: Sequence[tuple[int, f
     return tuple(counts)
 
 
+def falling_counts(num_patches: int, depth: int, life_layer: int, power: float, leave: float) -> tuple[int, ...]:
+    """N_t that falls after every block from the life layer l on: N - leave ((t - l) / (L - l))^power, at least 1.
+
+    `leave` is how many patches have left before the last block; with a power below 1 most of them leave early.
+    """
+    shares = [(max(0, layer - life_layer) / (depth - life_layer)) ** power for layer in range(1, depth + 1)]
+    return tuple(max(1, round(num_patches - leave * share)) for share in shares)
+
+
+def counts_with_total(counts: Sequence[int], total: int) -> tuple[int, ...] | None:
+    """N_t that falls as `counts` does, but N_1 + ... + N_L is `total`; None if no fall of that form comes to it."""
+    falls = [counts[0] - n for n in counts]
+
+    def real(scale: float) -> list[float]:
+        return [max(1.0, counts[0] - scale * fall) for fall in falls]
+
+    low, high = 0.0, float(counts[0])
+    if not sum(real(high)) <= total <= sum(real(low)):
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(real(middle)) > total else (low, middle)
+    found = real(high)
+    # the patches that rounding down loses go to the blocks that lost most, so that the total comes out
+    lost = sorted(range(len(found)), key=lambda t: (math.floor(found[t] + 1e-9) - found[t], t))
+    whole = [math.floor(n + 1e-9) for n in found]
+    for t in lost[: total - sum(whole)]:
+        whole[t] += 1
+    return tuple(whole)
+
+
 def life_moments(counts: Sequence[int]) -> tuple[float, float]:
     """Mean and standard deviation of the lives under the schedule N_1..N_L.
 
@@ -114,20 +145,39 @@ class Schedule:
 
     @property
     def keep_rate(self) -> float | None:
-        """The keep rate common to all drop layers; None where they differ or the counts are explicit."""
-        rates = {rate for _, rate in self.drops}
-        return rates.pop() if self.counts is None and len(rates) == 1 else None
+        """The keep rate common to all drop layers; None where they differ.
+
+        Of explicit counts: the keep rate, in hundredths, at which the default drop layers leave as many patches in all
+        blocks together. So a keep rate stands for nearly the same cost in every schedule.
+        """
+        if self.counts is None:
+            rates = {rate for _, rate in self.drops}
+            return rates.pop() if len(rates) == 1 else None
+        total, num_patches = sum(self.counts), self.counts[0]
+        rates_tried = [hundredth / 100 for hundredth in range(100, 0, -1)]
+        return min(rates_tried, key=lambda rate: abs(self._usual_total(num_patches, rate) - total))
+
+    def _usual_total(self, num_patches: int, keep_rate: float) -> int:
+        """N_1 + ... + N_L of the default drop layers at a keep rate."""
+        drops = [(layer, keep_rate) for layer in default_drop_layers(self.depth)]
+        return sum(patches_per_layer(num_patches, self.depth, drops))
 
     def at_keep_rate(self, keep_rate: float) -> Schedule:
         """The same drop layers with another keep rate.
 
-        An explicit schedule keeps its drop layers too: the blocks after which its counts fall.
+        Explicit counts keep the form of their fall and are scaled to as many patches in all blocks together as the
+        default drop layers leave at this keep rate.
         """
-        layers = [layer for layer, _ in self.drops]
-        if self.counts is not None:
-            layers = [t for t in range(1, self.depth) if self.counts[t] < self.counts[t - 1]]
-        layers = layers or list(default_drop_layers(self.depth, self.life_layer))
-        return Schedule.uniform(self.depth, keep_rate, self.life_layer, layers)
+        if self.counts is None or not self.drops_patches():
+            layers = [layer for layer, _ in self.drops] or list(default_drop_layers(self.depth, self.life_layer))
+            return Schedule.uniform(self.depth, keep_rate, self.life_layer, layers)
+        counts = counts_with_total(self.counts, self._usual_total(self.counts[0], check_keep_rate(keep_rate)))
+        if counts is None:
+            raise SlimError(
+                f"keep rate {keep_rate:g} cannot be reached by this schedule: all {self.counts[0]} patches are in "
+                f"blocks 1 to {self.life_layer}"
+            )
+        return Schedule(self.depth, self.life_layer, counts=counts)
 
     def resolve(self, num_patches: int) -> tuple[int, ...]:
         """N_1..N_L for an image of `num_patches` patches."""
@@ -236,15 +286,38 @@ class Architecture:
         """Multiply-adds of the folded life head: 2 D^2 + N D."""
         return 2 * self.embed_dim**2 + self.num_patches * self.embed_dim
 
-    def multiply_adds(self, counts: Sequence[int] | None = None, heirs: bool = False) -> int:
+    def multiply_adds(self, counts: Sequence[int] | None = None, comparison: Comparison | None = None) -> int:
         """Multiply-adds of one image under the schedule N_1..N_L; of the dense model without one.
 
-        The life head counts only where the schedule drops a patch: otherwise it does not run. `heirs` adds the
-        comparison of each patch that leaves with those that stay: D multiply-adds a pair, once.
+        The life head counts only where the schedule drops a patch: otherwise it does not run. `comparison` says what
+        patches are compared by, where they are compared with each other.
         """
         n = tuple(counts) if counts is not None else (self.num_patches,) * self.depth
         total = self.embedding + self.head_fixed + self.head_per_patch * n[-1]
         total += sum(self.block(layer, patches) for layer, patches in enumerate(n, 1))
-        if heirs:
-            total += self.embed_dim * sum((before - after) * after for before, after in itertools.pairwise(n))
-        return total + (self.life_head if n[-1] < n[0] else 0)
+        if n[-1] == n[0]:
+            return total
+        if comparison is not None:
+            total += comparison.multiply_adds(n, self.embed_dim)
+        return total + self.life_head
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How patches are compared with each other at the life layer.
+
+    `heirs`: each patch that leaves with those that stay. `redundancy`: each with every other one. `dim` is the width
+    that they are projected to before that; 0 if they are compared as they are.
+    """
+
+    heirs: bool
+    redundancy: bool
+    dim: int = 0
+
+    def multiply_adds(self, counts: Sequence[int], embed_dim: int) -> int:
+        """Multiply-adds of one image under N_1..N_L: the projection, then a product of their width a pair."""
+        if not (self.heirs or self.redundancy):
+            return 0
+        pairs = sum((before - after) * after for before, after in itertools.pairwise(counts)) if self.heirs else 0
+        pairs += counts[0] ** 2 if self.redundancy else 0
+        return counts[0] * embed_dim * self.dim + pairs * (self.dim or embed_dim)

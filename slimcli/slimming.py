@@ -14,7 +14,7 @@ from slimcli.attention import KERNELS, NEVER
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.plugins import build_model, find_backbone, find_method
-from slimcli.schedule import Architecture, Schedule, life_moments
+from slimcli.schedule import Architecture, Comparison, Schedule, life_moments
 
 #: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
 DEAD = ("discard", "heir")
@@ -162,8 +162,11 @@ class SlimModel(nn.Module):
 
     def cost(self, schedule: Schedule | None) -> int:
         """Multiply-adds of one image under `schedule`, what the rule itself costs included; None is the dense model."""
-        counts = schedule.resolve(self.num_patches) if schedule is not None else None
-        return self.architecture().multiply_adds(counts, heirs=schedule is not None and self.dead == "heir")
+        if schedule is None:
+            return self.architecture().multiply_adds()
+        head = self.life_head
+        compared = Comparison(self.dead == "heir", head.redundancy > 0, head.similarity_dim)
+        return self.architecture().multiply_adds(schedule.resolve(self.num_patches), compared)
 
     def patches_used(self, schedule: Schedule) -> tuple[int, ...]:
         """How many patches each block is given under `schedule`."""
@@ -217,10 +220,15 @@ class SlimModel(nn.Module):
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         """Embedded patches through all blocks where some leave: tokens after the last, and the bias of their keys."""
-        prefix = self.backbone.num_prefix_tokens
         for layer in range(1, self.schedule.life_layer + 1):
             tokens = self._block(layer, tokens, positions, None)
-        life = self.life_head(tokens, prefix, *life_moments(counts))
+        return self.after_life_layer(tokens, positions, counts)
+
+    def after_life_layer(
+        self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, P + N, D) after the life layer through the blocks that follow, as `_slimmed` returns them."""
+        life = self.life_head(tokens, self.backbone.num_prefix_tokens, *life_moments(counts))
         self._remember(life)
         run = self._drop if self.mode == "hard" else self._bias
         return run(tokens, positions, life, counts)
@@ -240,7 +248,7 @@ class SlimModel(nn.Module):
             positions = lives.take_patches(positions, order)
         bias: Tensor | None = None
         falls = tuple(dict.fromkeys(counts))
-        heirs = lives.choose_heirs(tokens[:, prefix:], falls) if inherit else []
+        heirs = lives.choose_heirs(self.life_head.features(tokens[:, prefix:]), falls) if inherit else []
         size = torch.ones_like(life)
         for layer in range(first + 1, self.schedule.depth + 1):
             n = counts[layer - 1]

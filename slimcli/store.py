@@ -16,6 +16,7 @@ from torch import Tensor
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.layout import lay_out_for_inference
+from slimcli.life import LifeHead
 from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
@@ -91,6 +92,9 @@ def load_weights(model: SlimModel, path: Path) -> Loaded:
         raise SlimError(f"{path}: holds the weights of another model: {'; '.join(problems[:2])}{more}")
     model.model.load_state_dict(dense)
     if head:
+        if isinstance(model.selector, LifeHead):
+            learned = head.get("similarity.projection.weight")
+            model.selector.similarity_dim = 0 if learned is None else learned.shape[0]
         try:
             model.selector.load_state_dict(head)
         except RuntimeError as error:
@@ -111,6 +115,8 @@ def slimming_config(model: SlimModel) -> dict[str, Any]:
         "dead": model.dead,
         "exact_savings": model.exact_savings,
     }
+    if isinstance(model.selector, LifeHead):
+        config["redundancy"] = model.selector.redundancy
     if schedule.counts is not None:
         config["patches_per_layer"] = list(schedule.counts)
     elif schedule.keep_rate is not None:
@@ -118,6 +124,13 @@ def slimming_config(model: SlimModel) -> dict[str, Any]:
     else:
         config["drops"] = [list(drop) for drop in schedule.drops]
     return config
+
+
+def configure(model: SlimModel, config: dict[str, Any]) -> None:
+    """Set what `slimming_config` says of a model and its constructor does not take."""
+    model.exact_savings = config.get("exact_savings", False)
+    if isinstance(model.selector, LifeHead):
+        model.selector.redundancy = config.get("redundancy", 0.0)
 
 
 def schedule_from_config(config: dict[str, Any], depth: int) -> Schedule:
@@ -181,7 +194,7 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     section = config["slimming"]
     kind = find_method(section.get("method", "life"))
     model = kind(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
-    model.exact_savings = section.get("exact_savings", False)
+    configure(model, section)
     load_weights(model, folder / WEIGHTS)
     lay_out_for_inference(model.model)
     return model.eval()

@@ -23,7 +23,7 @@ from slimcli.recipe import (
 )
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
-from slimcli.store import CONFIG, load, load_weights, read_config, slimming_config
+from slimcli.store import CONFIG, configure, load, load_weights, read_config, slimming_config
 
 #: names such as hf-hub:owner/model or hf:folder, which a plugin reads: its word, a colon, anything
 NAMED_BY_PLUGIN = re.compile(r"[a-z][a-z0-9_-]+:")
@@ -177,7 +177,7 @@ def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:
     kind = find_method(recipe.slimming.method)
     model = kind(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
     model.attention = recipe.slimming.attention
-    model.exact_savings = recipe.slimming.exact_savings
+    configure(model, recipe.slimming.model_dump())
     return model
 
 

@@ -23,7 +23,10 @@ from slimcli.errors import SlimError
 @click.argument("target", required=False)
 @click.option("--target-flops", type=float, metavar="G", help="Cost to reach, in G multiply-adds an image.")
 @click.option("--target-speedup", type=float, metavar="X", help="Speed-up to reach, measured on this device.")
-@click.option("--keep-rate", "keep_rates", type=KeepRates(), help="Keep rate at the recipe's own layers.")
+@click.option(
+    "--keep-rate", "keep_rates", type=KeepRates(), help="Cost to reach: that of this keep rate at three layers."
+)
+@click.option("--keep-schedule", is_flag=True, help="Keep the layers where patches leave; only teach the life head.")
 @click.option("--images", type=click.IntRange(min=8), default=512, show_default=True, help="Images to fit on.")
 @click.option(
     "--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="Validation images to report on."
@@ -41,6 +44,7 @@ def command(
     target_flops: float | None,
     target_speedup: float | None,
     keep_rates: list[float] | None,
+    keep_schedule: bool,
     images: int,
     limit: int,
     output: Path | None,
@@ -54,14 +58,17 @@ def command(
 ) -> None:
     """A working slimmed model before any training.
 
-    Chooses where patches leave, and teaches the life head the attention that later blocks pay to each patch; no
-    labels are needed. TARGET is a recipe, a run, a model folder or a model's name; without one, the model that
-    comes with slim. Writes a folder that `slim eval` runs at once and a recipe that `slim train` starts from.
+    Teaches the life head which patches later blocks attend to and how alike patches will be, and searches how many
+    should leave after each block; no labels are needed. Without a goal, the cost is that of the present schedule.
+    TARGET is a recipe, a run, a model folder or a model's name; without one, the model that comes with slim. Writes a
+    folder that `slim eval` runs at once and a recipe that `slim train` starts from.
     """
     goals = {"--target-flops": target_flops, "--target-speedup": target_speedup, "--keep-rate": keep_rates}
     given = [name for name, value in goals.items() if value is not None]
     if len(given) > 1:
         raise SlimError(f"{' and '.join(given)} are two goals: choose one")
+    if keep_schedule and (target_flops is not None or target_speedup is not None):
+        raise SlimError("--keep-schedule keeps where patches leave: choose the cost with --keep-rate")
     if keep_rates is not None and len(keep_rates) > 1:
         raise SlimError("--keep-rate takes one keep rate here: the head that is fitted serves the others too")
 
@@ -83,15 +90,15 @@ def command(
     # the untaught head that the fitted one is compared with is random
     torch.manual_seed(0)
     found = embedded_target() if target is None else find_target(target, overrides, pretrained=True)
-    if dead is not None:
-        found.model.dead = dead
+    if dead is not None or found.recipe is None:
+        found.model.dead = dead or "heir"
     model = found.model
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
     dtype = find_dtype(chosen_precision, where)
     section = choose_data(found, data, None, limit, batch_size)
     layers = calibrate.candidate_life_layers(model.backbone.depth)
     count = calibrate.images_that_fit(model.backbone, images, len(layers))
-    check_count = max(8, count // 4)
+    check_count = max(8, count // 2)
     teach = datasets.open_dataset(section.model_copy(update={"train_limit": count + check_count}), train=True)
     show = datasets.open_dataset(section, train=False)
     check_classes(model, getattr(show, "class_names", None))
@@ -105,14 +112,13 @@ def command(
             target_flops = (
                 calibrate.cost_for_speedup(model, target_speedup, section.batch_size, where, dtype, progress) / 1e9
             )
-        if target_flops is not None:
-            schedules = calibrate.schedules_for_cost(model, target_flops * 1e9, layers)
-        else:
-            schedules = [model.schedule.at_keep_rate(keep_rates[0]) if keep_rates else model.schedule]
+        own = model.at_keep_rate(keep_rates[0]) if keep_rates else model.schedule
+        cost = model.architecture().multiply_adds(own.resolve(model.num_patches))
+        goal = own if keep_schedule else cost if target_flops is None else target_flops * 1e9
         teach_loader = datasets.eval_loader(datasets.shuffled(teach), prepare, batch, workers, where)
         *fit_on, check_on = _split(list(first_images(teach_loader, count + check_count)), count)
         untaught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
-        tried = calibrate.calibrate(model, schedules, fit_on[0], check_on, count, where, dtype, progress)
+        done = calibrate.calibrate(model, goal, fit_on[0], check_on, count, where, dtype, progress)
         taught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
         rows = evaluate(model, _loader(show, prepare, batch, workers, where), None, where, dtype, progress)
     model.float()
@@ -140,15 +146,16 @@ def command(
         "batch_size": batch,
         "versions": versions(),
         "images": count,
-        "chosen": _describe(tried[0]),
-        "tried": [_describe(candidate) for candidate in tried],
+        "chosen": _describe(done, done.tried[0]),
+        "paper": _describe(done, done.paper) if done.paper else None,
+        "tried": [_describe(done, candidate) for candidate in done.tried],
         **{key: value for key, value in report.items() if key in ("before", "after")},
         "rows": rows,
     }
     write_json(folder / "summary.json", document)
     if output is None:
         point_latest(folder)
-    _print_report(display, tried, report)
+    _print_report(display, done, report)
     across(display, rows, f"on {len(show)} validation images")
     display.line(
         f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / 'recipe.toml'}"
@@ -174,30 +181,45 @@ def _split(batches: list[Any], count: int) -> tuple[list[Any], list[Any]]:
     return pairs[:edge], pairs[edge:] or pairs[:1]
 
 
-def _describe(candidate: Any) -> dict[str, Any]:
+def _describe(done: Any, candidate: Any) -> dict[str, Any]:
+    fitted = done.fitted[candidate.schedule.life_layer]
     return {
         "life_layer": candidate.schedule.life_layer,
+        "keep_rate": candidate.schedule.keep_rate,
         "drops": [list(drop) for drop in candidate.schedule.drops],
+        "patches_per_layer": list(candidate.schedule.counts or ()),
+        "redundancy": candidate.redundancy,
         "gmacs": round(candidate.gmacs, 4),
-        "fit_error": round(candidate.fit_error, 4),
+        "fit_error": round(fitted.life_error, 4),
+        "similarity_error": round(fitted.similarity_error, 4),
+        "divergence": round(candidate.divergence, 5),
         "agreement": round(candidate.agreement, 2),
     }
 
 
-def _print_report(display: Any, tried: list[Any], report: dict[str, Any]) -> None:
-    body = []
-    for candidate in tried:
-        drops = ", ".join(f"{layer}: {rate:g}" for layer, rate in candidate.schedule.drops) or "own schedule"
+def _print_report(display: Any, done: Any, report: dict[str, Any]) -> None:
+    shown = [("", candidate) for candidate in done.tried[:5]]
+    shown += [("paper", done.paper)] if done.paper else []
+    body: list[list[str]] = []
+    for name, candidate in shown:
+        schedule = candidate.schedule
+        falls = ", ".join(f"{rate:g} after {layer}" for layer, rate in schedule.drops)
         body.append(
             [
-                str(candidate.schedule.life_layer),
-                drops,
+                name or ("chosen" if not body else ""),
+                str(schedule.life_layer),
+                falls or " ".join(map(str, schedule.counts[schedule.life_layer :])),
+                f"{candidate.redundancy:g}",
                 f"{candidate.gmacs:.3f}",
-                f"{candidate.fit_error:.2f}",
+                f"{candidate.divergence:.3f}",
                 f"{candidate.agreement:.1f} %",
             ]
         )
-    display.table(["Life layer", "Keep rate after block", "G MACs", "Fit error", "Agrees with dense"], body)
+    titles = ["", "Life", "Patches in later blocks", "Redund.", "G MACs", "Apart", "Agrees"]
+    note = "Apart: mean divergence from the dense model's predictions; Agrees: same class"
+    if len(done.tried) > 5:
+        note += f"; {len(done.tried)} tried"
+    display.table(titles, body, note)
     before, after = report["before"], report["after"]
     images = f"on {report['images']} validation images, head before fitting -> after"
     if report["dense_top1"] is None:
