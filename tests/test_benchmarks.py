@@ -67,6 +67,13 @@ def test_compiled(tmp_path):
     assert [row["row"] for row in rows] == ["dense", "0.5", "dense, exact", "0.7, exact"]
 
 
+def test_operators(tmp_path):
+    rows = quick(tmp_path, "operators", "--top", "5", "--exact-savings")
+    assert rows[0]["name"] == "all"
+    assert len(rows) == 6
+    assert sum(row["dense_ms"] for row in rows[1:]) <= rows[0]["dense_ms"] + 0.01
+
+
 def test_startup(tmp_path):
     assert quick(tmp_path, "startup")[0]["runs"] == 2
 
