@@ -83,8 +83,8 @@ def main() -> None:
                 values = {"row": label, "batch": batch}
                 contenders.append(Contender(f"batch {batch} {label}", row["gmacs"], partial(run, images), values, goal))
                 plain.append(Contender(f"eager {label}", row["gmacs"], partial(run._orig_mod, images)))
-            found = contest(contenders, batch, device, chosen.seconds, progress, f"batch {batch}")
-            eager = contest(plain, batch, device, chosen.seconds, progress, f"batch {batch}, eager")
+            found = contest([*contenders, *plain], batch, device, chosen.seconds, progress, f"batch {batch}")
+            found, eager = found[: len(kinds)], found[len(kinds) :]
             for row, other in zip(found, eager, strict=True):
                 row["eager"] = round(other["milliseconds"] / row["milliseconds"], 4)
             rows += found
