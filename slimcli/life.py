@@ -33,6 +33,16 @@ def log_soft_weight(life: Tensor, layer: int, temperature: float) -> Tensor:
     return F.logsigmoid(temperature * (life - layer))
 
 
+def log_straight_weight(life: Tensor, used: Tensor, layer: int, temperature: float, eps: float = 1e-4) -> Tensor:
+    """log of a weight that is 1 for patches in use, `eps` for dead ones, and has the gradient of the soft weight.
+
+    A straight-through estimator: forward as inference does, backward as eqs. 4-8 do. `used` (B, N) are booleans. The
+    weight of a dead patch is not 0, so that the logarithm lets its gradient through.
+    """
+    soft = (temperature * (life - layer)).sigmoid()
+    return (used.to(soft.dtype) + soft - soft.detach() + eps).log()
+
+
 def longest_lives_first(life: Tensor, count: int) -> Tensor:
     """Indices (B, count) of the `count` patches with the longest lives, longest first; ties in raster order."""
     return life.argsort(dim=-1, descending=True, stable=True)[:, :count]

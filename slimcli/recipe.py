@@ -103,9 +103,23 @@ class StageSection(Section):
 
     name: str | None = None
     learns: Literal["life", "backbone", "both"]
-    mode: Literal["none", "soft", "hard"]
-    loss: Literal["labels", "cosine"] = Field(
-        "labels", description="cross-entropy, or 1 - cosine to the dense model's image embedding, without labels"
+    mode: Literal["none", "soft", "hard", "straight"] = Field(
+        description="none: dense; soft: all patches stay, weighted by their lives; hard: patches are dropped; "
+        "straight: dead patches count nothing, with the gradient of the soft weights"
+    )
+    loss: Literal["labels", "distill", "both", "cosine"] = Field(
+        "labels",
+        description="cross-entropy; the dense model's predictions, without labels; half of each; "
+        "or 1 - cosine to the dense model's image embedding",
+    )
+    distill_temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="softens both models' predictions in loss = 'distill' and 'both'"
+    )
+    keep_rates: list[KeepRate] | None = Field(
+        None, description="train for all of these at once: every step runs the highest, the lowest and one in between"
+    )
+    end_temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the temperature of the soft weights at the end of the stage, reached linearly"
     )
     epochs: PositiveInt = 1
     lr: Annotated[float, Field(gt=0)]
@@ -118,13 +132,28 @@ class StageSection(Section):
 
     @model_validator(mode="after")
     def life_needs_soft_weights(self) -> StageSection:
-        if self.learns != "backbone" and self.mode != "soft":
+        if self.learns != "backbone" and self.mode not in ("soft", "straight"):
             raise ValueError(
-                f"mode = '{self.mode}' gives the life head no gradient: learns = '{self.learns}' needs mode = 'soft'"
+                f"mode = '{self.mode}' gives the life head no gradient: learns = '{self.learns}' needs mode = 'soft' "
+                "or 'straight'"
             )
         if self.backbone_lr is not None and self.learns != "both":
             raise ValueError("backbone_lr is for learns = 'both': here lr is the backbone's")
+        if self.keep_rates is not None and (len(self.keep_rates) < 2 or self.mode == "none"):
+            raise ValueError("keep_rates are two or more, for a mode that drops patches")
+        if self.end_temperature is not None and self.mode not in ("soft", "straight"):
+            raise ValueError("end_temperature is for the soft weights of mode = 'soft' and 'straight'")
         return self
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the loss needs the classes of the images."""
+        return self.loss in ("labels", "both")
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the loss compares with the dense model as it was before training."""
+        return self.loss != "labels"
 
     @property
     def title(self) -> str:

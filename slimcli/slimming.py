@@ -19,9 +19,10 @@ from slimcli.schedule import Architecture, Comparison, Schedule, life_moments
 #: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
 DEAD = ("discard", "heir")
 #: `none`: the dense model. `soft`: all patches stay and attention is biased by their lives (training).
+#: `straight`: all stay, the dead ones weigh nothing, and the gradient is that of the soft weights (training).
 #: `hard`: patches are dropped (inference). `mask`: the patches that `hard` drops are masked instead, and
 #: `threshold`: a patch is masked once the layer exceeds its life; both are slow, for checking.
-MODES = ("none", "soft", "hard", "mask", "threshold")
+MODES = ("none", "soft", "straight", "hard", "mask", "threshold")
 
 
 class SlimModel(nn.Module):
@@ -295,6 +296,8 @@ class SlimModel(nn.Module):
         if self.mode == "soft":
             return lives.log_soft_weight(life, layer, self.temperature)
         rank = lives.life_rank(life)
+        if self.mode == "straight":
+            return lives.log_straight_weight(life, rank < count, layer, self.temperature)
         used = rank < count if self.mode == "mask" else layer <= life
         bias = torch.zeros_like(life).masked_fill(~used, float("-inf"))
         return bias.masked_fill(~used & (rank == 0), NEVER)

@@ -251,9 +251,11 @@ def _run_stage(
         sums = EpochSums(**state["sums"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-    mixup, criterion = make_criterion(recipe, model) if stage.loss == "labels" else (None, CosineToDense(teacher))
-    model.returns = "output" if stage.loss == "labels" else "embedding"
-    measured = "top-1" if stage.loss == "labels" else "cosine x 100"
+    mixup, by_labels = make_criterion(recipe, model) if stage.uses_labels else (None, None)
+    criterion = StageLoss(stage, teacher, by_labels)
+    model.returns = "embedding" if stage.loss == "cosine" else "output"
+    measured = "cosine x 100" if stage.loss == "cosine" else "top-1"
+    schedule, temperature = model.schedule, model.temperature
     title = f"stage {number + 1}/{len(recipe.stages)} ({stage.title})"
     at = run.position
     written = time.monotonic()
@@ -279,13 +281,20 @@ def _run_stage(
             lr = _step_schedule(scheduler, optimizer, at.update)
             with accelerator.accumulate(wrapped):
                 mixed, labels = mixup(images, targets) if mixup else (images, targets)
-                with accelerator.autocast():
-                    output = wrapped(mixed)
-                    if stage.loss == "labels":
-                        output = model.backbone.logits(output)
-                    loss = criterion(output.float(), labels if stage.loss == "labels" else mixed)
-                    loss = loss + model.own_loss(mixed, teacher)
-                accelerator.backward(loss)
+                if stage.end_temperature is not None:
+                    share = at.update / max(1, stage.epochs * updates_per_epoch - 1)
+                    model.temperature = temperature + share * (stage.end_temperature - temperature)
+                passes = keep_rates_of_step(stage)
+                value = 0.0
+                for keep_rate in passes:
+                    model.schedule = schedule if keep_rate is None else schedule.at_keep_rate(keep_rate)
+                    with accelerator.autocast():
+                        output = wrapped(mixed)
+                        if stage.loss != "cosine":
+                            output = model.backbone.logits(output)
+                        loss = criterion(output.float(), labels, mixed) + model.own_loss(mixed, teacher)
+                    accelerator.backward(loss / len(passes))
+                    value += loss.item() / len(passes)
                 if accelerator.sync_gradients:
                     if recipe.optimizer.clip_grad is not None:
                         accelerator.clip_grad_norm_(wrapped.parameters(), recipe.optimizer.clip_grad)
@@ -293,11 +302,10 @@ def _run_stage(
                 optimizer.step()
                 optimizer.zero_grad()
             at.batch = batch + 1
-            value = loss.item()
             if not numpy.isfinite(value):
                 raise SlimError(f"{title}: the loss became {value} at batch {batch + 1}: try a smaller lr or clip_grad")
             sums.loss += value * images.shape[0]
-            hit = (output.argmax(1) == targets).sum() if stage.loss == "labels" else (1 - loss.detach()) * len(images)
+            hit = (1 - loss.detach()) * len(images) if stage.loss == "cosine" else (output.argmax(1) == targets).sum()
             sums.hits += float(hit)
             sums.images += images.shape[0]
             sums.seconds += time.perf_counter() - clock
@@ -324,6 +332,7 @@ def _run_stage(
                     raise Interrupted(str(run.folder))
 
         mode = "none" if stage.mode == "none" else "hard"
+        model.schedule = schedule
         found = accuracy(model, mode, check_on, accelerator, progress, teacher)
         model.mode = stage.mode
         row = _row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)
@@ -354,6 +363,7 @@ def _run_stage(
         written = time.monotonic()
         if _any_process(stop(), accelerator):
             raise Interrupted(str(run.folder))
+    model.temperature = temperature
     accelerator.free_memory(wrapped, optimizer)
 
 
@@ -432,30 +442,56 @@ def make_criterion(recipe: Recipe, model: SlimModel) -> tuple[Mixup | None, nn.M
     return None, LabelSmoothingCrossEntropy(section.label_smoothing)
 
 
-class CosineToDense(nn.Module):
-    """1 - the mean cosine between image embeddings (B, E) and those that the dense model gives the same images."""
+def keep_rates_of_step(stage: StageSection) -> list[float | None]:
+    """The keep rates that one step trains: the highest, the lowest and a random one in between; None is the recipe's.
 
-    def __init__(self, teacher: SlimModel | None) -> None:
-        super().__init__()
-        assert teacher is not None
-        # not a submodule: the teacher neither learns nor is saved
-        self.embed = teacher.embedding
+    The sandwich rule of slimmable networks (Yu and Huang, 2019).
+    """
+    if stage.keep_rates is None:
+        return [None]
+    lowest, *between, highest = sorted(stage.keep_rates)
+    chosen = [between[int(torch.randint(len(between), ()))]] if between else []
+    return [highest, *chosen, lowest]
 
-    def forward(self, embedding: Tensor, images: Tensor) -> Tensor:
+
+class StageLoss:
+    """The loss of a stage: logits or embeddings (B, C), classes, and images to a number.
+
+    `by_labels` is the cross-entropy of a stage that uses labels. The teacher neither learns nor is saved.
+    """
+
+    def __init__(self, stage: StageSection, teacher: SlimModel | None, by_labels: nn.Module | None) -> None:
+        self.stage, self.teacher, self.by_labels = stage, teacher, by_labels
+
+    def __call__(self, output: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        loss = output.new_zeros(())
+        if self.by_labels is not None:
+            loss = self.by_labels(output, labels)
+        if not self.stage.uses_teacher:
+            return loss
+        assert self.teacher is not None
         with torch.no_grad():
-            dense = self.embed(images)
-        return 1 - nn.functional.cosine_similarity(embedding, dense.float(), dim=-1).mean()
+            known = self.teacher.embedding(images) if self.stage.loss == "cosine" else self.teacher.logits(images)
+        if self.stage.loss == "cosine":
+            return 1 - nn.functional.cosine_similarity(output, known.float(), dim=-1).mean()
+        taught = distillation(output, known.float(), self.stage.distill_temperature)
+        return taught if self.stage.loss == "distill" else (loss + taught) / 2
+
+
+def distillation(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
+    """Kullback-Leibler divergence from the dense model's predictions, both softened (Hinton et al., 2015)."""
+    logs = (logits / temperature).log_softmax(dim=-1), (dense / temperature).log_softmax(dim=-1)
+    return nn.functional.kl_div(*logs, log_target=True, reduction="batchmean") * temperature**2
 
 
 def _teacher(target: Target, recipe: Recipe, class_names: list[str] | None) -> SlimModel | None:
     """A copy of the dense model as it is before training, where a stage learns from it or it has no classifier."""
     model = target.model
-    by_labels = any(stage.loss == "labels" for stage in recipe.stages)
-    if by_labels:
+    if any(stage.loss != "cosine" for stage in recipe.stages):
         check_classifier(model)
     check_classes(model, class_names)
-    only_labels = by_labels and all(stage.loss == "labels" for stage in recipe.stages)
-    if only_labels and not model.backbone.compares_embeddings and not model.needs_teacher:
+    compared = any(stage.uses_teacher for stage in recipe.stages) or model.backbone.compares_embeddings
+    if not compared and not model.needs_teacher:
         return None
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     teacher.mode = "none"
@@ -631,7 +667,7 @@ def _row(
 def _measured(stage: StageSection, sums: EpochSums) -> dict[str, float]:
     """What training itself measured: top-1 in percent, or the mean cosine."""
     share = sums.hits / sums.images
-    return {"top1": round(100 * share, 3)} if stage.loss == "labels" else {"similarity": round(share, 5)}
+    return {"similarity": round(share, 5)} if stage.loss == "cosine" else {"top1": round(100 * share, 3)}
 
 
 def _said(row: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Exact savings: tokens that nothing reads after a block are keys and values in it and no more; the logits stay."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_deit_small_costs_what_the_documentation_says():
     heirs = model.multiply_adds()
     model.exact_savings = False
     assert model.multiply_adds() - heirs == architecture.exact_savings(model.patches_per_layer)
+
+
+@pytest.mark.parametrize("keep_rate", [0.9, 0.8, 0.7, 0.5])
+def test_the_documentations_table_is_the_formulas(keep_rate):
+    model = slim(build_model("deit_small_patch16_224", False, {}), keep_rate)
+    plain = model.multiply_adds() / 1e9
+    model.exact_savings = True
+    row = f"| keep rate {keep_rate} | {plain:.3f} | {model.multiply_adds() / 1e9:.3f} |"
+    assert row in (Path(__file__).parent.parent / "docs" / "speed.md").read_text()
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def command(
             name = "the dense model, exact," if row["dense"] else f"keep rate {rate_title(row, False)}"
             display.warn(
                 f"{name} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
-                f"{likely_reason(batch, found.model.num_patches)}"
+                f"{likely_reason(batch, found.model.num_patches, kernels['inference'])}"
             )
     for table in layers or []:
         _print_layers(display, table)
@@ -133,8 +133,10 @@ def row_title(row: dict[str, Any], rate: str, methods: bool) -> str:
     return f"{row['method']} {rate}" if methods and row["method"] else rate
 
 
-def likely_reason(batch: int, num_patches: int) -> str:
-    """Why time may not follow arithmetic."""
+def likely_reason(batch: int, num_patches: int, kernel: str) -> str:
+    """Why time may not follow arithmetic. `kernel` is what runs the attention."""
+    if kernel.endswith("(math)"):
+        return "attention runs unfused here: see --precision, and timm's TIMM_FUSED_ATTN"
     if batch * num_patches < 2048:
         return f"{batch} images of {num_patches} patches are too little work for this device; try a larger --batch-size"
     return "other programs may be using the device; run again with --seconds 10, and see --per-layer"
