@@ -224,6 +224,8 @@ def calibrate(
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     Returns every candidate, the chosen one first.
     """
+    if model.method != "life":
+        raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
     layers = sorted({schedule.life_layer for schedule in schedules})
     observed = observe(model, fit_on, layers, device, dtype, progress, num_images)

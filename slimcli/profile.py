@@ -15,6 +15,7 @@ from slimcli import measure
 from slimcli.attention import AttentionRecorder, running
 from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
+from slimcli.errors import SlimError
 from slimcli.evaluate import Variant, describe, schedules
 from slimcli.methods.base import rival
 from slimcli.progress import Progress, no_progress
@@ -143,6 +144,8 @@ def per_layer(
 
     What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
     """
+    if model.method != "life":
+        raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
     model = model.to(device, dtype).eval()
     before = model.mode, model.schedule, model.backbone
     variants = [Variant(schedule) for schedule in schedules(model, keep_rates)]
