@@ -343,6 +343,8 @@ def calibrate(
     `goal` is a cost in multiply-adds, for which life layer and N_t are searched, or a schedule, to keep. `fit_on` are
     the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
+    if model.method != "life":
+        raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
     model.mode = "hard"
     head = model.life_head

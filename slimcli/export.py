@@ -34,8 +34,7 @@ def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any
     lines = [
         f"# {config['model']['name']}, slimmed",
         "",
-        f"A Vision Transformer that drops patches by life regression, made with slim {__version__}. "
-        f"Lives are predicted after block {schedule.life_layer}; the {schedule.depth} blocks use "
+        f"A Vision Transformer that drops patches by {_rule(model)}; the {schedule.depth} blocks use "
         f"{', '.join(str(n) for n in model.patches_per_layer)} patches.",
         "",
         "```python",
@@ -57,6 +56,13 @@ def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any
     if names:
         lines += ["## Classes", "", ", ".join(names), ""]
     return "\n".join(lines)
+
+
+def _rule(model: SlimModel) -> str:
+    made = f"made with slim {__version__}"
+    if model.method != "life":
+        return f"the method {model.method}, {made}"
+    return f"life regression, {made}. Lives are predicted after block {model.schedule.life_layer}"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

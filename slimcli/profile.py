@@ -15,6 +15,7 @@ from slimcli import measure
 from slimcli.attention import AttentionRecorder, running
 from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
+from slimcli.errors import SlimError
 from slimcli.evaluate import Variant, describe, schedules
 from slimcli.layout import lay_out_for_inference
 from slimcli.methods.base import rival
@@ -152,6 +153,8 @@ def per_layer(
 
     What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
     """
+    if model.method != "life":
+        raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model.model)
     before = model.mode, model.schedule, model.exact_savings, model.backbone

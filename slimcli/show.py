@@ -120,6 +120,8 @@ class Geometry:
 
 def find_geometry(model: SlimModel) -> Geometry:
     """Read off the model which pixels each patch covers: those that its embedding depends on."""
+    if model.method != "life":
+        raise SlimError(f"the method {model.method} predicts no lives: there is nothing to draw")
     backbone = model.backbone
     rows, columns = backbone.grid_size
     height, width = backbone.image_size

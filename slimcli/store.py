@@ -52,7 +52,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 class Loaded(NamedTuple):
-    """What of a model a weights file held, beside the backbone's own blocks."""
+    """Whether a weights file held what the model's method learns, and a classifier, beside the backbone's blocks."""
 
     life_head: bool
     classifier: bool
@@ -102,7 +102,8 @@ def load_weights(model: SlimModel, path: Path) -> Loaded:
             raise SlimError(
                 f"{path}: its {what} does not fit the model: {str(error).splitlines()[-1].strip()}"
             ) from None
-    return Loaded(life_head=bool(head), classifier=has_classifier)
+    learns = any(True for _ in model.selector.parameters())
+    return Loaded(life_head=bool(head) or not learns, classifier=has_classifier)
 
 
 def slimming_config(model: SlimModel) -> dict[str, Any]:

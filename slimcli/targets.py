@@ -123,7 +123,8 @@ def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None
     config: dict[str, Any] = {"model": {"name": recipe.model.name, "args": args}}
     if plugin is not None:
         config["model"]["backbone"] = plugin
-    target = Target(label, model, config, recipe.data, recipe, has_life_head=False)
+    learns = any(True for _ in model.selector.parameters())
+    target = Target(label, model, config, recipe.data, recipe, has_life_head=not learns)
     if recipe.model.weights is not None:
         target.has_life_head, target.has_classifier = load_weights(model, recipe.model.weights)
     return target

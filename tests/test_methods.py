@@ -387,6 +387,25 @@ def test_a_method_is_saved_and_loaded_with_the_model(name, tmp_path):
         assert torch.allclose(again(x), model(x), atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_method_is_served_by_every_command_or_refused_in_a_line(slim, refused, tmp_path):
+    recipe = ["quickstart", "--set", 'slimming.method="tome"']
+    found = slim("eval", *recipe, "--limit", 20)
+    assert found.exit_code == 0
+    assert "life head" not in found.stderr, "it has none to train"
+    assert slim("prune", *recipe, "-o", "deployed", "--limit", 20).exit_code == 0
+    card = (tmp_path / "deployed" / "README.md").read_text()
+    assert "by the method tome, made with slim" in card and "Lives" not in card
+    assert slimcli.load("deployed").patches_per_layer == slimcli.slim("digits_vit", 0.7, method="tome").schedule.counts
+    for words, part in (
+        (["show", "--run", "deployed"], "tome predicts no lives"),
+        (["profile", "deployed", "--per-layer", "--seconds", 0], "--per-layer is for life regression"),
+        (["eval", "deployed", "--dead", "heir"], "dead = 'heir' is for life regression"),
+        (["calibrate", *recipe, "--images", 8, "--limit", 8], "tome has no life head"),
+    ):
+        assert part in refused(*words)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_backbone_learns_through_every_method(name):
     model = made(name).train()

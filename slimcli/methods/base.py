@@ -45,6 +45,16 @@ class Method(SlimModel):
         if reason is not None:
             raise SlimError(f"the method {self.method} cannot run {type(model).__name__}: {reason}")
 
+    @property
+    def dead(self) -> str:
+        """What becomes of the patches that leave is part of the rule; the slimmed model's choices are not for it."""
+        return "discard"
+
+    @dead.setter
+    def dead(self, dead: str) -> None:
+        if dead != "discard":
+            raise SlimError(f"dead = {dead!r} is for life regression: the method {self.method} has a rule of its own")
+
     def _make_selector(self, schedule: Schedule) -> nn.Module:
         return nn.Identity()
 
