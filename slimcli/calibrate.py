@@ -340,7 +340,8 @@ def calibrate(
 ) -> Calibration:
     """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
-    `goal` is a cost in multiply-adds, for which life layer and N_t are searched, or a schedule, to keep. `fit_on` are
+    `goal` is a cost in multiply-adds, for which life layer and N_t are searched (and the model's `exact_savings` set),
+    or a schedule, to keep. `fit_on` are
     the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
     if model.method != "life":
@@ -351,6 +352,8 @@ def calibrate(
     head.similarity_dim = min(SIMILARITY_DIM, model.backbone.embed_dim)
     if not isinstance(goal, Schedule):
         head.redundancy = REDUNDANCIES[0]
+        # what it saves keeps more patches at the same cost
+        model.exact_savings = True
         layers = candidate_life_layers(model.backbone.depth)
         check_cost(model, goal, layers)
         if goal >= model.cost(None):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 
+from slimcli import __version__
 from slimcli.errors import SlimError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -75,8 +76,8 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of slim and of the packages that decide its results."""
-    found = {"python": platform.python_version()}
-    for package in ("slimcli", "torch", "timm", "accelerate", "numpy"):
+    found = {"python": platform.python_version(), "slimcli": __version__}
+    for package in ("torch", "timm", "accelerate", "numpy"):
         found[package] = importlib.metadata.version(package)
     return found
 
