@@ -77,12 +77,14 @@ def command(
     threads = torch.get_num_threads()
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {where.type}, {threads} threads, {chosen_precision}, batch {batch}")
-    titles = ["Keep", "G MACs", "M params", "img/s", "Speed-up", "of ideal", "p50 ms", "p95 ms", "MiB"]
-    columns = (("gmacs", 2), ("params_millions", 1), ("images_per_second", 1), ("speedup", 2))
+    # with the names of methods, parameters would be a column too many for 80
+    size = [] if others else [("M params", "params_millions", 1)]
+    shown = [("G MACs", "gmacs", 2), *size, ("img/s", "images_per_second", 1), ("Speed-up", "speedup", 2)]
+    titles = ["Keep", *(title for title, _, _ in shown), "of ideal", "p50 ms", "p95 ms", "MiB"]
     body = [
         [
             row_title(row, rate_title(row, index == 0), bool(others)),
-            *(number(row[key], digits) for key, digits in columns),
+            *(number(row[key], digits) for _, key, digits in shown),
             f"{100 * row['realised']:.0f} %",
             number(row["latency_ms_p50"], 1),
             number(row["latency_ms_p95"], 1),
