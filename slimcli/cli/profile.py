@@ -85,12 +85,14 @@ def command(
     threads = torch.get_num_threads()
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {where.type}, {threads} threads, {chosen_precision}, batch {batch}")
-    titles = ["Keep", "G MACs", "M params", "img/s", "Speed-up", "of ideal", "p50 ms", "p95 ms", "MiB"]
-    columns = (("gmacs", 2), ("params_millions", 1), ("images_per_second", 1), ("speedup", 2))
+    # with the names of methods, parameters would be a column too many for 80
+    size = [] if others else [("M params", "params_millions", 1)]
+    shown = [("G MACs", "gmacs", 2), *size, ("img/s", "images_per_second", 1), ("Speed-up", "speedup", 2)]
+    titles = ["Keep", *(title for title, _, _ in shown), "of ideal", "p50 ms", "p95 ms", "MiB"]
     body = [
         [
             row_title(row, rate_title(row, row["dense"]), bool(others)),
-            *(number(row[key], digits) for key, digits in columns),
+            *(number(row[key], digits) for _, key, digits in shown),
             f"{100 * row['realised']:.0f} %",
             number(row["latency_ms_p50"], 1),
             number(row["latency_ms_p95"], 1),
@@ -109,7 +111,7 @@ def command(
             name = "the dense model, exact," if row["dense"] else f"keep rate {rate_title(row, False)}"
             display.warn(
                 f"{name} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
-                f"{likely_reason(batch, found.model.num_patches, kernels['inference'])}"
+                f"{likely_reason(batch, found.model.num_patches, kernels['inference'], where.type)}"
             )
     for table in layers or []:
         _print_layers(display, table)
@@ -133,12 +135,14 @@ def row_title(row: dict[str, Any], rate: str, methods: bool) -> str:
     return f"{row['method']} {rate}" if methods and row["method"] else rate
 
 
-def likely_reason(batch: int, num_patches: int, kernel: str) -> str:
+def likely_reason(batch: int, num_patches: int, kernel: str, device: str) -> str:
     """Why time may not follow arithmetic. `kernel` is what runs the attention."""
     if kernel.endswith("(math)"):
         return "attention runs unfused here: see --precision, and timm's TIMM_FUSED_ATTN"
     if batch * num_patches < 2048:
         return f"{batch} images of {num_patches} patches are too little work for this device; try a larger --batch-size"
+    if device == "cuda":
+        return "launching kernels may take longer than running them; try a larger --batch-size, or torch.compile"
     return "other programs may be using the device; run again with --seconds 10, and see --per-layer"
 
 
