@@ -222,24 +222,46 @@ def fit_similarity(
     return error
 
 
-def falling_schedule(model: SlimModel, target: float, life_layer: int, power: float) -> Schedule | None:
-    """The schedule of `falling_counts` that costs at most `target` multiply-adds; None if even the steepest costs more.
+@dataclass(frozen=True)
+class Cost:
+    """A goal: at most so many multiply-adds an image, comparisons of patches and `exact_savings` counted."""
 
-    The cost is that of `model` as it stands: with heirs or without, with what comparing patches costs.
-    """
+    multiply_adds: float
+
+
+@dataclass(frozen=True)
+class KeepRate:
+    """A goal: as many patches in all blocks together as the default drop layers leave at this keep rate."""
+
+    value: float
+
+
+def falling_schedule(model: SlimModel, goal: Cost | KeepRate, life_layer: int, power: float) -> Schedule | None:
+    """The schedule of `falling_counts` that keeps as many patches as the goal allows; None if none is so steep."""
     depth, num_patches = model.backbone.depth, model.num_patches
 
     def schedule(leave: float) -> Schedule:
         return Schedule(depth, life_layer, counts=falling_counts(num_patches, depth, life_layer, power, leave))
 
+    def fits(candidate: Schedule) -> bool:
+        if isinstance(goal, Cost):
+            return cost_of(model, candidate) <= goal.multiply_adds
+        return candidate.resolve(num_patches)[-1] == 1 or (candidate.keep_rate or 1.0) <= goal.value
+
     # more than there are may leave: the last blocks are then left with one patch
     low, high = 0.0, 4.0 * num_patches
-    if cost_of(model, schedule(high)) > target:
+    if not fits(schedule(high)):
         return None
     while high - low > 0.05:
         middle = (low + high) / 2
-        low, high = (middle, high) if cost_of(model, schedule(middle)) > target else (low, middle)
-    return schedule(high)
+        low, high = (low, middle) if fits(schedule(middle)) else (middle, high)
+    found = schedule(high)
+    if isinstance(goal, Cost) or not found.drops_patches():
+        return found
+    try:
+        return found.at_keep_rate(goal.value)
+    except SlimError:
+        return None
 
 
 def cost_of(model: SlimModel, schedule: Schedule) -> int:
@@ -330,7 +352,7 @@ class Calibration:
 
 def calibrate(
     model: SlimModel,
-    goal: float | Schedule,
+    goal: Cost | KeepRate | Schedule,
     fit_on: Iterable[tuple[Tensor, Tensor]],
     check_on: Sequence[tuple[Tensor, Tensor]],
     num_images: int,
@@ -340,9 +362,8 @@ def calibrate(
 ) -> Calibration:
     """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
-    `goal` is a cost in multiply-adds, for which life layer and N_t are searched (and the model's `exact_savings` set),
-    or a schedule, to keep. `fit_on` are
-    the images to fit on, `check_on` others to compare the candidates on; labels are not used.
+    For a cost or a keep rate, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept.
+    `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
     if model.method != "life":
         raise SlimError(f"the method {model.method} has no life head to calibrate")
@@ -352,12 +373,13 @@ def calibrate(
     head.similarity_dim = min(SIMILARITY_DIM, model.backbone.embed_dim)
     if not isinstance(goal, Schedule):
         head.redundancy = REDUNDANCIES[0]
-        # what it saves keeps more patches at the same cost
+        # at a given cost, what it saves keeps more patches
         model.exact_savings = True
         layers = candidate_life_layers(model.backbone.depth)
-        check_cost(model, goal, layers)
-        if goal >= model.cost(None):
-            goal = model.schedule.at_keep_rate(1.0)
+        if isinstance(goal, Cost):
+            check_cost(model, goal.multiply_adds, layers)
+        if goal == KeepRate(1.0) or (isinstance(goal, Cost) and goal.multiply_adds >= model.cost(None)):
+            goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
     layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
     observed = observe(model, fit_on, layers, device, dtype, progress, num_images)
     fitted = {layer: _fit(model, observed, layer, device, progress) for layer in layers}
@@ -378,7 +400,8 @@ def calibrate(
         tried = search(model, goal, layers, attempt, progress)
     tried.sort(key=lambda candidate: candidate.divergence)
     best, paper = tried[0], None
-    if not isinstance(goal, Schedule) and (steps := paper_schedule(model, goal)) and steps.life_layer in fitted:
+    steps = None if isinstance(goal, Schedule) else paper_schedule(model, goal)
+    if steps is not None and steps.life_layer in fitted:
         dead, model.dead = model.dead, "discard"
         paper = attempt(steps, 0.0)
         model.dead = dead
@@ -386,40 +409,50 @@ def calibrate(
     return Calibration(fitted, tried, paper)
 
 
-def paper_schedule(model: SlimModel, target: float) -> Schedule | None:
-    """The paper's three drops at the highest keep rate that costs at most `target` multiply-adds, if there is one."""
+def paper_schedule(model: SlimModel, goal: Cost | KeepRate) -> Schedule | None:
+    """The paper's three drops at the keep rate, or at the highest that costs no more; None where there is none."""
     depth = model.backbone.depth
     life_layer = default_life_layer(depth)
     layers = default_drop_layers(depth, life_layer)
-    rate = model.architecture().keep_rate_for(target, life_layer, layers)
+    if isinstance(goal, KeepRate):
+        return Schedule.uniform(depth, goal.value, life_layer, layers)
+    rate = model.architecture().keep_rate_for(goal.multiply_adds, life_layer, layers)
     return None if rate is None else Schedule.uniform(depth, rate, life_layer, layers)
 
 
 def search(
     model: SlimModel,
-    target: float,
+    goal: Cost | KeepRate,
     layers: Sequence[int],
     attempt: Callable[[Schedule, float], Tried],
     progress: Progress = no_progress,
 ) -> list[Tried]:
-    """Try life layers first, then for the two best of them every form of the fall and weight of redundancy."""
-    label, middle, usual = "searching how patches should leave", POWERS[1], REDUNDANCIES[1]
+    """Try life layers first, then forms of the fall for the two best of them, then weights of redundancy."""
+    label, power, redundancy = "searching how patches should leave", POWERS[1], REDUNDANCIES[1]
     tried: list[Tried] = []
+    total = len(layers) + 2 * (len(POWERS) - 1) + len(REDUNDANCIES) - 1
 
-    def attempt_all(candidates: Sequence[tuple[int, float, float]], before: int, total: int) -> None:
-        for number, (layer, power, redundancy) in enumerate(candidates):
-            progress(label, before + number, total)
-            schedule = falling_schedule(model, target, layer, power)
-            if schedule is not None and (schedule, redundancy) not in [(t.schedule, t.redundancy) for t in tried]:
-                tried.append(attempt(schedule, redundancy))
+    def attempt_all(candidates: Sequence[tuple[int, float, float]], before: int) -> None:
+        for number, (life_layer, p, r) in enumerate(candidates, before):
+            progress(label, number, total)
+            schedule = falling_schedule(model, goal, life_layer, p)
+            if schedule is not None:
+                found[life_layer, p] = attempt(schedule, r)
+                tried.append(found[life_layer, p])
 
-    more = 2 * len(POWERS) * len(REDUNDANCIES)
-    total = len(layers) + more
-    attempt_all([(layer, middle, usual) for layer in layers], 0, total)
-    best = sorted(tried, key=lambda candidate: candidate.divergence)[:2]
-    chosen = [candidate.schedule.life_layer for candidate in best]
-    attempt_all([(t, p, r) for t in chosen for p in POWERS for r in REDUNDANCIES], len(layers), total)
+    def best(count: int) -> list[tuple[int, float]]:
+        return sorted(found, key=lambda key: found[key].divergence)[:count]
+
+    found: dict[tuple[int, float], Tried] = {}
+    attempt_all([(layer, power, redundancy) for layer in layers], 0)
+    chosen = [layer for layer, _ in best(2)]
+    others = [p for p in POWERS if p != power]
+    attempt_all([(layer, p, redundancy) for layer in chosen for p in others], len(layers))
+    more = [r for r in REDUNDANCIES if r != redundancy]
+    attempt_all([(*key, r) for key in best(1) for r in more], total - len(more))
     progress(label, total, total)
+    if not tried:
+        raise SlimError(f"{goal}: no schedule of this model comes to that: try a higher one")
     return tried
 
 

@@ -172,6 +172,7 @@ def _copy_with(model: SlimModel, schedule: Schedule) -> SlimModel:
     """`model` under another schedule: the same modules, none of them copied."""
     other = type(model)(model.model, schedule, model.temperature, model.backbone, model.dead)
     setattr(other, model.selector_name, model.selector)
+    other.exact_savings = model.exact_savings
     return other
 
 
@@ -217,8 +218,8 @@ def _calibrate(
     fit_on, check_on = batches[:-kept] or batches, batches[-kept:]
     seen = sum(len(labels) for _, labels in fit_on)
     dtype = find_dtype(recipe.precision, device)
-    cost = float(model.architecture().multiply_adds(counts))
-    calibrate.calibrate(model, cost, fit_on, check_on, seen, device, dtype, progress)
+    goal = calibrate.Cost(model.architecture().multiply_adds(counts))
+    calibrate.calibrate(model, goal, fit_on, check_on, seen, device, dtype, progress)
 
 
 def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> dict[str, Any]:

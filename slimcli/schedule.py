@@ -60,23 +60,26 @@ def falling_counts(num_patches: int, depth: int, life_layer: int, power: float, 
 
 
 def counts_with_total(counts: Sequence[int], total: int) -> tuple[int, ...] | None:
-    """N_t that falls as `counts` does, but N_1 + ... + N_L is `total`; None if no fall of that form comes to it."""
-    falls = [counts[0] - n for n in counts]
+    """N_t that falls as `counts` does, but N_1 + ... + N_L is `total`; None if no fall of that form comes to it.
 
-    def real(scale: float) -> list[float]:
-        return [max(1.0, counts[0] - scale * fall) for fall in falls]
+    The share of patches in each block is raised to a common power, so that few are left late and never none.
+    """
+    first = counts[0]
 
-    low, high = 0.0, float(counts[0])
+    def real(power: float) -> list[float]:
+        return [max(1.0, first * (n / first) ** power) for n in counts]
+
+    low, high = 0.0, 1000.0
     if not sum(real(high)) <= total <= sum(real(low)):
         return None
-    for _ in range(60):
+    for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(real(middle)) > total else (low, middle)
     found = real(high)
     # the patches that rounding down loses go to the blocks that lost most, so that the total comes out
-    lost = sorted(range(len(found)), key=lambda t: (math.floor(found[t] + 1e-9) - found[t], t))
     whole = [math.floor(n + 1e-9) for n in found]
-    for t in lost[: total - sum(whole)]:
+    most_lost = sorted(range(len(found)), key=lambda t: (whole[t] - found[t], t))
+    for t in most_lost[: total - sum(whole)]:
         whole[t] += 1
     return tuple(whole)
 

@@ -332,7 +332,7 @@ def _run_stage(
                     raise Interrupted(str(run.folder))
 
         mode = "none" if stage.mode == "none" else "hard"
-        model.schedule = schedule
+        model.schedule, model.temperature = schedule, temperature
         found = accuracy(model, mode, check_on, accelerator, progress, teacher)
         model.mode = stage.mode
         row = _row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)
@@ -363,7 +363,6 @@ def _run_stage(
         written = time.monotonic()
         if _any_process(stop(), accelerator):
             raise Interrupted(str(run.folder))
-    model.temperature = temperature
     accelerator.free_memory(wrapped, optimizer)
 
 

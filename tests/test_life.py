@@ -12,8 +12,10 @@ from slimcli.life import (
     choose_heirs,
     inherit,
     log_soft_weight,
+    log_straight_weight,
     longest_lives_first,
     normalise_life,
+    redundancy,
     sort_patches,
     take_patches,
 )
@@ -132,3 +134,58 @@ def test_heirs_are_as_the_rule_says():
         assert torch.allclose(now[image], expected, atol=1e-5)
         assert torch.equal(size[image], sizes)
     assert torch.equal(size.sum(1), torch.full((3,), 20.0))
+
+
+def test_redundancy_is_the_highest_cosine_to_a_patch_of_higher_score():
+    torch.manual_seed(0)
+    features, score = torch.randn(2, 7, 5), torch.randn(2, 7)
+    found = redundancy(features, score)
+    for image in range(2):
+        for i in range(7):
+            above = [j for j in range(7) if score[image, j] > score[image, i]]
+            cosines = [float(F.cosine_similarity(features[image, i], features[image, j], dim=0)) for j in above]
+            assert found[image, i].item() == pytest.approx(max(cosines, default=-1.0), abs=1e-5)
+
+
+@torch.no_grad()
+def test_of_two_patches_that_say_the_same_the_less_important_dies_early():
+    head, tokens = random_head(), torch.randn(1, 1 + 8, 16)
+    best = int(head.score(tokens, 1).argmax())
+    twin = (best + 1) % 8
+    tokens[0, 1 + twin] = tokens[0, 1 + best] + 1e-3 * torch.randn(16)
+    plain = head(tokens, 1, 5.0, 2.0)[0]
+    less = min(best, twin, key=lambda i: float(plain[i]))
+    assert int(plain.argmin()) not in (best, twin)
+    head.redundancy = 25.0
+    found = head(tokens, 1, 5.0, 2.0)[0]
+    assert int(found.argmin()) == less
+    assert found.mean().item() == pytest.approx(5.0, abs=1e-4)
+    assert found.std(unbiased=False).item() == pytest.approx(2.0, abs=1e-3)
+
+
+def test_redundancy_leaves_the_gradient_to_the_score():
+    head = random_head()
+    head.similarity_dim, head.redundancy = 4, 5.0
+    head(torch.randn(2, 1 + 8, 16), 1, 5.0, 2.0)[:, 0].sum().backward()
+    assert head.query.weight.grad.abs().sum() > 0
+    assert head.similarity.projection.weight.grad is None
+
+
+def test_patches_are_compared_by_a_projection_of_the_chosen_width():
+    head, patches = random_head(), torch.randn(2, 8, 16, dtype=torch.bfloat16)
+    assert torch.equal(head.features(patches), patches.float())
+    head.similarity_dim = 4
+    assert head.features(patches).shape == (2, 8, 4) and head.features(patches).dtype == torch.float32
+    assert {"similarity.norm.weight", "similarity.projection.weight"} <= set(head.state_dict())
+    head.similarity_dim = 0
+    assert not any(name.startswith("similarity") for name in head.state_dict())
+
+
+def test_the_straight_weight_is_hard_forward_and_soft_backward():
+    life = torch.tensor([[3.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    used = torch.tensor([[True, False]])
+    weight = log_straight_weight(life, used, 2, 1.5).exp()
+    assert torch.allclose(weight, used.double(), atol=2e-4)
+    weight.sum().backward()
+    soft = (1.5 * (life.detach() - 2)).sigmoid()
+    assert torch.allclose(life.grad, 1.5 * soft * (1 - soft))

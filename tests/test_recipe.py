@@ -91,7 +91,7 @@ def test_a_built_in_recipe_is_found_by_name_or_by_its_path_in_the_repository(tmp
         (
             'mode = "soft"',
             'mode = "sfot"',
-            "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft' or 'hard'",
+            "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft', 'hard' or 'straight'",
         ),
         ('mode = "soft"', 'mod = "soft"', "mine.toml:11: stages.0.mod: unknown field; did you mean 'mode'?"),
         ("lr = 1e-3", "lr = -1", "mine.toml:12: stages.0.lr: found -1, expected greater than 0"),
@@ -167,3 +167,21 @@ def test_the_papers_ablation_and_a_dense_backbone_are_one_stage_each():
     dense = {"learns": "backbone", "mode": "none", "lr": 1e-3}
     for stage in (one, dense):
         assert len(Recipe.model_validate({**base, "stages": [stage]}, strict=False).stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "wrong"),
+    [
+        ('learns = "life"\nmode = "hard"', "needs mode = 'soft' or 'straight'"),
+        ('learns = "backbone"\nmode = "none"\nkeep_rates = [0.9, 0.5]', "keep_rates are two or more"),
+        ('learns = "backbone"\nmode = "hard"\nkeep_rates = [0.5]', "keep_rates are two or more"),
+        ('learns = "backbone"\nmode = "hard"\nend_temperature = 3.0', "end_temperature is for the soft weights"),
+    ],
+)
+def test_a_stage_that_contradicts_itself_is_refused(tmp_path, stage, wrong):
+    path = tmp_path / "r.toml"
+    path.write_text(
+        f'name = "r"\n[model]\nname = "digits_vit"\n[data]\nname = "digits"\n[[stages]]\nlr = 1e-3\n{stage}\n'
+    )
+    with pytest.raises(SlimError, match=wrong):
+        load_recipe(path)

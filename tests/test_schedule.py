@@ -1,11 +1,21 @@
 """How many patches each block uses, the moments of their lives, and the cost."""
 
+import itertools
+
 import pytest
 
 from slimcli.backbones.timm_families import backbone
 from slimcli.backbones.timm_vit import build_model
 from slimcli.errors import SlimError
-from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, life_moments, patches_per_layer
+from slimcli.schedule import (
+    Comparison,
+    Schedule,
+    default_drop_layers,
+    default_life_layer,
+    falling_counts,
+    life_moments,
+    patches_per_layer,
+)
 
 PAPER = ((4, 0.7), (7, 0.7), (10, 0.7))
 
@@ -69,8 +79,41 @@ def test_explicit_counts_scale_with_the_image():
     schedule = Schedule(4, 1, counts=(16, 12, 8, 2))
     assert schedule.resolve(16) == (16, 12, 8, 2)
     assert schedule.resolve(64) == (64, 48, 32, 8)
-    assert schedule.keep_rate is None
-    assert schedule.at_keep_rate(0.5).drops == ((1, 0.5), (2, 0.5), (3, 0.5))
+
+
+@pytest.mark.parametrize(
+    "counts", [(64,) * 4 + (54, 48, 43, 38, 34, 29, 25, 22), (64, 51, 46, 41, 38, 35, 32, 30, 27, 25, 23, 21)]
+)
+def test_a_keep_rate_means_as_many_patches_in_every_schedule(counts):
+    schedule = Schedule(12, counts.count(64), counts=counts)
+    for rate in (1.0, 0.9, 0.7, 0.5, 0.3):
+        found = schedule.at_keep_rate(rate)
+        assert sum(found.counts) == sum(Schedule.uniform(12, rate, 4, (4, 7, 10)).resolve(64))
+        assert found.keep_rate == rate
+        assert found.counts[: schedule.life_layer] == (64,) * schedule.life_layer
+        assert all(a >= b >= 1 for a, b in itertools.pairwise(found.counts))
+    # few are left late, but a block is not robbed of all but one
+    assert schedule.at_keep_rate(0.5).counts[-1] > 4
+
+
+def test_a_keep_rate_that_a_late_life_layer_cannot_reach_is_refused():
+    schedule = Schedule(12, 8, counts=(64,) * 8 + (40, 30, 20, 10))
+    with pytest.raises(SlimError, match=r"keep rate 0\.3 cannot be reached"):
+        schedule.at_keep_rate(0.3)
+
+
+def test_counts_fall_faster_at_first_with_a_power_below_one():
+    assert falling_counts(16, 6, 2, 1.0, 12) == (16, 16, 13, 10, 7, 4)
+    assert falling_counts(16, 6, 2, 0.5, 12) == (16, 16, 10, 8, 6, 4)
+    assert falling_counts(16, 4, 1, 1.0, 100) == (16, 1, 1, 1)
+
+
+def test_comparing_patches_is_counted():
+    counts = (8, 8, 6, 3)
+    assert Comparison(heirs=True, redundancy=False).multiply_adds(counts, 32) == (2 * 6 + 3 * 3) * 32
+    assert Comparison(heirs=False, redundancy=True).multiply_adds(counts, 32) == 64 * 32
+    assert Comparison(True, True, 4).multiply_adds(counts, 32) == 8 * 32 * 4 + (21 + 64) * 4
+    assert Comparison(False, False, 4).multiply_adds(counts, 32) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from conftest import tiny_vit
 
 from slimcli import SlimError, slim
 from slimcli.life import LifeHead
+from slimcli.store import load, save_model
 
 # prefix tokens 0, 1, 2 and 5; average, attention and token pooling; LayerScale; a grid that is not square
 SHAPES = {
@@ -331,3 +332,27 @@ def test_the_layout_for_inference_changes_no_weight_and_no_logits(tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
         assert torch.equal(saved[name], before[name])
+
+
+def test_redundancy_and_similarity_travel_with_a_saved_model(tmp_path):
+    model = slim("digits_vit", 0.5, dead="heir")
+    model.life_head.similarity_dim, model.life_head.redundancy = 8, 10.0
+    save_model(tmp_path, model, {"model": {"name": "digits_vit", "args": {}}})
+    loaded = load(tmp_path)
+    assert (loaded.life_head.similarity_dim, loaded.life_head.redundancy) == (8, 10.0)
+    x = images(loaded)
+    with torch.no_grad():
+        assert torch.allclose(loaded(x), model.eval()(x), atol=1e-5)
+    assert loaded.multiply_adds() == model.multiply_adds() > slim("digits_vit", 0.5).multiply_adds()
+
+
+def test_straight_mode_sees_what_hard_mode_sees_and_teaches_the_life_head():
+    model = slimmed()
+    x = images(model)
+    with torch.no_grad():
+        hard = model(x)
+    model.mode = "straight"
+    found = model(x)
+    assert torch.allclose(found, hard, atol=5e-3)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.life_head.parameters())

@@ -80,6 +80,7 @@ def command(
     from slimcli.device import find_device, find_dtype, versions
     from slimcli.evaluate import agreement, check_classes, evaluate, first_images
     from slimcli.files import point_latest, write_file, write_json
+    from slimcli.schedule import Schedule
     from slimcli.store import save_model
     from slimcli.targets import calibrated_recipe, choose_data, embedded_target, find_target
 
@@ -113,8 +114,13 @@ def command(
                 calibrate.cost_for_speedup(model, target_speedup, section.batch_size, where, dtype, progress) / 1e9
             )
         own = model.at_keep_rate(keep_rates[0]) if keep_rates else model.schedule
-        cost = model.architecture().multiply_adds(own.resolve(model.num_patches))
-        goal = own if keep_schedule else cost if target_flops is None else target_flops * 1e9
+        goal: calibrate.Cost | calibrate.KeepRate | Schedule = own
+        if target_flops is not None:
+            goal = calibrate.Cost(target_flops * 1e9)
+        elif not keep_schedule and own.keep_rate is not None:
+            goal = calibrate.KeepRate(own.keep_rate)
+        elif not keep_schedule:
+            goal = calibrate.Cost(model.architecture().multiply_adds(own.resolve(model.num_patches)))
         teach_loader = datasets.eval_loader(datasets.shuffled(teach), prepare, batch, workers, where)
         *fit_on, check_on = _split(list(first_images(teach_loader, count + check_count)), count)
         untaught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)

@@ -1,0 +1,68 @@
+"""What a stage learns from: labels, the dense model, several keep rates at once."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import slimcli
+from slimcli.recipe import StageSection
+from slimcli.train import StageLoss, distillation, keep_rates_of_step
+
+
+def stage(**fields):
+    return StageSection(**{"learns": "backbone", "mode": "hard", "lr": 1e-3, **fields})
+
+
+def test_distillation_is_the_divergence_from_the_dense_models_predictions():
+    torch.manual_seed(0)
+    logits, dense = torch.randn(4, 10), torch.randn(4, 10)
+    p, q = (dense / 2).softmax(1), (logits / 2).softmax(1)
+    plain = (p * (p / q).log()).sum(1).mean() * 4
+    assert distillation(logits, dense, 2.0).item() == pytest.approx(plain.item(), rel=1e-5)
+    assert distillation(dense, dense).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_each_loss_uses_what_it_says():
+    teacher = slimcli.slim("digits_vit", 0.5).eval()
+    teacher.mode = "none"
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    with torch.no_grad():
+        dense = teacher.logits(images)
+    output = torch.randn(2, 10)
+    entropy, taught = F.cross_entropy(output, labels), distillation(output, dense)
+    by_labels = torch.nn.CrossEntropyLoss()
+    assert StageLoss(stage(), None, by_labels)(output, labels, images) == entropy
+    assert StageLoss(stage(loss="distill"), teacher, None)(output, labels, images) == taught
+    both = StageLoss(stage(loss="both"), teacher, by_labels)(output, labels, images)
+    assert both.item() == pytest.approx((entropy + taught).item() / 2)
+
+
+def test_a_step_trains_the_highest_the_lowest_and_one_in_between():
+    assert keep_rates_of_step(stage()) == [None]
+    assert keep_rates_of_step(stage(keep_rates=[0.5, 1.0])) == [1.0, 0.5]
+    torch.manual_seed(0)
+    seen = [keep_rates_of_step(stage(keep_rates=[0.7, 0.5, 0.9, 0.6])) for _ in range(40)]
+    assert all(rates[0] == 0.9 and rates[2] == 0.5 for rates in seen)
+    assert {rates[1] for rates in seen} == {0.7, 0.6}
+
+
+def test_training_for_several_keep_rates_leaves_the_recipes_own(slim, tiny_recipe, tmp_path):
+    words = ["--set", "stages.1.keep_rates=[1.0,0.7,0.4]", "--set", "stages.1.loss=both"]
+    words += ["--set", "stages.0.mode=straight", "--set", "stages.0.end_temperature=3.0"]
+    result = slim("train", tiny_recipe, *words)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "runs" / "latest"
+    config = json.loads((folder / "config.json").read_text())["slimming"]
+    assert config["temperature"] == 1.5
+    summary = json.loads((folder / "summary.json").read_text())
+    assert config["keep_rate"] == summary["rows"][1]["keep_rate"]
+
+
+def test_distilling_needs_no_labels(slim, tiny_recipe, tmp_path):
+    result = slim("train", tiny_recipe, "--set", "stages.0.loss=distill", "--set", "stages.1.loss=distill")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()]
+    # the divergence from the model that training started from is small, a cross-entropy with smoothed labels is not
+    assert all(row["loss"] < 0.5 for row in rows if row["event"] == "epoch")
