@@ -148,7 +148,7 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
     loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs else "cosine"
     return Recipe(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", target.model_name).strip("-."),
-        description="Written by slim calibrate: the paper's two stages from the calibrated head.",
+        description="Written by slim calibrate: two stages from the calibrated head.",
         precision=precision,  # type: ignore[arg-type]
         model=ModelSection(
             name=target.model_name,
@@ -161,7 +161,7 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
         slimming=slimming,
         stages=[
             StageSection(learns="life", mode="soft", loss=loss, lr=1e-3),
-            StageSection(learns="backbone", mode="soft", loss=loss, lr=1e-5),
+            StageSection(learns="backbone", mode="hard" if model.dead == "heir" else "soft", loss=loss, lr=1e-5),
         ],
     )
 

@@ -33,6 +33,7 @@ val_limit = 32
 life_layer = 1
 drop_layers = [1, 2]
 keep_rate = 0.5
+dead = "discard"
 [[stages]]
 learns = "life"
 mode = "soft"
