@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,12 @@ class LifeHead(nn.Module):
         weight = self.query.weight
         if dim != self.similarity_dim:
             self.similarity = Similarity(weight.shape[0], dim).to(weight.device, weight.dtype) if dim > 0 else None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # weights say whether there is a projection, and how wide it is
+        weight = state_dict.get(f"{prefix}similarity.projection.weight")
+        self.similarity_dim = 0 if weight is None else weight.shape[0]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def features(self, patches: Tensor) -> Tensor:
         """What patches (B, N, D) are compared with each other by: (B, N, C), float32."""

@@ -92,9 +92,6 @@ def load_weights(model: SlimModel, path: Path) -> Loaded:
         raise SlimError(f"{path}: holds the weights of another model: {'; '.join(problems[:2])}{more}")
     model.model.load_state_dict(dense)
     if head:
-        if isinstance(model.selector, LifeHead):
-            learned = head.get("similarity.projection.weight")
-            model.selector.similarity_dim = 0 if learned is None else learned.shape[0]
         try:
             model.selector.load_state_dict(head)
         except RuntimeError as error:

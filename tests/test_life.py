@@ -189,3 +189,12 @@ def test_the_straight_weight_is_hard_forward_and_soft_backward():
     weight.sum().backward()
     soft = (1.5 * (life.detach() - 2)).sigmoid()
     assert torch.allclose(life.grad, 1.5 * soft * (1 - soft))
+
+
+def test_weights_bring_their_projection():
+    taught, plain = random_head(), LifeHead(16)
+    taught.similarity_dim = 4
+    plain.load_state_dict(taught.state_dict())
+    assert torch.equal(plain.similarity.projection.weight, taught.similarity.projection.weight)
+    plain.load_state_dict(random_head().state_dict())
+    assert plain.similarity_dim == 0
