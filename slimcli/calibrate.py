@@ -16,7 +16,7 @@ from slimcli import measure
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
-from slimcli.life import LifeHead, normalise_life
+from slimcli.life import LifeHead, cosines, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts
@@ -104,11 +104,11 @@ def observe(
                 x = backbone.block(layer, x, positions)
             if layer in tokens:
                 tokens[layer].append(x.to("cpu", torch.bfloat16))
-            cosines = _cosines(x[:, prefix:][:, compared.to(device)].float()).cpu()
-            for life_layer in life_layers:
-                # the last block's patches are not compared any more, unless there is no block in between
-                if life_layer < layer < max(backbone.depth, life_layer + 2):
-                    sums[life_layer] = sums[life_layer] + cosines
+            # the last block's patches are not compared any more, unless there is no block in between
+            before = [first for first in life_layers if first < layer < max(backbone.depth, first + 2)]
+            if before:
+                found = cosines(x[:, prefix:][:, compared.to(device)].float()).cpu()
+                sums |= {life_layer: sums[life_layer] + found for life_layer in before}
         for life_layer, summed in sums.items():
             blocks = max(1, backbone.depth - 1 - life_layer)
             alike[life_layer].append((summed / blocks).to(torch.bfloat16))
@@ -120,12 +120,6 @@ def observe(
         {layer: torch.cat(parts) for layer, parts in alike.items()},
         compared,
     )
-
-
-def _cosines(features: Tensor) -> Tensor:
-    """Cosine (B, n, n) of every pair of features (B, n, C)."""
-    unit = F.normalize(features, dim=-1)
-    return torch.bmm(unit, unit.transpose(1, 2))
 
 
 def attention_target(observed: Observed, life_layer: int) -> Tensor:
@@ -214,7 +208,7 @@ def fit_similarity(
         wanted = target[chosen].to(device).float()
         mean = (wanted * others).sum(dim=(1, 2), keepdim=True) / pairs
         spread = ((wanted - mean).square() * others).sum().clamp(min=1e-6)
-        found = _cosines(head.features(patches[chosen].to(device))) * line[0] + line[1]
+        found = cosines(head.features(patches[chosen].to(device))) * line[0] + line[1]
         return ((found - wanted).square() * others).sum() / spread
 
     error = _learn([head.similarity, line], loss_of, patches.shape[0], steps, batch_size, lr, progress, label)
@@ -245,7 +239,7 @@ def falling_schedule(model: SlimModel, goal: Cost | KeepRate, life_layer: int, p
 
     def fits(candidate: Schedule) -> bool:
         if isinstance(goal, Cost):
-            return cost_of(model, candidate) <= goal.multiply_adds
+            return model.multiply_adds(candidate) <= goal.multiply_adds
         return candidate.resolve(num_patches)[-1] == 1 or (candidate.keep_rate or 1.0) <= goal.value
 
     # more than there are may leave: the last blocks are then left with one patch
@@ -262,11 +256,6 @@ def falling_schedule(model: SlimModel, goal: Cost | KeepRate, life_layer: int, p
         return found.at_keep_rate(goal.value)
     except SlimError:
         return None
-
-
-def cost_of(model: SlimModel, schedule: Schedule) -> int:
-    """Multiply-adds of one image under `schedule`, with everything that the model is set to do or to leave out."""
-    return model.cost(schedule) - (model.savings(schedule) if model.exact_savings else 0)
 
 
 def cost_for_speedup(
@@ -295,7 +284,7 @@ def cost_for_speedup(
             )
         low, high = (rate, high) if faster >= target else (low, rate)
     progress("measuring speed", 1, 1)
-    return cost_of(model, Schedule.uniform(depth, low, life_layer, default_drop_layers(depth, life_layer)))
+    return model.multiply_adds(Schedule.uniform(depth, low, life_layer, default_drop_layers(depth, life_layer)))
 
 
 @torch.inference_mode()
@@ -389,7 +378,7 @@ def calibrate(
     def attempt(schedule: Schedule, redundancy: float) -> Tried:
         head.load_state_dict(fitted[schedule.life_layer].state)
         head.redundancy, model.schedule = redundancy, schedule
-        cost = cost_of(model, schedule) / 1e9
+        cost = model.multiply_adds(schedule) / 1e9
         if not schedule.drops_patches():
             return Tried(schedule, redundancy, cost, 0.0, 100.0)
         return Tried(schedule, redundancy, cost, *distance(model, checked))
@@ -519,7 +508,7 @@ def check_cost(model: SlimModel, target: float, layers: Sequence[int]) -> None:
     """`SlimError` unless some schedule costs at most `target` multiply-adds."""
     first, depth = min(layers), model.backbone.depth
     steepest = Schedule(depth, first, counts=(model.num_patches,) * first + (1,) * (depth - first))
-    lowest = cost_of(model, steepest)
+    lowest = model.multiply_adds(steepest)
     if target < lowest:
         raise SlimError(
             f"a cost of {target / 1e9:.3g} G cannot be reached: with all patches in blocks 1 to {first} "

@@ -86,15 +86,20 @@ def choose_heirs(features: Tensor, counts: Sequence[int]) -> list[Tensor]:
     ]
 
 
+def cosines(features: Tensor) -> Tensor:
+    """Cosine (B, n, n) of every pair of features (B, n, C)."""
+    unit = F.normalize(features, dim=-1)
+    return torch.bmm(unit, unit.transpose(1, 2))
+
+
 def redundancy(features: Tensor, score: Tensor) -> Tensor:
     """How much of each patch another one already says: (B, N), between -1 and 1.
 
     The highest cosine between its `features` (B, N, C) and those of a patch with a higher `score` (B, N); -1 for the
     patch with the highest.
     """
-    unit = F.normalize(features, dim=-1)
     less = score.unsqueeze(2) >= score.unsqueeze(1)
-    return torch.bmm(unit, unit.transpose(1, 2)).masked_fill(less, -1.0).amax(dim=-1)
+    return cosines(features).masked_fill(less, -1.0).amax(dim=-1)
 
 
 def inherit(patches: Tensor, size: Tensor, heir: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,10 +149,10 @@ class SlimModel(nn.Module):
         """The numbers of the backbone that the cost formula needs."""
         return self.backbone.architecture()
 
-    def multiply_adds(self) -> int:
-        """Multiply-adds of one image under the present schedule."""
-        savings = self.savings(self.schedule) if self.exact_savings else 0
-        return self.cost(self.schedule) - savings
+    def multiply_adds(self, schedule: Schedule | None = None) -> int:
+        """Multiply-adds of one image under `schedule`, by default the present one; `exact_savings` are left out."""
+        schedule = schedule or self.schedule
+        return self.cost(schedule) - (self.savings(schedule) if self.exact_savings else 0)
 
     def savings(self, schedule: Schedule | None) -> int:
         """Multiply-adds of one image that `exact_savings` leaves out under `schedule`; None is the dense model."""

@@ -286,13 +286,15 @@ def _run_stage(
                     model.temperature = temperature + share * (stage.end_temperature - temperature)
                 passes = keep_rates_of_step(stage)
                 value = 0.0
+                with accelerator.autocast():
+                    known = criterion.known(mixed)
                 for keep_rate in passes:
                     model.schedule = schedule if keep_rate is None else schedule.at_keep_rate(keep_rate)
                     with accelerator.autocast():
                         output = wrapped(mixed)
                         if stage.loss != "cosine":
                             output = model.backbone.logits(output)
-                        loss = criterion(output.float(), labels, mixed) + model.own_loss(mixed, teacher)
+                        loss = criterion(output.float(), labels, known) + model.own_loss(mixed, teacher)
                     accelerator.backward(loss / len(passes))
                     value += loss.item() / len(passes)
                 if accelerator.sync_gradients:
@@ -454,7 +456,7 @@ def keep_rates_of_step(stage: StageSection) -> list[float | None]:
 
 
 class StageLoss:
-    """The loss of a stage: logits or embeddings (B, C), classes, and images to a number.
+    """The loss of a stage: logits or embeddings (B, C), classes, and what the dense model knows, to a number.
 
     `by_labels` is the cross-entropy of a stage that uses labels. The teacher neither learns nor is saved.
     """
@@ -462,18 +464,22 @@ class StageLoss:
     def __init__(self, stage: StageSection, teacher: SlimModel | None, by_labels: nn.Module | None) -> None:
         self.stage, self.teacher, self.by_labels = stage, teacher, by_labels
 
-    def __call__(self, output: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        loss = output.new_zeros(())
-        if self.by_labels is not None:
-            loss = self.by_labels(output, labels)
+    @torch.no_grad()
+    def known(self, images: Tensor) -> Tensor | None:
+        """The dense model's logits or embeddings (B, C) of the images; None where the loss does not use it."""
         if not self.stage.uses_teacher:
-            return loss
+            return None
         assert self.teacher is not None
-        with torch.no_grad():
-            known = self.teacher.embedding(images) if self.stage.loss == "cosine" else self.teacher.logits(images)
+        dense = self.teacher.embedding(images) if self.stage.loss == "cosine" else self.teacher.logits(images)
+        return dense.float()
+
+    def __call__(self, output: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
+        loss = output.new_zeros(()) if self.by_labels is None else self.by_labels(output, labels)
+        if known is None:
+            return loss
         if self.stage.loss == "cosine":
-            return 1 - nn.functional.cosine_similarity(output, known.float(), dim=-1).mean()
-        taught = distillation(output, known.float(), self.stage.distill_temperature)
+            return 1 - nn.functional.cosine_similarity(output, known, dim=-1).mean()
+        taught = distillation(output, known, self.stage.distill_temperature)
         return taught if self.stage.loss == "distill" else (loss + taught) / 2
 
 
