@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,9 +29,11 @@ COMPARED_PATCHES = 256
 #: width of the projection that patches are compared by
 SIMILARITY_DIM = 64
 #: how the number of patches may fall: exponents of `falling_counts`
-POWERS = (0.35, 0.5, 0.7, 1.0)
-#: what a patch's life may lose for what others already say, in standard deviations
-REDUNDANCIES = (5.0, 10.0, 25.0)
+POWERS = (0.5, 0.7, 1.0, 1.4)
+#: weights of what no other patch says already, beside a patch's importance
+REDUNDANCIES = (2.0, 3.5, 6.0)
+#: how patches may be added to their heirs: `merge_importance` and `size_bias` of the slimmed model
+MERGES = ((0.0, 1.0), (0.0, 0.7), (0.7, 1.0), (0.7, 0.7))
 
 
 @dataclass
@@ -303,6 +305,24 @@ def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, devic
     return measure.speedup(*times)
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Who leaves first, and how patches are added to their heirs, as the life head and the slimmed model have it."""
+
+    redundancy: float = REDUNDANCIES[1]
+    merge_importance: float = MERGES[-1][0]
+    size_bias: float = MERGES[-1][1]
+
+    def set(self, model: SlimModel) -> None:
+        """Have `model` follow it."""
+        model.life_head.redundancy = self.redundancy
+        model.merge_importance, model.size_bias = self.merge_importance, self.size_bias
+
+
+#: lives by importance alone, as the paper has it
+PLAIN = Rule(0.0, 0.0, 1.0)
+
+
 @dataclass
 class Tried:
     """A candidate: how patches leave, and how far the slimmed model is from the dense one on the check images.
@@ -312,7 +332,7 @@ class Tried:
     """
 
     schedule: Schedule
-    redundancy: float
+    rule: Rule
     gmacs: float
     divergence: float
     agreement: float
@@ -361,7 +381,8 @@ def calibrate(
     head = model.life_head
     head.similarity_dim = min(SIMILARITY_DIM, model.backbone.embed_dim)
     if not isinstance(goal, Schedule):
-        head.redundancy = REDUNDANCIES[0]
+        # costs are those of patches compared with each other
+        Rule().set(model)
         # at a given cost, what it saves keeps more patches
         model.exact_savings = True
         layers = candidate_life_layers(model.backbone.depth)
@@ -375,27 +396,39 @@ def calibrate(
     del observed
     checked = check(model, check_on, layers, device, dtype)
 
-    def attempt(schedule: Schedule, redundancy: float) -> Tried:
+    def attempt(schedule: Schedule, rule: Rule) -> Tried:
         head.load_state_dict(fitted[schedule.life_layer].state)
-        head.redundancy, model.schedule = redundancy, schedule
+        rule.set(model)
+        model.schedule = schedule
         cost = model.multiply_adds(schedule) / 1e9
         if not schedule.drops_patches():
-            return Tried(schedule, redundancy, cost, 0.0, 100.0)
-        return Tried(schedule, redundancy, cost, *distance(model, checked))
+            return Tried(schedule, rule, cost, 0.0, 100.0)
+        return Tried(schedule, rule, cost, *distance(model, checked))
 
     if isinstance(goal, Schedule):
-        tried = [attempt(goal, redundancy) for redundancy in (0.0, *REDUNDANCIES)]
+        tried = [attempt(goal, rule) for rule in (PLAIN, *(Rule(r) for r in REDUNDANCIES))]
+        tried += [attempt(goal, rule) for rule in other_merges(min(tried, key=_divergence).rule, model.dead)]
     else:
         tried = search(model, goal, layers, attempt, progress)
-    tried.sort(key=lambda candidate: candidate.divergence)
+    tried.sort(key=_divergence)
     best, paper = tried[0], None
     steps = None if isinstance(goal, Schedule) else paper_schedule(model, goal)
     if steps is not None and steps.life_layer in fitted:
         dead, model.dead = model.dead, "discard"
-        paper = attempt(steps, 0.0)
+        paper = attempt(steps, PLAIN)
         model.dead = dead
-    attempt(best.schedule, best.redundancy)
+    attempt(best.schedule, best.rule)
     return Calibration(fitted, tried, paper)
+
+
+def _divergence(candidate: Tried) -> float:
+    return candidate.divergence
+
+
+def other_merges(rule: Rule, dead: str) -> list[Rule]:
+    """`rule` with the other ways to add patches to their heirs; none where nobody inherits."""
+    others = [replace(rule, merge_importance=weight, size_bias=bias) for weight, bias in MERGES]
+    return [other for other in others if other != rule] if dead == "heir" else []
 
 
 def paper_schedule(model: SlimModel, goal: Cost | KeepRate) -> Schedule | None:
@@ -413,35 +446,33 @@ def search(
     model: SlimModel,
     goal: Cost | KeepRate,
     layers: Sequence[int],
-    attempt: Callable[[Schedule, float], Tried],
+    attempt: Callable[[Schedule, Rule], Tried],
     progress: Progress = no_progress,
 ) -> list[Tried]:
-    """Try life layers first, then forms of the fall for the two best of them, then weights of redundancy."""
-    label, power, redundancy = "searching how patches should leave", POWERS[1], REDUNDANCIES[1]
+    """Try life layers first, then forms of the fall for the two best of them, then rules."""
+    label, power, usual = "searching how patches should leave", POWERS[1], Rule()
     tried: list[Tried] = []
-    total = len(layers) + 2 * (len(POWERS) - 1) + len(REDUNDANCIES) - 1
+    total = len(layers) + 2 * (len(POWERS) - 1) + len(REDUNDANCIES) - 1 + len(MERGES) - 1
 
-    def attempt_all(candidates: Sequence[tuple[int, float, float]], before: int) -> None:
-        for number, (life_layer, p, r) in enumerate(candidates, before):
-            progress(label, number, total)
-            schedule = falling_schedule(model, goal, life_layer, p)
+    def attempt_all(candidates: Sequence[tuple[Schedule | None, Rule]]) -> None:
+        for schedule, rule in candidates:
+            progress(label, min(len(tried), total - 1), total)
             if schedule is not None:
-                found[life_layer, p] = attempt(schedule, r)
-                tried.append(found[life_layer, p])
+                tried.append(attempt(schedule, rule))
 
-    def best(count: int) -> list[tuple[int, float]]:
-        return sorted(found, key=lambda key: found[key].divergence)[:count]
+    def best() -> Tried:
+        return min(tried, key=_divergence)
 
-    found: dict[tuple[int, float], Tried] = {}
-    attempt_all([(layer, power, redundancy) for layer in layers], 0)
-    chosen = [layer for layer, _ in best(2)]
-    others = [p for p in POWERS if p != power]
-    attempt_all([(layer, p, redundancy) for layer in chosen for p in others], len(layers))
-    more = [r for r in REDUNDANCIES if r != redundancy]
-    attempt_all([(*key, r) for key in best(1) for r in more], total - len(more))
-    progress(label, total, total)
+    attempt_all([(falling_schedule(model, goal, layer, power), usual) for layer in layers])
     if not tried:
         raise SlimError(f"{goal}: no schedule of this model comes to that: try a higher one")
+    chosen = [candidate.schedule.life_layer for candidate in sorted(tried, key=_divergence)[:2]]
+    others = [p for p in POWERS if p != power]
+    attempt_all([(falling_schedule(model, goal, layer, p), usual) for layer in chosen for p in others])
+    rule = best().rule
+    attempt_all([(best().schedule, replace(rule, redundancy=r)) for r in REDUNDANCIES if r != rule.redundancy])
+    attempt_all([(best().schedule, other) for other in other_merges(best().rule, model.dead)])
+    progress(label, total, total)
     return tried
 
 

@@ -173,6 +173,7 @@ def _copy_with(model: SlimModel, schedule: Schedule) -> SlimModel:
     other = type(model)(model.model, schedule, model.temperature, model.backbone, model.dead)
     setattr(other, model.selector_name, model.selector)
     other.exact_savings = model.exact_savings
+    other.merge_importance, other.size_bias = model.merge_importance, model.size_bias
     return other
 
 
@@ -197,15 +198,15 @@ def _untrained(
     if cell.method == target.model.method and not target.has_life_head:
         own = plan[cell].schedule
         target.model.schedule = own
-        _calibrate(target.model, own.resolve(target.model.num_patches), comparison, prepare, progress)
+        _calibrate(target.model, target.model.cost(own), comparison, prepare, progress)
         plan[cell] = _copy_with(target.model, target.model.schedule)
     return evaluate(plan[cell], loader, None, device, dtype, progress)[1]
 
 
 def _calibrate(
-    model: SlimModel, counts: Sequence[int], comparison: Comparison, prepare: dict[str, Any], progress: Progress
+    model: SlimModel, cost: int, comparison: Comparison, prepare: dict[str, Any], progress: Progress
 ) -> None:
-    """Calibrate on training images for the arithmetic of N_1..N_L, without labels, as `slim calibrate` does."""
+    """Calibrate on training images for `cost` multiply-adds, without labels, as `slim calibrate` does."""
     recipe, device = comparison.recipe, comparison.device
     layers = calibrate.candidate_life_layers(model.backbone.depth)
     count = calibrate.images_that_fit(model.backbone, FIT_IMAGES, len(layers))
@@ -218,8 +219,7 @@ def _calibrate(
     fit_on, check_on = batches[:-kept] or batches, batches[-kept:]
     seen = sum(len(labels) for _, labels in fit_on)
     dtype = find_dtype(recipe.precision, device)
-    goal = calibrate.Cost(model.architecture().multiply_adds(counts))
-    calibrate.calibrate(model, goal, fit_on, check_on, seen, device, dtype, progress)
+    calibrate.calibrate(model, calibrate.Cost(cost), fit_on, check_on, seen, device, dtype, progress)
 
 
 def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> dict[str, Any]:

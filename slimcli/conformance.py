@@ -281,6 +281,20 @@ def cost(subject: Subject) -> None:
 def exact_savings(subject: Subject) -> None:
     slim, one = subject.slim, subject.images[:1]
     backbone = subject.backbone
+    with torch.no_grad():
+        tokens, positions = backbone.embed(one)
+        keep = backbone.num_prefix_tokens + 1
+        for layer in range(1, backbone.depth + 1):
+            if positions is None and backbone.narrows(layer):
+                plain = backbone.narrow_block(layer, tokens, None, keep)
+                read = backbone.narrow_block(layer, tokens, None, keep, reading=tokens[:, :keep])
+                found = _difference(read, plain)
+                if found > ROUNDING:
+                    raise Failed(
+                        f"block {layer} gives other tokens when its first ones are handed over as `reading`: they "
+                        f"differ by {found:.1e}",
+                        "narrow_block",
+                    )
     for mode in ("none", "hard", "soft"):
         slim.exact_savings = False
         expected = subject.run(mode)

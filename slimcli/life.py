@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: the least that a patch can say which no other one says: 1 - cosine of patches that are alike but for rounding
+LEAST_NEWS = 1e-3
+
 
 def normalise_life(score: Tensor, life_mean: float, life_std: float, eps: float = 1e-6) -> Tensor:
     """Importance scores (B, N) to lives (B, N) with the given mean and standard deviation in each image (eq. 3).
@@ -72,18 +75,21 @@ def sort_patches(tokens: Tensor, order: Tensor, num_prefix_tokens: int) -> Tenso
 
 
 @torch.no_grad()
-def choose_heirs(features: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """For each drop, the heir (B, number that leave) of every patch that leaves, as a place among those that stay.
+def choose_heirs(alike: Tensor, order: Tensor, counts: Sequence[int]) -> Tensor:
+    """The heir (B, N) of every patch, in the order of lives: a place among those that stay when it leaves.
 
-    `features` (B, N, C) of patches are sorted, longest life first, and `counts` are the falling patch counts N, N',
-    N'', ...: the patches from N' on leave first. The heir is the patch with the highest cosine similarity among those
-    that live on. At most N^2 C multiply-adds, once; nothing is compared again later.
+    `alike` (B, N, N) are the cosines of patches in raster order, `order` (B, N) their places there, longest life first,
+    and `counts` are the falling patch counts N, N', N'', ...: the patches from N' on leave first. The heir is the patch
+    with the highest cosine among those that live on; that of a patch that never leaves means nothing.
     """
-    unit = F.normalize(features, dim=-1)
-    return [
-        torch.bmm(unit[:, stay:n], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
-        for n, stay in itertools.pairwise(counts)
-    ]
+    device = order.device
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
+    leave_last_first = list(itertools.pairwise(counts))[::-1]
+    groups = [(counts[-1], 1), *((n - stay, stay) for n, stay in leave_last_first)]
+    stay = torch.cat([torch.full((size,), value, device=device) for size, value in groups])
+    later = rank.unsqueeze(1) < stay[rank].unsqueeze(2)
+    heir = alike.masked_fill(~later, float("-inf")).argmax(dim=-1)
+    return rank.gather(1, heir).gather(1, order)
 
 
 def cosines(features: Tensor) -> Tensor:
@@ -92,29 +98,28 @@ def cosines(features: Tensor) -> Tensor:
     return torch.bmm(unit, unit.transpose(1, 2))
 
 
-def redundancy(features: Tensor, score: Tensor) -> Tensor:
+def redundancy(alike: Tensor, score: Tensor) -> Tensor:
     """How much of each patch another one already says: (B, N), between -1 and 1.
 
-    The highest cosine between its `features` (B, N, C) and those of a patch with a higher `score` (B, N); -1 for the
-    patch with the highest.
+    The highest cosine, in `alike` (B, N, N), with a patch of higher `score` (B, N); -1 for the patch with the highest.
     """
     less = score.unsqueeze(2) >= score.unsqueeze(1)
-    return cosines(features).masked_fill(less, -1.0).amax(dim=-1)
+    return alike.masked_fill(less, -1.0).amax(dim=-1)
 
 
-def inherit(patches: Tensor, size: Tensor, heir: Tensor) -> tuple[Tensor, Tensor]:
-    """Add each patch that leaves to its heir, as a mean weighted by size.
+def inherit(patches: Tensor, mass: Tensor, heir: Tensor) -> tuple[Tensor, Tensor]:
+    """Add each patch that leaves to its heir, as a mean weighted by its mass.
 
-    `patches` (B, n, D) are sorted, `size` (B, n) says how many original patches each stands for, and `heir`
-    (B, n - m) names the heirs of the last n - m. Returns the m that stay (B, m, D) and their sizes (B, m).
+    `patches` (B, n, D) are sorted, `mass` (B, n, 2) holds the weight of each in a mean and how many original patches
+    it stands for, and `heir` (B, n - m) names the heirs of the last n - m. Returns the m that stay (B, m, D) and their
+    masses (B, m, 2): both add up.
     """
     stay = patches.shape[1] - heir.shape[1]
-    weight = size.unsqueeze(-1)
-    weighted = patches * weight.to(patches.dtype)
+    weighted = patches * mass[..., :1].to(patches.dtype)
     index = heir.unsqueeze(-1)
-    total = weight[:, :stay].scatter_add(1, index, weight[:, stay:])
+    total = mass[:, :stay].scatter_add(1, index.expand(-1, -1, 2), mass[:, stay:])
     summed = weighted[:, :stay].scatter_add(1, index.expand(-1, -1, patches.shape[2]), weighted[:, stay:])
-    return summed / total.to(patches.dtype), total.squeeze(-1)
+    return summed / total[..., :1].to(patches.dtype), total
 
 
 def prefix_bias(patch_bias: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -148,9 +153,11 @@ class LifeHead(nn.Module):
     s_i = (W_q h_0) . (W_k h_i) with h = LayerNorm(x). h_0 is the class token, or with `global_token="mean"`
     the mean of the patches' h_i. Everything is computed in float32, also under autocast.
 
-    Beyond the paper, and off by default: with `redundancy` above 0 the life of a patch is also shortened, by so many
-    standard deviations, for what a more important patch already says. Patches are compared by their tokens or, with
-    `similarity_dim` above 0, by a projection of them, which may learn how alike they will be in later blocks.
+    Beyond the paper, and off by default: with `redundancy` above 0 the life of a patch also depends on what it says
+    that no more important patch says already, 1 - the highest cosine to one. The logarithm of that, times
+    `redundancy`, is added to the score in standard deviations, so that both are asked for: importance and news.
+    Patches are compared by their tokens or, with `similarity_dim` above 0, by a projection of them, which may learn how
+    alike they will be in later blocks.
     """
 
     def __init__(self, embed_dim: int, global_token: str = "cls") -> None:
@@ -163,7 +170,7 @@ class LifeHead(nn.Module):
         self.key = nn.Linear(embed_dim, embed_dim, bias=False)
         for projection in (self.query, self.key):
             nn.init.trunc_normal_(projection.weight, std=0.02)
-        #: weight of what other patches already say, in standard deviations of the score
+        #: weight of what no other patch says already, in standard deviations of the score
         self.redundancy = 0.0
         self.similarity: Similarity | None = None
 
@@ -184,6 +191,11 @@ class LifeHead(nn.Module):
         self.similarity_dim = 0 if weight is None else weight.shape[0]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @torch.no_grad()
+    def alike(self, patches: Tensor) -> Tensor:
+        """Cosine (B, N, N) of every pair of patches (B, N, D), or of their projections."""
+        return cosines(self.features(patches))
+
     def features(self, patches: Tensor) -> Tensor:
         """What patches (B, N, D) are compared with each other by: (B, N, C), float32."""
         return patches.float() if self.similarity is None else cast(Tensor, self.similarity(patches))
@@ -202,9 +214,15 @@ class LifeHead(nn.Module):
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:
         """Lives tau (B, N), float32, with mean `life_mean` and standard deviation `life_std` in every image."""
-        score = self.score(tokens, num_prefix_tokens)
-        if self.redundancy > 0:
-            with torch.no_grad():
-                said = redundancy(self.features(tokens[:, num_prefix_tokens:]), score)
-            score = normalise_life(score, 0.0, 1.0) - self.redundancy * normalise_life(said, 0.0, 1.0)
+        alike = self.alike(tokens[:, num_prefix_tokens:]) if self.redundancy > 0 else None
+        return self.lives(self.score(tokens, num_prefix_tokens), alike, life_mean, life_std)
+
+    def lives(self, score: Tensor, alike: Tensor | None, life_mean: float, life_std: float) -> Tensor:
+        """What `forward` returns for patches whose `score` (B, N), and cosines `alike` (B, N, N), are known already.
+
+        Cosines are needed where `redundancy` is above 0.
+        """
+        if self.redundancy > 0 and alike is not None:
+            news = (1.0 - redundancy(alike, score.detach())).clamp(min=LEAST_NEWS).log()
+            score = normalise_life(score, 0.0, 1.0) + self.redundancy * news
         return normalise_life(score, life_mean, life_std)

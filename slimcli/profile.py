@@ -198,10 +198,10 @@ def block_cost(architecture: Architecture, model: SlimModel, variant: Variant, l
     """Multiply-adds of one block of a variant."""
     counts = variant.schedule.resolve(architecture.num_patches) if variant.schedule else None
     patches = counts[layer - 1] if counts else architecture.num_patches
-    saved = 0
+    saved = model.taken_over(layer, variant.schedule) if variant.schedule else 0
     if variant.exact_savings:
         life_layer = variant.schedule.life_layer if variant.schedule and model.dead == "discard" else None
-        saved = architecture.saved_in_block(layer, counts, life_layer)
+        saved += architecture.saved_in_block(layer, counts, life_layer)
     return architecture.block(layer, patches) - saved
 
 

@@ -81,7 +81,13 @@ class SlimmingSection(Section):
         "heir", description="what becomes of a patch whose life is over: gone, or added to the one most like it"
     )
     redundancy: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="standard deviations of life that a patch loses for what a more important one already says"
+        0.0, description="weight, beside a patch's importance, of what it says that no more important one says already"
+    )
+    merge_importance: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="how much more an important patch weighs in the token that it becomes part of; 0: not at all"
+    )
+    size_bias: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="a token that stands for n patches counts as n to this power in attention"
     )
     exact_savings: bool = Field(False, description="no queries, projection and MLP for tokens that nothing reads after")
     attention: Literal["auto", "reference", "mask", "channel", "flex"] = Field(

@@ -301,26 +301,19 @@ class Architecture:
         if n[-1] == n[0]:
             return total
         if comparison is not None:
-            total += comparison.multiply_adds(n, self.embed_dim)
+            total += comparison.multiply_adds(n[0], self.embed_dim)
         return total + self.life_head
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How patches are compared with each other at the life layer.
+    """How every patch is compared with every other one at the life layer.
 
-    `heirs`: each patch that leaves with those that stay. `redundancy`: each with every other one. `dim` is the width
-    that they are projected to before that; 0 if they are compared as they are.
+    `dim` is the width that they are projected to before that; 0 if they are compared as they are.
     """
 
-    heirs: bool
-    redundancy: bool
     dim: int = 0
 
-    def multiply_adds(self, counts: Sequence[int], embed_dim: int) -> int:
-        """Multiply-adds of one image under N_1..N_L: the projection, then a product of their width a pair."""
-        if not (self.heirs or self.redundancy):
-            return 0
-        pairs = sum((before - after) * after for before, after in itertools.pairwise(counts)) if self.heirs else 0
-        pairs += counts[0] ** 2 if self.redundancy else 0
-        return counts[0] * embed_dim * self.dim + pairs * (self.dim or embed_dim)
+    def multiply_adds(self, num_patches: int, embed_dim: int) -> int:
+        """Multiply-adds of one image: the projection, then a product of their width a pair."""
+        return num_patches * embed_dim * self.dim + num_patches**2 * (self.dim or embed_dim)

@@ -62,6 +62,11 @@ class SlimModel(nn.Module):
         #: whether tokens that nothing reads after a block are only keys and values in it: patches that leave after it
         #: and, where the classifier reads prefix tokens alone, all patches in the last block. Same logits to rounding.
         self.exact_savings = False
+        #: how much more an important patch weighs in the token that it becomes part of: the weight in the mean is the
+        #: exponential of its standardised score, times this. 0 weighs all alike.
+        self.merge_importance = 0.0
+        #: a token that stands for n patches counts as n to this power as a key; 1 is what n equal keys are
+        self.size_bias = 1.0
         #: lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing
         self.life: Tensor | None = None
         self._mode = "hard"
@@ -156,18 +161,28 @@ class SlimModel(nn.Module):
 
     def savings(self, schedule: Schedule | None) -> int:
         """Multiply-adds of one image that `exact_savings` leaves out under `schedule`; None is the dense model."""
-        counts = schedule.resolve(self.num_patches) if schedule is not None else None
-        # a patch that has an heir must come out of the block that it leaves after
-        leaving = schedule is not None and self.dead == "discard"
-        return self.architecture().exact_savings(counts, schedule.life_layer if leaving and schedule else None)
+        if schedule is None:
+            return self.architecture().exact_savings()
+        # with heirs, leaving patches are keys and values only in any case: that is part of the rule
+        discards = self.dead == "discard"
+        counts = schedule.resolve(self.num_patches)
+        return self.architecture().exact_savings(counts, schedule.life_layer if discards else None)
 
     def cost(self, schedule: Schedule | None) -> int:
         """Multiply-adds of one image under `schedule`, what the rule itself costs included; None is the dense model."""
         if schedule is None:
             return self.architecture().multiply_adds()
         head = self.life_head
-        compared = Comparison(self.dead == "heir", head.redundancy > 0, head.similarity_dim)
-        return self.architecture().multiply_adds(schedule.resolve(self.num_patches), compared)
+        counts = schedule.resolve(self.num_patches)
+        compared = Comparison(head.similarity_dim) if self.dead == "heir" or head.redundancy > 0 else None
+        taken_over = sum(self.taken_over(layer, schedule) for layer in range(1, self.schedule.depth))
+        return self.architecture().multiply_adds(counts, compared) - taken_over
+
+    def taken_over(self, layer: int, schedule: Schedule) -> int:
+        """Multiply-adds of one image that block `layer` does without, since heirs take over before its queries."""
+        counts = schedule.resolve(self.num_patches)
+        inside = self.dead == "heir" and schedule.life_layer < layer < schedule.depth
+        return self.architecture().saved_in_block(layer, counts, schedule.life_layer) if inside else 0
 
     def patches_used(self, schedule: Schedule) -> tuple[int, ...]:
         """How many patches each block is given under `schedule`."""
@@ -229,40 +244,74 @@ class SlimModel(nn.Module):
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, P + N, D) after the life layer through the blocks that follow, as `_slimmed` returns them."""
-        life = self.life_head(tokens, self.backbone.num_prefix_tokens, *life_moments(counts))
+        prefix, head = self.backbone.num_prefix_tokens, self.life_head
+        inherit = self.dead == "heir" and self.mode == "hard"
+        score = head.score(tokens, prefix)
+        alike = head.alike(tokens[:, prefix:]) if inherit or head.redundancy > 0 else None
+        life = head.lives(score, alike, *life_moments(counts))
         self._remember(life)
-        run = self._drop if self.mode == "hard" else self._bias
-        return run(tokens, positions, life, counts)
-
-    def _drop(
-        self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The later blocks on ever fewer patches: sorted once, longest life first, then sliced.
-
-        With heirs, each patch that leaves is added to the one it was most like; who inherits what is decided once.
-        """
-        prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
-        inherit = self.dead == "heir"
-        order = lives.longest_lives_first(life, counts[0] if inherit else counts[first])
+        if self.mode != "hard":
+            return self._bias(tokens, positions, life, counts)
+        order = lives.longest_lives_first(life, counts[0] if inherit else counts[self.schedule.life_layer])
         tokens = lives.sort_patches(tokens, order, prefix)
         if positions is not None:
             positions = lives.take_patches(positions, order)
-        bias: Tensor | None = None
-        falls = tuple(dict.fromkeys(counts))
-        heirs = lives.choose_heirs(self.life_head.features(tokens[:, prefix:]), falls) if inherit else []
-        size = torch.ones_like(life)
+        if alike is None or not inherit:
+            return self._drop(tokens, positions, counts)
+        heirs = lives.choose_heirs(alike, order, tuple(dict.fromkeys(counts)))
+        return self._bequeath(tokens, positions, score.gather(1, order), heirs, counts)
+
+    def _drop(self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """The later blocks on ever fewer patches, which come sorted, longest life first: sliced."""
+        prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         for layer in range(first + 1, self.schedule.depth + 1):
             n = counts[layer - 1]
-            if inherit and n < counts[layer - 2]:
-                patches, size = lives.inherit(tokens[:, prefix:], size, heirs[falls.index(n) - 1])
-                tokens = torch.cat((tokens[:, :prefix], patches), dim=1)
-                # a token that stands for several patches counts as many keys
-                bias = lives.prefix_bias(size.log(), prefix)
-            else:
-                tokens = tokens[:, : prefix + n]
             positions = None if positions is None else positions[:, :n]
-            tokens = self._block(layer, tokens, positions, bias, self._read_after(layer, counts))
-        return tokens, bias
+            tokens = self._block(layer, tokens[:, : prefix + n], positions, None, self._read_after(layer, counts))
+        return tokens, None
+
+    def _bequeath(
+        self, tokens: Tensor, positions: Tensor | None, score: Tensor, heirs: Tensor, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The later blocks on ever fewer patches, which come sorted, longest life first, as `score` and `heirs` (B, N).
+
+        Each patch that leaves is added to its heir; who inherits what was decided once. In the last block that uses a
+        patch it is a key and a value only: its heir takes over before the block's queries are made.
+        """
+        prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
+        weight = (self.merge_importance * lives.normalise_life(score.detach(), 0.0, 1.0)).exp()
+        mass = torch.stack((weight, torch.ones_like(weight)), dim=-1)
+
+        def take_over(tokens: Tensor, mass: Tensor, n: int) -> tuple[Tensor, Tensor]:
+            patches, mass = lives.inherit(tokens[:, prefix:], mass, heirs[:, n : mass.shape[1]])
+            return torch.cat((tokens[:, :prefix], patches), dim=1), mass
+
+        def key_bias(exponent: float) -> Tensor | None:
+            # a token that stands for several patches counts as many keys
+            sizes = mass[..., 1]
+            return lives.prefix_bias(exponent * sizes.log(), prefix) if sizes.shape[1] < counts[0] else None
+
+        for layer in range(first + 1, self.schedule.depth + 1):
+            n = counts[layer - 1]
+            if mass.shape[1] > n:
+                tokens, mass = take_over(tokens, mass, n)
+            positions = None if positions is None else positions[:, :n]
+            bias = key_bias(self.size_bias)
+            if self._takes_over_in(layer, counts) and positions is None:
+                reading, mass = take_over(tokens, mass, counts[layer])
+                tokens = self._block(layer, tokens, None, bias, reading.shape[1], reading)
+            else:
+                tokens = self._block(layer, tokens, positions, bias, self._read_after(layer, counts))
+        # what pools patches counts each as many times as it stands for one
+        return tokens, key_bias(1.0)
+
+    def _takes_over_in(self, layer: int, counts: Sequence[int]) -> bool:
+        """Whether heirs take over inside block `layer`, from patches that are only keys and values in it."""
+        return (
+            self.schedule.life_layer < layer < self.schedule.depth
+            and counts[layer] < counts[layer - 1]
+            and self.backbone.narrows(layer)
+        )
 
     def _bias(
         self, tokens: Tensor, positions: Tensor | None, life: Tensor, counts: tuple[int, ...]
@@ -303,12 +352,18 @@ class SlimModel(nn.Module):
         return bias.masked_fill(~used & (rank == 0), NEVER)
 
     def _block(
-        self, layer: int, tokens: Tensor, positions: Tensor | None, bias: Tensor | None, keep: int | None = None
+        self,
+        layer: int,
+        tokens: Tensor,
+        positions: Tensor | None,
+        bias: Tensor | None,
+        keep: int | None = None,
+        reading: Tensor | None = None,
     ) -> Tensor:
         run: Callable[..., Tensor] = self.backbone.block
         args: tuple[Any, ...] = (layer, tokens, positions)
         if keep is not None:
-            run, args = self.backbone.narrow_block, (*args, keep, bias)
+            run, args = self.backbone.narrow_block, (*args, keep, bias, *(() if reading is None else (reading,)))
         elif bias is not None:
             run, args = self.backbone.masked_block, (*args, bias)
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():

@@ -114,7 +114,11 @@ def slimming_config(model: SlimModel) -> dict[str, Any]:
         "exact_savings": model.exact_savings,
     }
     if isinstance(model.selector, LifeHead):
-        config["redundancy"] = model.selector.redundancy
+        config |= {
+            "redundancy": model.selector.redundancy,
+            "merge_importance": model.merge_importance,
+            "size_bias": model.size_bias,
+        }
     if schedule.counts is not None:
         config["patches_per_layer"] = list(schedule.counts)
     elif schedule.keep_rate is not None:
@@ -129,6 +133,8 @@ def configure(model: SlimModel, config: dict[str, Any]) -> None:
     model.exact_savings = config.get("exact_savings", False)
     if isinstance(model.selector, LifeHead):
         model.selector.redundancy = config.get("redundancy", 0.0)
+        model.merge_importance = config.get("merge_importance", 0.0)
+        model.size_bias = config.get("size_bias", 1.0)
 
 
 def schedule_from_config(config: dict[str, Any], depth: int) -> Schedule:

@@ -79,13 +79,13 @@ def test_no_operator_waits_for_the_device_and_no_shape_depends_on_data(model):
 
 def test_that_check_can_fail():
     model = slimmed()
-    head = model.life_head.forward
+    head = model.life_head.lives
 
     def peeking(*args):
         life = head(*args)
         return life * float(life.mean() > 0)
 
-    model.life_head.forward = peeking
+    model.life_head.lives = peeking
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException), without_computing():
         model.logits(torch.zeros(2, 3, 32, 32))
 

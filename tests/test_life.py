@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from slimcli.life import (
     LifeHead,
     choose_heirs,
+    cosines,
     inherit,
     log_soft_weight,
     log_straight_weight,
@@ -93,9 +94,9 @@ def test_patches_are_taken_in_order_for_any_trailing_shape():
     assert torch.equal(taken[1, 0], patches[0, 1])
 
 
-def slow_heirs(patches, counts):
-    """The rule in words: one image, one patch at a time."""
-    kept = {i: (patches[i].clone(), 1.0) for i in range(len(patches))}
+def slow_heirs(patches, weights, counts):
+    """The rule in words: one image, one patch at a time. Tokens, weights and numbers of patches."""
+    kept = {i: (patches[i].clone(), float(weights[i]), 1.0) for i in range(len(patches))}
     cosine = F.cosine_similarity(patches[:, None], patches[None], dim=-1)
     for before, after in itertools.pairwise(counts):
         bequests = {heir: [kept[heir]] for heir in range(after)}
@@ -103,12 +104,14 @@ def slow_heirs(patches, counts):
             bequests[int(cosine[dead, :after].argmax())].append(kept[dead])
         kept = {
             heir: (
-                sum(size * token for token, size in parts) / sum(size for _, size in parts),
-                sum(s for _, s in parts),
+                sum(weight * token for token, weight, _ in parts) / sum(weight for _, weight, _ in parts),
+                sum(weight for _, weight, _ in parts),
+                sum(size for _, _, size in parts),
             )
             for heir, parts in bequests.items()
         }
-    return torch.stack([token for token, _ in kept.values()]), torch.tensor([size for _, size in kept.values()])
+    tokens, *masses = zip(*kept.values(), strict=True)
+    return torch.stack(tokens), torch.tensor(masses).T
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -125,26 +128,30 @@ def test_sorting_the_patches_leaves_the_prefix_tokens_in_front(prefix):
 
 def test_heirs_are_as_the_rule_says():
     patches, counts = torch.randn(3, 20, 8), (20, 13, 6, 2)
-    now, size = patches, torch.ones(3, 20)
-    for heir in choose_heirs(patches, counts):
-        now, size = inherit(now, size, heir)
+    weights = torch.rand(3, 20) + 0.5
+    now, mass = patches, torch.stack((weights, torch.ones(3, 20)), dim=-1)
+    order = torch.stack([torch.randperm(20) for _ in range(3)])
+    raster = torch.empty_like(patches).scatter(1, order[..., None].expand_as(patches), patches)
+    heirs = choose_heirs(cosines(raster), order, counts)
+    for before, after in itertools.pairwise(counts):
+        now, mass = inherit(now, mass, heirs[:, after:before])
     assert now.shape == (3, 2, 8)
     for image in range(3):
-        expected, sizes = slow_heirs(patches[image], counts)
+        expected, masses = slow_heirs(patches[image], weights[image], counts)
         assert torch.allclose(now[image], expected, atol=1e-5)
-        assert torch.equal(size[image], sizes)
-    assert torch.equal(size.sum(1), torch.full((3,), 20.0))
+        assert torch.allclose(mass[image], masses)
+    assert torch.equal(mass[..., 1].sum(1), torch.full((3,), 20.0))
 
 
 def test_redundancy_is_the_highest_cosine_to_a_patch_of_higher_score():
     torch.manual_seed(0)
     features, score = torch.randn(2, 7, 5), torch.randn(2, 7)
-    found = redundancy(features, score)
+    found = redundancy(cosines(features), score)
     for image in range(2):
         for i in range(7):
             above = [j for j in range(7) if score[image, j] > score[image, i]]
-            cosines = [float(F.cosine_similarity(features[image, i], features[image, j], dim=0)) for j in above]
-            assert found[image, i].item() == pytest.approx(max(cosines, default=-1.0), abs=1e-5)
+            said = [float(F.cosine_similarity(features[image, i], features[image, j], dim=0)) for j in above]
+            assert found[image, i].item() == pytest.approx(max(said, default=-1.0), abs=1e-5)
 
 
 @torch.no_grad()

@@ -109,11 +109,8 @@ def test_counts_fall_faster_at_first_with_a_power_below_one():
 
 
 def test_comparing_patches_is_counted():
-    counts = (8, 8, 6, 3)
-    assert Comparison(heirs=True, redundancy=False).multiply_adds(counts, 32) == (2 * 6 + 3 * 3) * 32
-    assert Comparison(heirs=False, redundancy=True).multiply_adds(counts, 32) == 64 * 32
-    assert Comparison(True, True, 4).multiply_adds(counts, 32) == 8 * 32 * 4 + (21 + 64) * 4
-    assert Comparison(False, False, 4).multiply_adds(counts, 32) == 0
+    assert Comparison().multiply_adds(8, 32) == 64 * 32
+    assert Comparison(4).multiply_adds(8, 32) == 8 * 32 * 4 + 64 * 4
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_a_heir_equal_to_the_dead_patch_changes_nothing(monkeypatch):
 
     lives = torch.linspace(4, 1, 16).expand(2, 16)
     monkeypatch.setattr(model.backbone, "embed", doubled)
-    monkeypatch.setattr(model.life_head, "forward", lambda *_: lives)
+    monkeypatch.setattr(model.life_head, "lives", lambda *_: lives)
     x = images(model)
     heir = model(x)
     model.mode = "none"
@@ -337,13 +337,15 @@ def test_the_layout_for_inference_changes_no_weight_and_no_logits(tmp_path):
 def test_redundancy_and_similarity_travel_with_a_saved_model(tmp_path):
     model = slim("digits_vit", 0.5, dead="heir")
     model.life_head.similarity_dim, model.life_head.redundancy = 8, 10.0
+    model.merge_importance, model.size_bias = 0.7, 0.5
     save_model(tmp_path, model, {"model": {"name": "digits_vit", "args": {}}})
     loaded = load(tmp_path)
     assert (loaded.life_head.similarity_dim, loaded.life_head.redundancy) == (8, 10.0)
+    assert (loaded.merge_importance, loaded.size_bias) == (0.7, 0.5)
     x = images(loaded)
     with torch.no_grad():
         assert torch.allclose(loaded(x), model.eval()(x), atol=1e-5)
-    assert loaded.multiply_adds() == model.multiply_adds() > slim("digits_vit", 0.5).multiply_adds()
+    assert loaded.multiply_adds() == model.multiply_adds() != slim("digits_vit", 0.5, dead="heir").multiply_adds()
 
 
 def test_straight_mode_sees_what_hard_mode_sees_and_teaches_the_life_head():

@@ -117,14 +117,33 @@ class Backbone(ABC):
         with biased_attention(key_bias, kernel=self.attention, where=f"block {layer} of {type(self.model).__name__}"):
             return self.block(layer, tokens, positions)
 
+    def narrows(self, layer: int) -> bool:
+        """Whether `narrow_block` can run block `layer` for some tokens alone, where patches have no positions.
+
+        False by default. Where it can, a patch's heir takes over before the queries of the block that the patch leaves
+        after; where it cannot, after the block.
+        """
+        return False
+
     def narrow_block(
-        self, layer: int, tokens: Tensor, positions: Tensor | None, keep: int, key_bias: Tensor | None = None
+        self,
+        layer: int,
+        tokens: Tensor,
+        positions: Tensor | None,
+        keep: int,
+        key_bias: Tensor | None = None,
+        reading: Tensor | None = None,
     ) -> Tensor:
         """Run block `layer` on tokens (B, P + n, D) and return its first `keep` tokens (B, keep, D) alone.
 
         The others are needed as keys and values only: their queries, projection and MLP may be left out, which changes
         nothing in what is returned. By default everything is computed and cut off.
+
+        With `reading` (B, keep, D), these tokens ask and go on in the place of the first `keep`, which remain keys and
+        values as they are. A block is given it only where it `narrows`.
         """
+        if reading is not None:
+            raise NotImplementedError(f"{type(self).__name__} says that it narrows block {layer}: narrow_block")
         if key_bias is None:
             return self.block(layer, tokens, positions)[:, :keep]
         return self.masked_block(layer, tokens, positions, key_bias)[:, :keep]

@@ -123,23 +123,34 @@ class TimmViT(Backbone):
         tokens = model._pos_embed(model.patch_embed(images))
         return model.norm_pre(model.patch_drop(tokens)), None
 
+    def narrows(self, layer: int) -> bool:
+        return is_plain(self.blocks[layer - 1])
+
     def narrow_block(
-        self, layer: int, tokens: Tensor, positions: Tensor | None, keep: int, key_bias: Tensor | None = None
+        self,
+        layer: int,
+        tokens: Tensor,
+        positions: Tensor | None,
+        keep: int,
+        key_bias: Tensor | None = None,
+        reading: Tensor | None = None,
     ) -> Tensor:
         block: Any = self.blocks[layer - 1]
         if positions is not None or not is_plain(block):
-            return super().narrow_block(layer, tokens, positions, keep, key_bias)
-        attended = self._narrow_attention(block.attn, block.norm1(tokens), keep, key_bias)
-        read = tokens[:, :keep] + block.drop_path1(block.ls1(attended))
+            return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
+        x = block.norm1(tokens)
+        asking = x[:, :keep] if reading is None else block.norm1(reading)
+        attended = self._narrow_attention(block.attn, asking, x, key_bias)
+        read = (tokens[:, :keep] if reading is None else reading) + block.drop_path1(block.ls1(attended))
         return read + block.drop_path2(block.ls2(block.mlp(block.norm2(read))))
 
-    def _narrow_attention(self, attn: Attention, x: Tensor, keep: int, key_bias: Tensor | None) -> Tensor:
-        """timm's attention of the first `keep` of the tokens (B, n, D) to all of them: (B, keep, D)."""
+    def _narrow_attention(self, attn: Attention, reading: Tensor, x: Tensor, key_bias: Tensor | None) -> Tensor:
+        """timm's attention of the tokens `reading` (B, keep, D) to the tokens `x` (B, n, D): (B, keep, D)."""
         weight, bias = attn.qkv.weight, attn.qkv.bias
         split = weight.shape[0] // 3
         first, rest = (None, None) if bias is None else (bias[:split], bias[split:])
         batch, n, _ = x.shape
-        reading = x[:, :keep]
+        keep = reading.shape[1]
         query = F.linear(reading, weight[:split], first).reshape(batch, keep, attn.num_heads, -1).transpose(1, 2)
         both = F.linear(x, weight[split:], rest).reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = attn.q_norm(query), attn.k_norm(both[0]), both[1]

@@ -1,0 +1,136 @@
+"""Heirs: who takes over, when, with what weight, and what it costs, against a slow version of the rule."""
+
+import math
+
+import pytest
+import torch
+from test_slimming import SHAPES, images, slimmed
+from torch.nn import functional as F
+
+from slimcli import slim
+from slimcli.backbones.base import counted
+from slimcli.backbones.timm_vit import build_model
+from slimcli.life import normalise_life
+
+COUNTS = [16, 12, 7, 3]
+
+
+def plain_block(block, tokens, sizes, reading, exponent):
+    """A block in plain formulas for one image: the tokens `reading` (m, D) attend to `tokens` (n, D)."""
+    heads, width = block.attn.num_heads, tokens.shape[1]
+    query, key, value = block.attn.qkv.weight.chunk(3)
+    biases = block.attn.qkv.bias.chunk(3)
+    q, k, v = (
+        F.linear(block.norm1(x), weight, bias).reshape(-1, heads, width // heads).transpose(0, 1)
+        for x, weight, bias in zip((reading, tokens, tokens), (query, key, value), biases, strict=True)
+    )
+    logits = q @ k.transpose(1, 2) / math.sqrt(width // heads) + exponent * sizes.log()
+    attended = (logits.softmax(dim=-1) @ v).transpose(0, 1).reshape(-1, width)
+    out = reading + block.ls1(block.attn.proj(attended))
+    return out + block.ls2(block.mlp(block.norm2(out)))
+
+
+def merged(tokens, weights, sizes, heirs, stay, prefix):
+    """The tokens that stay, each the mean of itself and of those it takes over; their weights and sizes."""
+    rows, new_weights, new_sizes = [], [], []
+    for place in range(prefix + stay):
+        parts = [place] + [prefix + dead for dead, heir in heirs.items() if prefix + heir == place]
+        total = sum(weights[part] for part in parts)
+        rows.append(sum(weights[part] * tokens[part] for part in parts) / total)
+        new_weights.append(total)
+        new_sizes.append(sum(sizes[part] for part in parts))
+    return torch.stack(rows), torch.stack(new_weights), torch.stack(new_sizes)
+
+
+def slow_heirs(model, image):
+    """Logits of one image: patch by patch, nothing decided before it is needed."""
+    backbone, prefix = model.backbone, model.backbone.num_prefix_tokens
+    tokens, _ = backbone.embed(image[None])
+    tokens = backbone.block(1, tokens)
+    score = model.life_head.score(tokens, prefix)[0]
+    order = model.life_head(tokens, prefix, 2.0, 1.0)[0].argsort(descending=True)
+    tokens = torch.cat((tokens[0, :prefix], tokens[0, prefix:][order]))
+    features = F.normalize(model.life_head.features(tokens[None, prefix:])[0], dim=-1)
+    ones = torch.ones(prefix)
+    weights = torch.cat((ones, (model.merge_importance * normalise_life(score, 0.0, 1.0)[order]).exp()))
+    sizes = torch.cat((ones, torch.ones(len(order))))
+
+    def take_over(n, stay):
+        heirs = {dead: int((features[:stay] @ features[dead]).argmax()) for dead in range(stay, n)}
+        return merged(tokens, weights, sizes, heirs, stay, prefix)
+
+    tokens, weights, sizes = take_over(COUNTS[0], COUNTS[1])
+    for layer in (2, 3, 4):
+        block, present = model.model.blocks[layer - 1], (tokens, sizes)
+        if layer < 4:
+            # keys and values of all; queries of what is left when heirs have taken over
+            tokens, weights, sizes = take_over(COUNTS[layer - 1], COUNTS[layer])
+        tokens = plain_block(block, *present, tokens, model.size_bias)
+    return backbone.head(tokens[None], sizes.log()[None])[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["class token", "class token, average", "four registers", "no prefix, average"])
+@pytest.mark.parametrize(("importance", "size_bias"), [(0.0, 1.0), (0.7, 0.6)])
+def test_heirs_take_over_before_the_queries_of_a_patchs_last_block(kind, importance, size_bias):
+    model = slimmed(COUNTS, **SHAPES[kind])
+    model.dead, model.merge_importance, model.size_bias = "heir", importance, size_bias
+    model.life_head.similarity_dim, model.life_head.redundancy = 8, 2.0
+    x = images(model)
+    expected = torch.stack([slow_heirs(model, image) for image in x])
+    for model.exact_savings in (False, True):
+        torch.testing.assert_close(model(x), expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["class token", "four registers"])
+def test_the_cost_formula_counts_what_heirs_cost(kind):
+    model = slimmed(COUNTS, **SHAPES[kind])
+    model.dead = "heir"
+    model.life_head.similarity_dim, model.life_head.redundancy = 8, 2.0
+    for model.exact_savings in (False, True):
+        cost, _ = counted(lambda: model(images(model, 1)))
+        assert cost == model.multiply_adds()
+    discarding = slimmed(COUNTS, **SHAPES[kind])
+    assert model.cost(model.schedule) < discarding.cost(discarding.schedule)
+
+
+@torch.no_grad()
+def test_where_a_block_runs_whole_heirs_take_over_after_it():
+    model = slimmed(COUNTS)
+    model.dead = "heir"
+    x = images(model)
+    inside = model(x)
+    saved = model.multiply_adds()
+    whole = slimmed(COUNTS)
+    whole.dead = "heir"
+    for block in whole.model.blocks:
+        block.register_forward_hook(lambda *_: None)
+    after = whole(x)
+    assert after.isfinite().all()
+    assert not torch.allclose(inside, after, atol=1e-4)
+    cost, _ = counted(lambda: whole(x[:1]))
+    assert cost == whole.multiply_adds() > saved
+
+
+def test_patches_of_equal_importance_weigh_alike():
+    model = slimmed(COUNTS)
+    model.dead = "heir"
+    for parameter in model.life_head.key.parameters():
+        torch.nn.init.zeros_(parameter)  # every score is 0
+    x = images(model)
+    with torch.no_grad():
+        before = model(x)
+        model.merge_importance = 0.7
+        assert torch.equal(model(x), before)
+
+
+def test_heirs_cost_less_than_discarding_with_the_same_patches():
+    heirs = slim(build_model("deit_small_patch16_224", False, {}), 0.7, dead="heir")
+    discard = slim(build_model("deit_small_patch16_224", False, {}), 0.7)
+    # three drops, of which one is after the life layer itself: those that leave after blocks 7 and 10 are keys only
+    narrow = [(138, 97, 7), (97, 68, 10)]
+    architecture = heirs.architecture()
+    saved = sum(architecture.block(t, n) - architecture.narrow_block(t, n, m + 1) for n, m, t in narrow)
+    compared = 196 * 196 * 384
+    assert heirs.multiply_adds() == discard.multiply_adds() - saved + compared
