@@ -121,11 +121,20 @@ class StageSection(Section):
     distill_temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="softens both models' predictions in loss = 'distill' and 'both'"
     )
+    features: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="times this, the squared error to the dense model's image embedding, over its variance, is added",
+    )
     keep_rates: list[KeepRate] | None = Field(
         None, description="train for all of these at once: every step runs the highest, the lowest and one in between"
     )
     end_temperature: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the temperature of the soft weights at the end of the stage, reached linearly"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of an exponential moving average of the weights, warmed up; it is validated, saved and what "
+        "the next stage starts from",
     )
     epochs: PositiveInt = 1
     lr: Annotated[float, Field(gt=0)]
@@ -147,6 +156,8 @@ class StageSection(Section):
             raise ValueError("backbone_lr is for learns = 'both': here lr is the backbone's")
         if self.keep_rates is not None and (len(self.keep_rates) < 2 or self.mode == "none"):
             raise ValueError("keep_rates are two or more, for a mode that drops patches")
+        if self.features > 0 and self.loss == "cosine":
+            raise ValueError("features add to the loss on predictions: loss = 'cosine' compares embeddings already")
         if self.end_temperature is not None and self.mode not in ("soft", "straight"):
             raise ValueError("end_temperature is for the soft weights of mode = 'soft' and 'straight'")
         return self
@@ -159,7 +170,7 @@ class StageSection(Section):
     @property
     def uses_teacher(self) -> bool:
         """Whether the loss compares with the dense model as it was before training."""
-        return self.loss != "labels"
+        return self.loss != "labels" or self.features > 0
 
     @property
     def title(self) -> str:

@@ -70,7 +70,7 @@ class SlimModel(nn.Module):
         #: lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing
         self.life: Tensor | None = None
         self._mode = "hard"
-        #: what a call returns: "output", as the dense model does, or "embedding"
+        #: what a call returns: "output", as the dense model does, "embedding", or "both" logits and embedding
         self.returns = "output"
 
     def _make_selector(self, schedule: Schedule) -> nn.Module:
@@ -206,10 +206,12 @@ class SlimModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C); called as it is called.
 
-        With `returns` set to "embedding", images to image embeddings (B, E).
+        With `returns` set to "embedding", images to image embeddings (B, E); with "both", to logits and embeddings.
         """
         if self.returns == "embedding":
             return self.embedding(*args, **kwargs)
+        if self.returns == "both":
+            return self.logits_and_embedding(*args, **kwargs)
         return self.backbone.call(self.logits, *args, **kwargs)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -219,6 +221,11 @@ class SlimModel(nn.Module):
     def embedding(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to image embeddings (B, E): what the classifier reads."""
         return self.backbone.embedding(*self._tokens(images))
+
+    def logits_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) to logits (B, C) and image embeddings (B, E), in one pass."""
+        tokens = self._tokens(images)
+        return self.backbone.head(*tokens), self.backbone.embedding(*tokens)
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens after the last block, and the bias that their keys had there."""

@@ -136,13 +136,18 @@ def embedded_target() -> Target:
 
 
 def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, precision: str) -> Recipe:
-    """The recipe that trains on from a calibrated model: the target's own, or the paper's stages."""
+    """The recipe that trains on from a calibrated model: the target's own, or the paper's stages.
+
+    With heirs, a calibrated head knows more than a stage in soft mode can teach it: the epochs of stages that teach the
+    head alone then go to the first that teaches the backbone.
+    """
     if data.root is not None:
         data = data.model_copy(update={"root": data.root.resolve()})
     data = data.model_copy(update={"val_limit": target.data.val_limit if target.data else None})
     slimming = SlimmingSection.model_validate(slimming_config(model), strict=False)
     if target.recipe is not None:
-        return target.recipe.model_copy(update={"data": data, "slimming": slimming})
+        stages = backbone_stages(target.recipe.stages) if model.dead == "heir" else target.recipe.stages
+        return target.recipe.model_copy(update={"data": data, "slimming": slimming, "stages": stages})
     args = dict(target.config["model"]["args"])
     size = args.pop("img_size", None)
     loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs else "cosine"
@@ -159,11 +164,25 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
         ),
         data=data,
         slimming=slimming,
-        stages=[
+        stages=[StageSection(learns="backbone", mode="hard", loss=loss, lr=2e-5, epochs=2, ema=0.995)]
+        if model.dead == "heir"
+        else [
             StageSection(learns="life", mode="soft", loss=loss, lr=1e-3),
-            StageSection(learns="backbone", mode="hard" if model.dead == "heir" else "soft", loss=loss, lr=1e-5),
+            StageSection(learns="backbone", mode="soft", loss=loss, lr=1e-5),
         ],
     )
+
+
+def backbone_stages(stages: list[StageSection]) -> list[StageSection]:
+    """The stages without those that teach the life head alone, whose epochs the first of the others gets.
+
+    As they are where none teaches the backbone.
+    """
+    kept = [stage for stage in stages if stage.learns != "life"]
+    if not kept:
+        return stages
+    saved = sum(stage.epochs for stage in stages if stage.learns == "life")
+    return [kept[0].model_copy(update={"epochs": kept[0].epochs + saved}), *kept[1:]]
 
 
 def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:

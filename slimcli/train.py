@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
@@ -22,6 +22,7 @@ from timm.data.dataset import IterableImageDataset
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -90,7 +91,9 @@ class Run:
         if self.writes:
             save_model(self.folder / "last", model, self.config)
 
-    def checkpoint(self, model: SlimModel, optimizer: Any, scaler: Any, epoch_sums: EpochSums) -> None:
+    def checkpoint(
+        self, model: SlimModel, optimizer: Any, scaler: Any, epoch_sums: EpochSums, ema: ModelEmaV3 | None = None
+    ) -> None:
         """Write everything that going on from the present position needs."""
         if not self.writes:
             return
@@ -99,6 +102,7 @@ class Run:
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "ema": ema.module.state_dict() if ema is not None else None,
             "random": _random_state(),
             "sums": epoch_sums.state(),
             "rows": len(self.rows),
@@ -244,16 +248,21 @@ def _run_stage(
     updates_per_epoch = -(-len(learn_from) // recipe.optimizer.accumulation)
     optimizer = make_optimizer(model, stage, recipe)
     scheduler = make_scheduler(optimizer, stage, updates_per_epoch)
+    # averages from the start of the stage on: the decay grows from 0 to what is asked for
+    ema = ModelEmaV3(model, decay=stage.ema, use_warmup=True) if stage.ema is not None else None
+    measured_model = model if ema is None else cast(SlimModel, ema.module)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     sums = EpochSums()
     if state is not None and state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
         sums = EpochSums(**state["sums"])
+        if ema is not None:
+            ema.module.load_state_dict(state["ema"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
     mixup, by_labels = make_criterion(recipe, model) if stage.uses_labels else (None, None)
     criterion = StageLoss(stage, teacher, by_labels)
-    model.returns = "embedding" if stage.loss == "cosine" else "output"
+    model.returns = "embedding" if stage.loss == "cosine" else "both" if stage.features > 0 else "output"
     measured = "cosine x 100" if stage.loss == "cosine" else "top-1"
     schedule, temperature = model.schedule, model.temperature
     title = f"stage {number + 1}/{len(recipe.stages)} ({stage.title})"
@@ -291,10 +300,12 @@ def _run_stage(
                 for keep_rate in passes:
                     model.schedule = schedule if keep_rate is None else schedule.at_keep_rate(keep_rate)
                     with accelerator.autocast():
-                        output = wrapped(mixed)
-                        if stage.loss != "cosine":
+                        output, embedding = wrapped(mixed), None
+                        if model.returns == "both":
+                            output, embedding = output
+                        elif model.returns == "output":
                             output = model.backbone.logits(output)
-                        loss = criterion(output.float(), labels, known) + model.own_loss(mixed, teacher)
+                        loss = criterion(output.float(), embedding, labels, known) + model.own_loss(mixed, teacher)
                     accelerator.backward(loss / len(passes))
                     value += loss.item() / len(passes)
                 if accelerator.sync_gradients:
@@ -303,6 +314,8 @@ def _run_stage(
                     at.update += 1
                 optimizer.step()
                 optimizer.zero_grad()
+                if ema is not None and accelerator.sync_gradients:
+                    ema.update(model, at.update)
             at.batch = batch + 1
             if not numpy.isfinite(value):
                 raise SlimError(f"{title}: the loss became {value} at batch {batch + 1}: try a smaller lr or clip_grad")
@@ -328,21 +341,21 @@ def _run_stage(
             if accelerator.sync_gradients:
                 stopping = _any_process(stop(), accelerator)
                 if stopping or (time.monotonic() - written) / 60 >= recipe.checkpoint_minutes:
-                    run.checkpoint(accelerator.unwrap_model(wrapped), optimizer, accelerator.scaler, sums)
+                    run.checkpoint(accelerator.unwrap_model(wrapped), optimizer, accelerator.scaler, sums, ema)
                     written = time.monotonic()
                 if stopping:
                     raise Interrupted(str(run.folder))
 
         mode = "none" if stage.mode == "none" else "hard"
         model.schedule, model.temperature = schedule, temperature
-        found = accuracy(model, mode, check_on, accelerator, progress, teacher)
+        found = accuracy(measured_model, mode, check_on, accelerator, progress, teacher)
         model.mode = stage.mode
         row = _row(number, stage, epoch, at, sums.gathered(accelerator), lr, speed)
         run.add(
             {"event": "epoch", **row, **{f"val_{key}": value for key, value in found.row().items()}},
             (epochs_before + 1) * total,
         )
-        run.save(model, found.score)
+        run.save(measured_model, found.score)
         log(
             f"{title} epoch {epoch + 1}/{stage.epochs}: loss {row['loss']:.4f}, "
             f"train {_said(row)}, "
@@ -358,9 +371,11 @@ def _run_stage(
         sums = EpochSums()
         if epoch + 1 == stage.epochs:
             run.position = Position(stage=number + 1)
+            if ema is not None:
+                model.load_state_dict(ema.module.state_dict())
             run.checkpoint(model, None, accelerator.scaler, sums)
         else:
-            run.checkpoint(model, optimizer, accelerator.scaler, sums)
+            run.checkpoint(model, optimizer, accelerator.scaler, sums, ema)
         state = None
         written = time.monotonic()
         if _any_process(stop(), accelerator):
@@ -455,8 +470,15 @@ def keep_rates_of_step(stage: StageSection) -> list[float | None]:
     return [highest, *chosen, lowest]
 
 
+class Known(NamedTuple):
+    """What the dense model makes of a batch, float32: logits (B, C) and image embeddings (B, E), as far as needed."""
+
+    logits: Tensor | None = None
+    embedding: Tensor | None = None
+
+
 class StageLoss:
-    """The loss of a stage: logits or embeddings (B, C), classes, and what the dense model knows, to a number.
+    """The loss of a stage: logits (B, C), embeddings (B, E), classes, and what the dense model knows, to a number.
 
     `by_labels` is the cross-entropy of a stage that uses labels. The teacher neither learns nor is saved.
     """
@@ -465,22 +487,37 @@ class StageLoss:
         self.stage, self.teacher, self.by_labels = stage, teacher, by_labels
 
     @torch.no_grad()
-    def known(self, images: Tensor) -> Tensor | None:
-        """The dense model's logits or embeddings (B, C) of the images; None where the loss does not use it."""
+    def known(self, images: Tensor) -> Known:
+        """What the dense model makes of the images, as far as the loss uses it."""
         if not self.stage.uses_teacher:
-            return None
+            return Known()
         assert self.teacher is not None
-        dense = self.teacher.embedding(images) if self.stage.loss == "cosine" else self.teacher.logits(images)
-        return dense.float()
-
-    def __call__(self, output: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
-        loss = output.new_zeros(()) if self.by_labels is None else self.by_labels(output, labels)
-        if known is None:
-            return loss
         if self.stage.loss == "cosine":
-            return 1 - nn.functional.cosine_similarity(output, known, dim=-1).mean()
-        taught = distillation(output, known, self.stage.distill_temperature)
-        return taught if self.stage.loss == "distill" else (loss + taught) / 2
+            return Known(embedding=self.teacher.embedding(images).float())
+        if self.stage.features > 0:
+            logits, embedding = self.teacher.logits_and_embedding(images)
+            return Known(logits.float(), embedding.float())
+        return Known(self.teacher.logits(images).float())
+
+    def __call__(self, output: Tensor, embedding: Tensor | None, labels: Tensor, known: Known) -> Tensor:
+        """`output` are logits, or with the loss `cosine` embeddings; `embedding` is given where features count."""
+        stage = self.stage
+        if stage.loss == "cosine":
+            assert known.embedding is not None
+            return 1 - nn.functional.cosine_similarity(output, known.embedding, dim=-1).mean()
+        loss = output.new_zeros(()) if self.by_labels is None else self.by_labels(output, labels)
+        if stage.loss != "labels":
+            assert known.logits is not None
+            taught = distillation(output, known.logits, stage.distill_temperature)
+            loss = taught if stage.loss == "distill" else (loss + taught) / 2
+        if embedding is not None and known.embedding is not None:
+            loss = loss + stage.features * feature_error(embedding.float(), known.embedding)
+        return loss
+
+
+def feature_error(features: Tensor, dense: Tensor) -> Tensor:
+    """Squared error of embeddings (B, E) over the variance of the dense model's: 0 if equal, 1 for their mean."""
+    return nn.functional.mse_loss(features, dense) / dense.var()
 
 
 def distillation(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:

@@ -15,8 +15,10 @@ from conftest import TINY_RECIPE
 from safetensors.torch import load_file
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-LONGER = TINY_RECIPE.replace("train_limit = 64", "train_limit = 640").replace(
-    'name = "tiny"', 'name = "tiny"\ncheckpoint_minutes = 0.0001'
+LONGER = (
+    TINY_RECIPE.replace("train_limit = 64", "train_limit = 640")
+    .replace('name = "tiny"', 'name = "tiny"\ncheckpoint_minutes = 0.0001')
+    .replace('learns = "backbone"', 'learns = "backbone"\nema = 0.9')
 )
 
 

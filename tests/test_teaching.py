@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 import slimcli
@@ -35,10 +37,18 @@ def test_each_loss_uses_what_it_says():
     by_labels = torch.nn.CrossEntropyLoss()
 
     def value(loss):
-        return loss(output, labels, loss.known(images))
+        return loss(output, None, labels, loss.known(images))
 
     assert value(StageLoss(stage(), None, by_labels)) == entropy
     assert value(StageLoss(stage(loss="distill"), teacher, None)) == taught
+    with torch.no_grad():
+        near = teacher.embedding(images)
+    for extra, expected in ((stage(features=0.5), entropy), (stage(features=0.5, loss="distill"), taught)):
+        loss = StageLoss(extra, teacher, by_labels if extra.uses_labels else None)
+        known = loss.known(images)
+        assert loss(output, near, labels, known).item() == pytest.approx(expected.item())
+        far = near + near.var().sqrt()
+        assert loss(output, far, labels, known).item() == pytest.approx(expected.item() + 0.5, rel=1e-4)
     both = value(StageLoss(stage(loss="both"), teacher, by_labels))
     assert both.item() == pytest.approx((entropy + taught).item() / 2)
 
@@ -54,6 +64,7 @@ def test_a_step_trains_the_highest_the_lowest_and_one_in_between():
 
 def test_training_for_several_keep_rates_leaves_the_recipes_own(slim, tiny_recipe, tmp_path):
     words = ["--set", "stages.1.keep_rates=[1.0,0.7,0.4]", "--set", "stages.1.loss=both"]
+    words += ["--set", "stages.1.features=0.5"]
     words += ["--set", "stages.0.mode=straight", "--set", "stages.0.end_temperature=3.0"]
     result = slim("train", tiny_recipe, *words)
     assert result.exit_code == 0, result.output
@@ -70,3 +81,29 @@ def test_distilling_needs_no_labels(slim, tiny_recipe, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()]
     # the divergence from the model that training started from is small, a cross-entropy with smoothed labels is not
     assert all(row["loss"] < 0.5 for row in rows if row["event"] == "epoch")
+
+
+def test_the_average_of_the_weights_is_validated_and_saved(slim, tiny_recipe, tmp_path, monkeypatch):
+    """Every update is recorded and averaged here in the plain way."""
+    trained = []
+    real = ModelEmaV3.update
+
+    def update(self, model, step=None):
+        trained.append({name: value.clone() for name, value in model.state_dict().items()})
+        return real(self, model, step)
+
+    monkeypatch.setattr(ModelEmaV3, "update", update)
+    result = slim("train", tiny_recipe, "--set", "stages.1.ema=0.6")
+    assert result.exit_code == 0, result.output
+    updates = len(trained)
+    assert updates > 3
+    average = trained[0]
+    for step, weights in enumerate(trained[1:], 1):
+        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))
+        average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
+    folder = tmp_path / "runs" / "latest"
+    saved = load_file(folder / "last" / "model.safetensors")
+    for name, value in average.items():
+        torch.testing.assert_close(saved[name], value, atol=1e-6, rtol=1e-5)
+    name = "model.blocks.0.mlp.fc1.weight"
+    assert not torch.allclose(saved[name], trained[-1][name], atol=1e-6)
