@@ -19,7 +19,7 @@ from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
 from slimcli.life import LifeHead, cosines, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
-from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts
+from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts, highest_keep_rate
 from slimcli.slimming import SlimModel
 
 #: memory that what is remembered of the images may take, for all candidate life layers together
@@ -412,10 +412,12 @@ def calibrate(
         tried = search(model, goal, layers, attempt, progress)
     tried.sort(key=_divergence)
     best, paper = tried[0], None
-    steps = None if isinstance(goal, Schedule) else paper_schedule(model, goal)
-    if steps is not None and steps.life_layer in fitted:
+    if not isinstance(goal, Schedule):
         dead, model.dead = model.dead, "discard"
-        paper = attempt(steps, PLAIN)
+        PLAIN.set(model)
+        steps = paper_schedule(model, goal)
+        if steps is not None and steps.life_layer in fitted:
+            paper = attempt(steps, PLAIN)
         model.dead = dead
     attempt(best.schedule, best.rule)
     return Calibration(fitted, tried, paper)
@@ -432,14 +434,17 @@ def other_merges(rule: Rule, dead: str) -> list[Rule]:
 
 
 def paper_schedule(model: SlimModel, goal: Cost | KeepRate) -> Schedule | None:
-    """The paper's three drops at the keep rate, or at the highest that costs no more; None where there is none."""
+    """The paper's three drops at the keep rate, or at the highest that costs no more; None where there is none.
+
+    Costs are of `model` as it is: exact savings count where they are on.
+    """
     depth = model.backbone.depth
     life_layer = default_life_layer(depth)
-    layers = default_drop_layers(depth, life_layer)
+    steps = Schedule.uniform(depth, 1.0, life_layer, default_drop_layers(depth, life_layer))
     if isinstance(goal, KeepRate):
-        return Schedule.uniform(depth, goal.value, life_layer, layers)
-    rate = model.architecture().keep_rate_for(goal.multiply_adds, life_layer, layers)
-    return None if rate is None else Schedule.uniform(depth, rate, life_layer, layers)
+        return steps.at_keep_rate(goal.value)
+    rate = highest_keep_rate(lambda rate: model.multiply_adds(steps.at_keep_rate(rate)), goal.multiply_adds)
+    return None if rate is None else steps.at_keep_rate(rate)
 
 
 def search(

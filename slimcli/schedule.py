@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slimcli.errors import SlimError
@@ -48,6 +48,19 @@ def patches_per_layer(num_patches: int, depth: int, drops: Sequence[tuple[int, f
         # the small offset keeps 0.55 * 100 = 55.000000000000007 from becoming 56
         n = max(1, math.ceil(rates.get(layer, 1.0) * n - 1e-9))
     return tuple(counts)
+
+
+def highest_keep_rate(cost: Callable[[float], float], target: float) -> float | None:
+    """The highest keep rate, in ten-thousandths, that costs at most `target`; None if even 0.01 costs more."""
+    low, high = 0.01, 1.0
+    if cost(high) <= target:
+        return high
+    if cost(low) > target:
+        return None
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= target else (low, middle)
+    return int(low * 10_000) / 10_000
 
 
 def falling_counts(num_patches: int, depth: int, life_layer: int, power: float, leave: float) -> tuple[int, ...]:
@@ -224,24 +237,6 @@ class Architecture:
     @property
     def depth(self) -> int:
         return len(self.block_weights)
-
-    def keep_rate_for(self, target: float, life_layer: int, drop_layers: Sequence[int]) -> float | None:
-        """The highest keep rate that costs at most `target` multiply-adds; None if even one patch costs more."""
-
-        def cost(rate: float) -> int:
-            return self.multiply_adds(
-                Schedule.uniform(self.depth, rate, life_layer, drop_layers).resolve(self.num_patches)
-            )
-
-        low, high = 0.01, 1.0
-        if cost(high) <= target:
-            return high
-        if cost(low) > target:
-            return None
-        while high - low > 1e-4:
-            middle = (low + high) / 2
-            low, high = (middle, high) if cost(middle) <= target else (low, middle)
-        return int(low * 10_000) / 10_000
 
     def block(self, layer: int, num_patches: int) -> int:
         """Multiply-adds of block `layer` on `num_patches` patches: W n + 2 n^2 D for n tokens (prefix included)."""

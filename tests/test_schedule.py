@@ -13,6 +13,7 @@ from slimcli.schedule import (
     default_drop_layers,
     default_life_layer,
     falling_counts,
+    highest_keep_rate,
     life_moments,
     patches_per_layer,
 )
@@ -69,10 +70,14 @@ def test_cost_is_the_papers(name, keep_rate, gmacs):
 
 def test_a_keep_rate_is_found_for_a_cost():
     architecture = backbone(build_model("deit_small_patch16_224", False, {})).architecture()
-    rate = architecture.keep_rate_for(3.148e9 + 1e6, 4, (4, 7, 10))
-    counts = Schedule.uniform(12, rate, 4, (4, 7, 10)).resolve(196)
-    assert 0.985 * 3.149e9 < architecture.multiply_adds(counts) <= 3.149e9
-    assert architecture.keep_rate_for(1e6, 4, (4, 7, 10)) is None
+
+    def cost(keep_rate):
+        return architecture.multiply_adds(Schedule.uniform(12, keep_rate, 4, (4, 7, 10)).resolve(196))
+
+    rate = highest_keep_rate(cost, 3.148e9 + 1e6)
+    assert 0.985 * 3.149e9 < cost(rate) <= 3.149e9
+    assert highest_keep_rate(cost, 5e9) == 1.0
+    assert highest_keep_rate(cost, 1e6) is None
 
 
 def test_explicit_counts_scale_with_the_image():

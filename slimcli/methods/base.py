@@ -14,7 +14,7 @@ from slimcli.backbones.base import Backbone, counted, without_computing
 from slimcli.errors import SlimError
 from slimcli.life import take_patches
 from slimcli.plugins import find_method
-from slimcli.schedule import Architecture, Schedule
+from slimcli.schedule import Architecture, Schedule, highest_keep_rate
 from slimcli.slimming import SlimModel
 
 
@@ -81,15 +81,10 @@ class Method(SlimModel):
 
     def schedule_for_cost(self, target: float) -> Schedule:
         """The schedule with the highest keep rate, at the present drop layers, that costs at most `target`."""
-        low, high = 0.01, 1.0
-        if self.cost(self.at_keep_rate(high)) <= target:
-            return self.at_keep_rate(high)
-        if self.cost(self.at_keep_rate(low)) > target:
+        rate = highest_keep_rate(lambda rate: self.cost(self.at_keep_rate(rate)), target)
+        if rate is None:
             raise SlimError(f"the method {self.method} cannot cost as little as {target / 1e9:.3g} G multiply-adds")
-        while high - low > 1e-4:
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.cost(self.at_keep_rate(middle)) <= target else (low, middle)
-        return self.at_keep_rate(int(low * 10_000) / 10_000)
+        return self.at_keep_rate(rate)
 
     def schedule_like(self, model: SlimModel, schedule: Schedule) -> Schedule:
         """What is compared with `model` under `schedule`: the same keep rates, or the same cost where it has none."""
