@@ -10,6 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacherOutput
 
+from slim_transformers.blocks import narrow, plain_parts
+
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -66,6 +68,15 @@ class TransformersViT(slimcli.Backbone):
 
     def block(self, layer, tokens, positions=None):
         return self.blocks[layer - 1](tokens, None)
+
+    def narrows(self, layer):
+        return plain_parts(self.blocks[layer - 1]) is not None
+
+    def narrow_block(self, layer, tokens, positions, keep, key_bias=None, reading=None):
+        parts = plain_parts(self.blocks[layer - 1])
+        if positions is not None or parts is None:
+            return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
+        return narrow(parts, tokens, keep, key_bias, reading, self.attention)
 
     def preprocessing(self):
         mean, std = self.normalisation
