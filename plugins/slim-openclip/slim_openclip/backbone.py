@@ -2,13 +2,15 @@
 
 import slimcli
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
 from slim_openclip.tower import ImageTower
 
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+#: kinds of block, with that of their attention, that can run for some tokens alone
+PLAIN = (ResidualAttentionBlock, nn.MultiheadAttention), (CustomResidualAttentionBlock, Attention)
 
 
 def find_backbone(model):
@@ -90,12 +92,46 @@ class OpenClipViT(Tower):
         tokens = tokens + block.ls_1(self.attend(block.attn, block.ln_1(tokens), key_bias))
         return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
-    def attend(self, attn, x, key_bias):
-        """torch's MultiheadAttention with a bias per key on the kernel that slim chooses."""
-        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-        query, key, value = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = slimcli.attend(query, key, value, key_bias, kernel=self.attention)
-        return attn.out_proj(out.transpose(1, 2).flatten(2))
+    def narrows(self, layer):
+        return is_plain(self.blocks[layer - 1])
+
+    def narrow_block(self, layer, tokens, positions, keep, key_bias=None, reading=None):
+        block = self.blocks[layer - 1]
+        if positions is not None or not is_plain(block):
+            return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
+        x = block.ln_1(tokens)
+        asking = x[:, :keep] if reading is None else block.ln_1(reading)
+        attended = self.attend(block.attn, x, key_bias, asking)
+        if type(block) is CustomResidualAttentionBlock:
+            attended = block.ln_attn(attended)
+        read = (tokens[:, :keep] if reading is None else reading) + block.ls_1(attended)
+        return read + block.ls_2(block.mlp(block.ln_2(read)))
+
+    def attend(self, attn, x, key_bias, asking=None):
+        """The attention `attn`, torch's or open_clip's, of `asking` (B, m, D), by default x, to x (B, n, D).
+
+        With a bias per key (B, n) on the kernel that slim chooses.
+        """
+        weight, bias, custom = attn.in_proj_weight, attn.in_proj_bias, type(attn) is Attention
+        if asking is None:
+            query, key, value = F.linear(x, weight, bias).chunk(3, dim=-1)
+        else:
+            width = x.shape[-1]
+            first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
+            query = F.linear(asking, weight[:width], first)
+            key, value = F.linear(x, weight[width:], rest).chunk(2, dim=-1)
+        query, key, value = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+        if custom:
+            query, key = attn.ln_q(query), attn.ln_k(key)
+        dropout = (attn.attn_drop.p if custom else attn.dropout) if attn.training else 0.0
+        if key_bias is None:
+            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        else:
+            out = slimcli.attend(query, key, value, key_bias, dropout=dropout, kernel=self.attention)
+        if custom and attn.head_scale is not None:
+            out = out * attn.head_scale
+        out = out.transpose(1, 2).flatten(2)
+        return attn.out_drop(attn.out_proj(attn.ln_inner(out))) if custom else attn.out_proj(out)
 
     def embedding(self, tokens, key_bias=None):
         visual = self.visual
@@ -110,6 +146,19 @@ class OpenClipViT(Tower):
         else:
             pooled, _ = visual._pool(tokens)
         return pooled if visual.proj is None else pooled @ visual.proj
+
+
+def is_plain(block):
+    """Whether a block is open_clip's own, every part of it known: what it does can be done for some tokens alone."""
+    attn = block.attn
+    return (
+        (type(block), type(attn)) in PLAIN
+        and type(block.mlp) is nn.Sequential
+        # scaled cosines and the plain formula do not go through scaled_dot_product_attention
+        and (type(attn) is not Attention or (attn.logit_scale is None and attn.use_fsdpa))
+        # what a hook would see or change is not there in a narrow block
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in (block, attn))
+    )
 
 
 class TimmTower(Tower):
@@ -142,6 +191,13 @@ class TimmTower(Tower):
     def masked_block(self, layer, tokens, positions, key_bias):
         self.trunk.attention = self.attention
         return self.trunk.masked_block(layer, tokens, positions, key_bias)
+
+    def narrows(self, layer):
+        return self.trunk.narrows(layer)
+
+    def narrow_block(self, layer, tokens, positions, keep, key_bias=None, reading=None):
+        self.trunk.attention = self.attention
+        return self.trunk.narrow_block(layer, tokens, positions, keep, key_bias, reading)
 
     def embedding(self, tokens, key_bias=None):
         return self.visual.head(self.trunk.head(tokens, key_bias))

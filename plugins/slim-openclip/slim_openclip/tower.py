@@ -96,6 +96,9 @@ def small_models():
         "average pooling, norm after it": partial(build, pool_type="avg", final_ln_after_pool=True),
         "attentional pooling": partial(build, attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2),
         "LayerScale": partial(build, ls_init_value=0.1),
+        "norms and scales in the attention": partial(
+            build, qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True
+        ),
         "timm tower": partial(
             build, timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear", image_size=64
         ),
