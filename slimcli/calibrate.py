@@ -225,14 +225,7 @@ class Cost:
     multiply_adds: float
 
 
-@dataclass(frozen=True)
-class KeepRate:
-    """A goal: as many patches in all blocks together as the default drop layers leave at this keep rate."""
-
-    value: float
-
-
-def falling_schedule(model: SlimModel, goal: Cost | KeepRate, life_layer: int, power: float) -> Schedule | None:
+def falling_schedule(model: SlimModel, goal: Cost, life_layer: int, power: float) -> Schedule | None:
     """The schedule of `falling_counts` that keeps as many patches as the goal allows; None if none is so steep."""
     depth, num_patches = model.backbone.depth, model.num_patches
 
@@ -240,9 +233,7 @@ def falling_schedule(model: SlimModel, goal: Cost | KeepRate, life_layer: int, p
         return Schedule(depth, life_layer, counts=falling_counts(num_patches, depth, life_layer, power, leave))
 
     def fits(candidate: Schedule) -> bool:
-        if isinstance(goal, Cost):
-            return model.multiply_adds(candidate) <= goal.multiply_adds
-        return candidate.resolve(num_patches)[-1] == 1 or (candidate.keep_rate or 1.0) <= goal.value
+        return model.multiply_adds(candidate) <= goal.multiply_adds
 
     # more than there are may leave: the last blocks are then left with one patch
     low, high = 0.0, 4.0 * num_patches
@@ -251,13 +242,7 @@ def falling_schedule(model: SlimModel, goal: Cost | KeepRate, life_layer: int, p
     while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(schedule(middle)) else (middle, high)
-    found = schedule(high)
-    if isinstance(goal, Cost) or not found.drops_patches():
-        return found
-    try:
-        return found.at_keep_rate(goal.value)
-    except SlimError:
-        return None
+    return schedule(high)
 
 
 def cost_for_speedup(
@@ -361,7 +346,7 @@ class Calibration:
 
 def calibrate(
     model: SlimModel,
-    goal: Cost | KeepRate | Schedule,
+    goal: Cost | Schedule,
     fit_on: Iterable[tuple[Tensor, Tensor]],
     check_on: Sequence[tuple[Tensor, Tensor]],
     num_images: int,
@@ -371,7 +356,7 @@ def calibrate(
 ) -> Calibration:
     """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
-    For a cost or a keep rate, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept.
+    For a cost, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept.
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
     if model.method != "life":
@@ -386,9 +371,8 @@ def calibrate(
         # at a given cost, what it saves keeps more patches
         model.exact_savings = True
         layers = candidate_life_layers(model.backbone.depth)
-        if isinstance(goal, Cost):
-            check_cost(model, goal.multiply_adds, layers)
-        if goal == KeepRate(1.0) or (isinstance(goal, Cost) and goal.multiply_adds >= model.cost(None)):
+        check_cost(model, goal.multiply_adds, layers)
+        if goal.multiply_adds >= model.cost(None):
             goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
     layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
     observed = observe(model, fit_on, layers, device, dtype, progress, num_images)
@@ -433,23 +417,21 @@ def other_merges(rule: Rule, dead: str) -> list[Rule]:
     return [other for other in others if other != rule] if dead == "heir" else []
 
 
-def paper_schedule(model: SlimModel, goal: Cost | KeepRate) -> Schedule | None:
-    """The paper's three drops at the keep rate, or at the highest that costs no more; None where there is none.
+def paper_schedule(model: SlimModel, goal: Cost) -> Schedule | None:
+    """The paper's three drops at the highest keep rate that costs no more; None where there is none.
 
     Costs are of `model` as it is: exact savings count where they are on.
     """
     depth = model.backbone.depth
     life_layer = default_life_layer(depth)
     steps = Schedule.uniform(depth, 1.0, life_layer, default_drop_layers(depth, life_layer))
-    if isinstance(goal, KeepRate):
-        return steps.at_keep_rate(goal.value)
     rate = highest_keep_rate(lambda rate: model.multiply_adds(steps.at_keep_rate(rate)), goal.multiply_adds)
     return None if rate is None else steps.at_keep_rate(rate)
 
 
 def search(
     model: SlimModel,
-    goal: Cost | KeepRate,
+    goal: Cost,
     layers: Sequence[int],
     attempt: Callable[[Schedule, Rule], Tried],
     progress: Progress = no_progress,

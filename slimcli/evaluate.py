@@ -140,7 +140,7 @@ def describe(model: SlimModel, schedule: Schedule | None, exact_savings: bool = 
     return {
         "dense": schedule is None,
         "method": model.method if schedule else None,
-        "keep_rate": schedule.keep_rate if schedule else None,
+        "keep_rate": model.keep_rate_of(schedule, cost) if schedule else None,
         "exact_savings": exact_savings,
         "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
         "gmacs": round(cost / 1e9, 4),

@@ -69,7 +69,7 @@ def profile(
         progress("memory", index, len(variants))
         row = describe(variant.rival or model, variant.schedule, variant.exact_savings)
         if variant.like is not None:
-            row["keep_rate"] = variant.like.keep_rate
+            row["keep_rate"] = model.keep_rate_of(variant.like)
         faster = measure.speedup(times[0], seconds)
         arithmetic = rows[0]["gmacs"] / row["gmacs"] if rows else 1.0
         rows.append(

@@ -161,39 +161,32 @@ class Schedule:
 
     @property
     def keep_rate(self) -> float | None:
-        """The keep rate common to all drop layers; None where they differ.
-
-        Of explicit counts: the keep rate, in hundredths, at which the default drop layers leave as many patches in all
-        blocks together. So a keep rate stands for nearly the same cost in every schedule.
-        """
-        if self.counts is None:
-            rates = {rate for _, rate in self.drops}
-            return rates.pop() if len(rates) == 1 else None
-        total, num_patches = sum(self.counts), self.counts[0]
-        rates_tried = [hundredth / 100 for hundredth in range(100, 0, -1)]
-        return min(rates_tried, key=lambda rate: abs(self._usual_total(num_patches, rate) - total))
-
-    def _usual_total(self, num_patches: int, keep_rate: float) -> int:
-        """N_1 + ... + N_L of the default drop layers at a keep rate."""
-        drops = [(layer, keep_rate) for layer in default_drop_layers(self.depth)]
-        return sum(patches_per_layer(num_patches, self.depth, drops))
+        """The keep rate common to all drop layers; None where they differ, and of explicit counts."""
+        rates = {rate for _, rate in self.drops}
+        return rates.pop() if len(rates) == 1 else None
 
     def at_keep_rate(self, keep_rate: float) -> Schedule:
-        """The same drop layers with another keep rate.
+        """The same drop layers with another keep rate; the default ones where none are named."""
+        layers = [layer for layer, _ in self.drops] or list(default_drop_layers(self.depth, self.life_layer))
+        return Schedule.uniform(self.depth, keep_rate, self.life_layer, layers)
 
-        Explicit counts keep the form of their fall and are scaled to as many patches in all blocks together as the
-        default drop layers leave at this keep rate.
+    def scaled(self, cost: Callable[[Schedule], float], target: float) -> Schedule | None:
+        """Explicit counts that fall in the same form, with the most patches that cost at most `target`.
+
+        None where all patches in blocks 1 to l, and few later, cost more already.
         """
-        if self.counts is None or not self.drops_patches():
-            layers = [layer for layer, _ in self.drops] or list(default_drop_layers(self.depth, self.life_layer))
-            return Schedule.uniform(self.depth, keep_rate, self.life_layer, layers)
-        counts = counts_with_total(self.counts, self._usual_total(self.counts[0], check_keep_rate(keep_rate)))
-        if counts is None:
-            raise SlimError(
-                f"keep rate {keep_rate:g} cannot be reached by this schedule: all {self.counts[0]} patches are in "
-                f"blocks 1 to {self.life_layer}"
-            )
-        return Schedule(self.depth, self.life_layer, counts=counts)
+        counts = self.counts or ()
+        found = None
+        low, high = self.life_layer * counts[0], self.depth * counts[0]
+        while low <= high:
+            middle = (low + high) // 2
+            scaled = counts_with_total(counts, middle)
+            candidate = None if scaled is None else Schedule(self.depth, self.life_layer, counts=scaled)
+            if candidate is not None and cost(candidate) > target:
+                high = middle - 1
+            else:
+                found, low = candidate or found, middle + 1
+        return found
 
     def resolve(self, num_patches: int) -> tuple[int, ...]:
         """N_1..N_L for an image of `num_patches` patches."""

@@ -14,7 +14,15 @@ from slimcli.attention import KERNELS, NEVER
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.plugins import build_model, find_backbone, find_method
-from slimcli.schedule import Architecture, Comparison, Schedule, life_moments
+from slimcli.schedule import (
+    Architecture,
+    Comparison,
+    Schedule,
+    check_keep_rate,
+    default_drop_layers,
+    default_life_layer,
+    life_moments,
+)
 
 #: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
 DEAD = ("discard", "heir")
@@ -125,8 +133,8 @@ class SlimModel(nn.Module):
 
     @property
     def keep_rate(self) -> float | None:
-        """The keep rate at every drop layer; None where it differs from layer to layer."""
-        return self.schedule.keep_rate
+        """The keep rate at every drop layer, or what `keep_rate_of` says of counts; None where layers differ."""
+        return self.keep_rate_of(self.schedule)
 
     @keep_rate.setter
     def keep_rate(self, value: float | Sequence[tuple[int, float]] | Sequence[int]) -> None:
@@ -136,8 +144,35 @@ class SlimModel(nn.Module):
             self.schedule = with_keep_rate(self.schedule, value)
 
     def at_keep_rate(self, keep_rate: float) -> Schedule:
-        """The schedule of this model at another keep rate."""
-        return self.schedule.at_keep_rate(keep_rate)
+        """The schedule of this model at another keep rate.
+
+        Explicit counts keep the form of their fall and cost what the paper's schedule costs at this keep rate.
+        """
+        if self.schedule.counts is None or not self.schedule.drops_patches():
+            return self.schedule.at_keep_rate(keep_rate)
+        found = self.schedule.scaled(self.multiply_adds, self.usual_cost(check_keep_rate(keep_rate)))
+        if found is None:
+            raise SlimError(
+                f"keep rate {keep_rate:g} cannot be reached by this schedule: all {self.schedule.counts[0]} patches "
+                f"are in blocks 1 to {self.schedule.life_layer}"
+            )
+        return found
+
+    def usual_cost(self, keep_rate: float) -> int:
+        """Multiply-adds of the paper's schedule, three drops with discarding, at a keep rate: what it stands for."""
+        depth = self.schedule.depth
+        usual = Schedule.uniform(depth, keep_rate, default_life_layer(depth), default_drop_layers(depth))
+        return self.architecture().multiply_adds(usual.resolve(self.num_patches))
+
+    def keep_rate_of(self, schedule: Schedule, cost: float | None = None) -> float | None:
+        """The keep rate of a schedule; of explicit counts the one, in hundredths, whose usual cost is nearest.
+
+        `cost` are its multiply-adds, by default as the model counts them.
+        """
+        if schedule.counts is None:
+            return schedule.keep_rate
+        own = self.multiply_adds(schedule) if cost is None else cost
+        return min((n / 100 for n in range(100, 0, -1)), key=lambda rate: abs(self.usual_cost(rate) - own))
 
     @property
     def num_patches(self) -> int:

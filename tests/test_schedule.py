@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from slimcli import slim
 from slimcli.backbones.timm_families import backbone
 from slimcli.backbones.timm_vit import build_model
 from slimcli.errors import SlimError
@@ -89,22 +90,25 @@ def test_explicit_counts_scale_with_the_image():
 @pytest.mark.parametrize(
     "counts", [(64,) * 4 + (54, 48, 43, 38, 34, 29, 25, 22), (64, 51, 46, 41, 38, 35, 32, 30, 27, 25, 23, 21)]
 )
-def test_a_keep_rate_means_as_many_patches_in_every_schedule(counts):
-    schedule = Schedule(12, counts.count(64), counts=counts)
-    for rate in (1.0, 0.9, 0.7, 0.5, 0.3):
-        found = schedule.at_keep_rate(rate)
-        assert sum(found.counts) == sum(Schedule.uniform(12, rate, 4, (4, 7, 10)).resolve(64))
-        assert found.keep_rate == rate
-        assert found.counts[: schedule.life_layer] == (64,) * schedule.life_layer
+@pytest.mark.parametrize("dead", ["discard", "heir"])
+def test_a_keep_rate_means_the_same_cost_in_every_schedule(counts, dead):
+    model = slim("digits_vit", counts, life_layer=counts.count(64), dead=dead)
+    paper = slim("digits_vit", 1.0)
+    for rate in (0.9, 0.7, 0.5):
+        model.keep_rate = paper.keep_rate = rate
+        assert 0.98 * paper.multiply_adds() < model.multiply_adds() <= paper.multiply_adds()
+        assert model.keep_rate == rate
+        found = model.schedule
+        assert found.counts[: found.life_layer] == (64,) * found.life_layer
         assert all(a >= b >= 1 for a, b in itertools.pairwise(found.counts))
     # few are left late, but a block is not robbed of all but one
-    assert schedule.at_keep_rate(0.5).counts[-1] > 4
+    assert found.counts[-1] > 4
 
 
 def test_a_keep_rate_that_a_late_life_layer_cannot_reach_is_refused():
-    schedule = Schedule(12, 8, counts=(64,) * 8 + (40, 30, 20, 10))
+    model = slim("digits_vit", (64,) * 8 + (40, 30, 20, 10), life_layer=8)
     with pytest.raises(SlimError, match=r"keep rate 0\.3 cannot be reached"):
-        schedule.at_keep_rate(0.3)
+        model.keep_rate = 0.3
 
 
 def test_counts_fall_faster_at_first_with_a_power_below_one():

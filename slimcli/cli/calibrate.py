@@ -113,14 +113,14 @@ def command(
             target_flops = (
                 calibrate.cost_for_speedup(model, target_speedup, section.batch_size, where, dtype, progress) / 1e9
             )
-        own = model.at_keep_rate(keep_rates[0]) if keep_rates else model.schedule
-        goal: calibrate.Cost | calibrate.KeepRate | Schedule = own
-        if target_flops is not None:
+        rate = keep_rates[0] if keep_rates else model.schedule.keep_rate
+        goal: calibrate.Cost | Schedule
+        if keep_schedule:
+            goal = model.at_keep_rate(keep_rates[0]) if keep_rates else model.schedule
+        elif target_flops is not None:
             goal = calibrate.Cost(target_flops * 1e9)
-        elif not keep_schedule and own.keep_rate is not None:
-            goal = calibrate.KeepRate(own.keep_rate)
-        elif not keep_schedule:
-            goal = calibrate.Cost(model.architecture().multiply_adds(own.resolve(model.num_patches)))
+        else:
+            goal = calibrate.Cost(model.multiply_adds() if rate is None else model.usual_cost(rate))
         teach_loader = datasets.eval_loader(datasets.shuffled(teach), prepare, batch, workers, where)
         *fit_on, check_on = _split(list(first_images(teach_loader, count + check_count)), count)
         untaught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
@@ -152,9 +152,9 @@ def command(
         "batch_size": batch,
         "versions": versions(),
         "images": count,
-        "chosen": _describe(done, done.tried[0]),
-        "paper": _describe(done, done.paper) if done.paper else None,
-        "tried": [_describe(done, candidate) for candidate in done.tried],
+        "chosen": _describe(done, model, done.tried[0]),
+        "paper": _describe(done, model, done.paper) if done.paper else None,
+        "tried": [_describe(done, model, candidate) for candidate in done.tried],
         **{key: value for key, value in report.items() if key in ("before", "after")},
         "rows": rows,
     }
@@ -187,11 +187,11 @@ def _split(batches: list[Any], count: int) -> tuple[list[Any], list[Any]]:
     return pairs[:edge], pairs[edge:] or pairs[:1]
 
 
-def _describe(done: Any, candidate: Any) -> dict[str, Any]:
+def _describe(done: Any, model: Any, candidate: Any) -> dict[str, Any]:
     fitted = done.fitted[candidate.schedule.life_layer]
     return {
         "life_layer": candidate.schedule.life_layer,
-        "keep_rate": candidate.schedule.keep_rate,
+        "keep_rate": model.keep_rate_of(candidate.schedule, 1e9 * candidate.gmacs),
         "drops": [list(drop) for drop in candidate.schedule.drops],
         "patches_per_layer": list(candidate.schedule.counts or ()),
         **vars(candidate.rule),
@@ -210,6 +210,8 @@ def _print_report(display: Any, done: Any, report: dict[str, Any]) -> None:
     for name, candidate in shown:
         schedule = candidate.schedule
         falls = ", ".join(f"{rate:g} after {layer}" for layer, rate in schedule.drops)
+        if schedule.drops and schedule.keep_rate is not None:
+            falls = f"{schedule.keep_rate:g} after {', '.join(str(layer) for layer, _ in schedule.drops)}"
         body.append(
             [
                 name or ("chosen" if not body else ""),

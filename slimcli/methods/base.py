@@ -79,6 +79,10 @@ class Method(SlimModel):
             return architecture.multiply_adds()
         return backbone_cost(architecture, counts) + self.overhead(counts)
 
+    def at_keep_rate(self, keep_rate: float) -> Schedule:
+        """The schedule at another keep rate: explicit counts give way to the default drop layers."""
+        return self.schedule.at_keep_rate(keep_rate)
+
     def schedule_for_cost(self, target: float) -> Schedule:
         """The schedule with the highest keep rate, at the present drop layers, that costs at most `target`."""
         rate = highest_keep_rate(lambda rate: self.cost(self.at_keep_rate(rate)), target)
