@@ -16,6 +16,7 @@ from slimcli.evaluate import Variant, describe
 from slimcli.layout import lay_out_for_inference
 from slimcli.plugins import build_model
 from slimcli.profile import random_images
+from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel, slim
 
 #: name in the table: timm's name and arguments
@@ -64,9 +65,27 @@ def slim_contenders(
     return contenders
 
 
+def heir_contenders(
+    model: SlimModel, images: torch.Tensor, keep_rates: list[float], exact_rates: list[float], goal: float
+) -> list[Contender]:
+    """A row for each of `exact_rates`, in which patches that leave are added to those most like them."""
+    heirs = slim(model.model, 0.7, dead="heir").to(images.device, images.dtype).eval()
+    contenders = []
+    for rate in exact_rates:
+        schedule = heirs.at_keep_rate(rate)
+        name = f"{rate:g}, heirs"
+
+        def run(schedule: Schedule = schedule) -> torch.Tensor:
+            heirs.schedule = schedule
+            return heirs.logits(images)
+
+        contenders.append(Contender(name, describe(heirs, schedule)["gmacs"], run, {"row": name}, goal))
+    return contenders
+
+
 #: what is timed in one run: functions of (model, images, keep rates, exact rates, goal) that return contenders; the
 #: dense model is the first of the first. Another method's rows are another function here.
-PROVIDERS = [slim_contenders]
+PROVIDERS = [slim_contenders, heir_contenders]
 
 
 @torch.inference_mode()
@@ -76,7 +95,9 @@ def main() -> None:
     options.add_argument("--batch-sizes", type=whole_numbers, default=[1, 8, 16, 64])
     options.add_argument("--precisions", default="float32", help="float32, bfloat16, or both with a comma")
     options.add_argument("--keep-rates", type=numbers, default=[0.9, 0.8, 0.7, 0.5])
-    options.add_argument("--exact-rates", type=numbers, default=[0.7], help="keep rates with an exact row")
+    options.add_argument(
+        "--exact-rates", type=numbers, default=[0.7], help="keep rates with an exact row and one of heirs"
+    )
     chosen = options.parse_args()
     device, display = start(chosen)
     models = {name: MODELS[name] for name in chosen.models.split(",")}

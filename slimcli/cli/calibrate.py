@@ -217,16 +217,15 @@ def _print_report(display: Any, done: Any, report: dict[str, Any]) -> None:
                 name or ("chosen" if not body else ""),
                 str(schedule.life_layer),
                 falls or " ".join(map(str, schedule.counts[schedule.life_layer :])),
-                f"{candidate.rule.redundancy:g}",
+                " ".join(f"{value:g}" for value in vars(candidate.rule).values()),
                 f"{candidate.gmacs:.3f}",
                 f"{candidate.divergence:.3f}",
                 f"{candidate.agreement:.1f} %",
             ]
         )
-    titles = ["", "Life", "Patches in later blocks", "Redund.", "G MACs", "Apart", "Agrees"]
-    note = "Apart: mean divergence from the dense model's predictions; Agrees: same class"
-    if len(done.tried) > 5:
-        note += f"; {len(done.tried)} tried"
+    titles = ["", "Life", "Patches in later blocks", "Rule", "G MACs", "Apart", "Agrees"]
+    note = "Rule: redundancy, merge_importance, size_bias; Apart: mean divergence from the\n"
+    note += f"dense model's predictions; Agrees: same class; {len(done.tried)} tried"
     display.table(titles, body, note)
     before, after = report["before"], report["after"]
     images = f"on {report['images']} validation images, head before fitting -> after"
