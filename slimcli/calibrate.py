@@ -29,7 +29,7 @@ COMPARED_PATCHES = 256
 #: width of the projection that patches are compared by
 SIMILARITY_DIM = 64
 #: how the number of patches may fall: exponents of `falling_counts`
-POWERS = (0.5, 0.7, 1.0, 1.4)
+POWERS = (0.5, 0.7, 1.0)
 #: weights of what no other patch says already, beside a patch's importance
 REDUNDANCIES = (2.0, 3.5, 6.0)
 #: how patches may be added to their heirs: `merge_importance` and `size_bias` of the slimmed model
