@@ -19,7 +19,7 @@ def test_calibration_makes_the_real_model_cheaper_and_keeps_its_accuracy(slim, r
     dense, slimmed = report["rows"]
     assert dense["top1"] >= 88
     assert dense["gmacs"] == pytest.approx(1.434, abs=1e-3)
-    assert 0.98 < slimmed["gmacs"] <= 1.0003
+    assert 0.98 < slimmed["gmacs"] <= 1.001
     assert report["after"]["agreement"] >= max(85, report["before"]["agreement"] + 2)
     found = document(slim("eval", "--keep-rate", "1.0", "--limit", 64, "--json"))
     assert found["rows"][0]["loss"] == found["rows"][1]["loss"]
