@@ -204,7 +204,11 @@ def _describe(done: Any, model: Any, candidate: Any) -> dict[str, Any]:
 
 
 def _print_report(display: Any, done: Any, report: dict[str, Any]) -> None:
-    shown = [("", candidate) for candidate in done.tried[:5]]
+    # the best of each schedule: the rule matters less than where patches leave
+    best: dict[Any, Any] = {}
+    for candidate in done.tried:
+        best.setdefault(candidate.schedule, candidate)
+    shown = [("", candidate) for candidate in list(best.values())[:5]]
     shown += [("paper", done.paper)] if done.paper else []
     body: list[list[str]] = []
     for name, candidate in shown:
@@ -217,15 +221,15 @@ def _print_report(display: Any, done: Any, report: dict[str, Any]) -> None:
                 name or ("chosen" if not body else ""),
                 str(schedule.life_layer),
                 falls or " ".join(map(str, schedule.counts[schedule.life_layer :])),
-                " ".join(f"{value:g}" for value in vars(candidate.rule).values()),
                 f"{candidate.gmacs:.3f}",
                 f"{candidate.divergence:.3f}",
                 f"{candidate.agreement:.1f} %",
             ]
         )
-    titles = ["", "Life", "Patches in later blocks", "Rule", "G MACs", "Apart", "Agrees"]
-    note = "Rule: redundancy, merge_importance, size_bias; Apart: mean divergence from the\n"
-    note += f"dense model's predictions; Agrees: same class; {len(done.tried)} tried"
+    titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
+    rule = ", ".join(f"{name} {value:g}" for name, value in vars(done.tried[0].rule).items())
+    note = f"Chosen with {rule}.\nApart: mean divergence from the dense model's predictions; "
+    note += f"Agrees: same class; {len(done.tried)} tried"
     display.table(titles, body, note)
     before, after = report["before"], report["after"]
     images = f"on {report['images']} validation images, head before fitting -> after"
