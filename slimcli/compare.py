@@ -27,7 +27,7 @@ from slimcli.recipe import Recipe, SlimmingSection, StageSection
 from slimcli.schedule import Schedule
 from slimcli.show import encode
 from slimcli.slimming import SlimModel
-from slimcli.store import slimming_config
+from slimcli.store import configure, slimming_config
 from slimcli.targets import Target, from_recipe
 
 SETTINGS, RESULT, TABLE, PLOT = "settings.json", "compare.json", "compare.md", "compare"
@@ -176,8 +176,7 @@ def _copy_with(model: SlimModel, schedule: Schedule) -> SlimModel:
     """`model` under another schedule: the same modules, none of them copied."""
     other = type(model)(model.model, schedule, model.temperature, model.backbone, model.dead)
     setattr(other, model.selector_name, model.selector)
-    other.exact_savings = model.exact_savings
-    other.merge_importance, other.size_bias = model.merge_importance, model.size_bias
+    configure(other, slimming_config(model))
     return other
 
 
