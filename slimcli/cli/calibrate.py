@@ -198,7 +198,7 @@ def _describe(done: Any, model: Any, candidate: Any) -> dict[str, Any]:
         "gmacs": round(candidate.gmacs, 4),
         "fit_error": round(fitted.life_error, 4),
         "similarity_error": round(fitted.similarity_error, 4),
-        "divergence": round(candidate.divergence, 5),
+        "apart": round(candidate.apart, 5),
         "agreement": round(candidate.agreement, 2),
     }
 
@@ -222,13 +222,13 @@ def _print_report(display: Any, done: Any, report: dict[str, Any]) -> None:
                 str(schedule.life_layer),
                 falls or " ".join(map(str, schedule.counts[schedule.life_layer :])),
                 f"{candidate.gmacs:.3f}",
-                f"{candidate.divergence:.3f}",
+                f"{candidate.apart:.3f}",
                 f"{candidate.agreement:.1f} %",
             ]
         )
     titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
     rule = ", ".join(f"{name} {value:g}" for name, value in vars(done.tried[0].rule).items())
-    note = f"Chosen with {rule}.\nApart: mean divergence from the dense model's predictions; "
+    note = f"Chosen with {rule}.\nApart: squared error of the dense model's logits, over their variance; "
     note += f"Agrees: same class; {len(done.tried)} tried"
     display.table(titles, body, note)
     before, after = report["before"], report["after"]
