@@ -355,10 +355,12 @@ def calibrate(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
+    others: Sequence[Cost] = (),
 ) -> Calibration:
     """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
-    For a cost, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept.
+    For a cost, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept. A form of the
+    fall that is to serve `others`, lower costs, too is judged at all of them.
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
     if model.method != "life":
@@ -382,18 +384,28 @@ def calibrate(
     del observed
     checked = check(model, check_on, layers, device, dtype)
 
-    def attempt(schedule: Schedule, rule: Rule) -> Tried:
+    def attempt(schedule: Schedule, rule: Rule) -> Tried | None:
         head.load_state_dict(fitted[schedule.life_layer].state)
         rule.set(model)
+        found: list[tuple[float, float]] = []
+        for cost in (None, *others):
+            steps = schedule if cost is None else at_cost(model, schedule, cost)
+            if steps is None:
+                return None
+            model.schedule = steps
+            found.append(distance(model, checked) if steps.drops_patches() else (0.0, 100.0))
         model.schedule = schedule
-        cost = model.multiply_adds(schedule) / 1e9
-        if not schedule.drops_patches():
-            return Tried(schedule, rule, cost, 0.0, 100.0)
-        return Tried(schedule, rule, cost, *distance(model, checked))
+        # in shares, so that the lowest cost, which is the farthest apart, does not decide alone
+        apart = math.prod(value for value, _ in found) ** (1 / len(found))
+        agreement = sum(value for _, value in found) / len(found)
+        return Tried(schedule, rule, model.multiply_adds(schedule) / 1e9, apart, agreement)
+
+    def attempt_all(candidates: Iterable[tuple[Schedule, Rule]]) -> list[Tried]:
+        return [found for found in (attempt(*candidate) for candidate in candidates) if found is not None]
 
     if isinstance(goal, Schedule):
-        tried = [attempt(goal, rule) for rule in (PLAIN, *(Rule(r) for r in REDUNDANCIES))]
-        tried += [attempt(goal, rule) for rule in other_merges(min(tried, key=_apart).rule, model.dead)]
+        tried = attempt_all((goal, rule) for rule in (PLAIN, *(Rule(r) for r in REDUNDANCIES)))
+        tried += attempt_all((goal, rule) for rule in other_merges(min(tried, key=_apart).rule, model.dead))
     else:
         tried = search(model, goal, layers, attempt, progress)
     tried.sort(key=_apart)
@@ -407,6 +419,14 @@ def calibrate(
         model.dead = dead
     attempt(best.schedule, best.rule)
     return Calibration(fitted, tried, paper)
+
+
+def at_cost(model: SlimModel, schedule: Schedule, cost: Cost) -> Schedule | None:
+    """`schedule` with its form kept, at another cost; None where it cannot be had for so little."""
+    if schedule.counts is not None:
+        return schedule.scaled(model.multiply_adds, cost.multiply_adds)
+    rate = highest_keep_rate(lambda rate: model.multiply_adds(schedule.at_keep_rate(rate)), cost.multiply_adds)
+    return None if rate is None else schedule.at_keep_rate(rate)
 
 
 def _apart(candidate: Tried) -> float:
@@ -426,19 +446,20 @@ def paper_schedule(model: SlimModel, goal: Cost) -> Schedule | None:
     """
     depth = model.backbone.depth
     life_layer = default_life_layer(depth)
-    steps = Schedule.uniform(depth, 1.0, life_layer, default_drop_layers(depth, life_layer))
-    rate = highest_keep_rate(lambda rate: model.multiply_adds(steps.at_keep_rate(rate)), goal.multiply_adds)
-    return None if rate is None else steps.at_keep_rate(rate)
+    return at_cost(model, Schedule.uniform(depth, 1.0, life_layer, default_drop_layers(depth, life_layer)), goal)
 
 
 def search(
     model: SlimModel,
     goal: Cost,
     layers: Sequence[int],
-    attempt: Callable[[Schedule, Rule], Tried],
+    attempt: Callable[[Schedule, Rule], Tried | None],
     progress: Progress = no_progress,
 ) -> list[Tried]:
-    """Try life layers first, then forms of the fall for the two best of them, then rules."""
+    """Try life layers first, then forms of the fall for the two best of them, then rules.
+
+    What `attempt` gives None for cannot be had.
+    """
     label, power, usual = "searching how patches should leave", POWERS[1], Rule()
     tried: list[Tried] = []
     total = len(layers) + 2 * (len(POWERS) - 1) + len(REDUNDANCIES) - 1 + len(MERGES) - 1
@@ -446,8 +467,9 @@ def search(
     def attempt_all(candidates: Sequence[tuple[Schedule | None, Rule]]) -> None:
         for schedule, rule in candidates:
             progress(label, min(len(tried), total - 1), total)
-            if schedule is not None:
-                tried.append(attempt(schedule, rule))
+            found = None if schedule is None else attempt(schedule, rule)
+            if found is not None:
+                tried.append(found)
 
     def best() -> Tried:
         return min(tried, key=_apart)

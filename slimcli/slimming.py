@@ -171,6 +171,8 @@ class SlimModel(nn.Module):
         """
         if schedule.counts is None:
             return schedule.keep_rate
+        if not schedule.drops_patches():
+            return 1.0
         own = self.multiply_adds(schedule) if cost is None else cost
         return min((n / 100 for n in range(100, 0, -1)), key=lambda rate: abs(self.usual_cost(rate) - own))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,11 +136,14 @@ def embedded_target() -> Target:
     return from_folder(DIGITS_VIT)
 
 
-def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, precision: str) -> Recipe:
+def calibrated_recipe(
+    target: Target, data: DataSection, model: SlimModel, precision: str, keep_rates: Sequence[float] = ()
+) -> Recipe:
     """The recipe that trains on from a calibrated model: the target's own, or the paper's stages.
 
     With heirs, a calibrated head knows more than a stage in soft mode can teach it: the epochs of stages that teach the
-    head alone then go to the first that teaches the backbone.
+    head alone then go to the first that teaches the backbone. Calibrated for several `keep_rates`, the backbone is
+    trained for all of them.
     """
     if data.root is not None:
         data = data.model_copy(update={"root": data.root.resolve()})
@@ -147,10 +151,18 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
     slimming = SlimmingSection.model_validate(slimming_config(model), strict=False)
     if target.recipe is not None:
         stages = backbone_stages(target.recipe.stages) if model.dead == "heir" else target.recipe.stages
+        stages = for_keep_rates(stages, keep_rates)
         return target.recipe.model_copy(update={"data": data, "slimming": slimming, "stages": stages})
     args = dict(target.config["model"]["args"])
     size = args.pop("img_size", None)
     loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs else "cosine"
+    if model.dead == "heir":
+        stages = [StageSection(learns="backbone", mode="hard", loss=loss, lr=2e-5, epochs=2, ema=0.995)]
+    else:
+        stages = [
+            StageSection(learns="life", mode="soft", loss=loss, lr=1e-3),
+            StageSection(learns="backbone", mode="soft", loss=loss, lr=1e-5),
+        ]
     return Recipe(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", target.model_name).strip("-."),
         description="Written by slim calibrate: two stages from the calibrated head.",
@@ -164,12 +176,7 @@ def calibrated_recipe(target: Target, data: DataSection, model: SlimModel, preci
         ),
         data=data,
         slimming=slimming,
-        stages=[StageSection(learns="backbone", mode="hard", loss=loss, lr=2e-5, epochs=2, ema=0.995)]
-        if model.dead == "heir"
-        else [
-            StageSection(learns="life", mode="soft", loss=loss, lr=1e-3),
-            StageSection(learns="backbone", mode="soft", loss=loss, lr=1e-5),
-        ],
+        stages=for_keep_rates(stages, keep_rates),
     )
 
 
@@ -183,6 +190,14 @@ def backbone_stages(stages: list[StageSection]) -> list[StageSection]:
         return stages
     saved = sum(stage.epochs for stage in stages if stage.learns == "life")
     return [kept[0].model_copy(update={"epochs": kept[0].epochs + saved}), *kept[1:]]
+
+
+def for_keep_rates(stages: list[StageSection], keep_rates: Sequence[float]) -> list[StageSection]:
+    """The stages, those that teach the backbone to drop patches for all of `keep_rates`, if they are several."""
+    if len(keep_rates) < 2:
+        return stages
+    rates = {"keep_rates": list(keep_rates)}
+    return [s if s.learns == "life" or s.mode == "none" else s.model_copy(update=rates) for s in stages]
 
 
 def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:

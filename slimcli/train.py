@@ -685,7 +685,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.model.name,
         "train_images": images,
-        "rows": [describe(model, None), describe(model, model.schedule)],
+        "rows": [describe(model, None), describe(model, model.schedule, model.exact_savings)],
         "stages": stages,
     }
 

@@ -8,6 +8,7 @@ from conftest import document
 
 import slimcli
 from slimcli.recipe import load_recipe
+from slimcli.targets import find_target
 
 ROW = {"keep_rate", "schedule", "gmacs", "params_millions", "images_per_second", "speedup"}
 ACCURACY = {"top1", "top5", "loss"}
@@ -206,6 +207,38 @@ def test_calibrate_finds_a_better_schedule_than_three_drops(slim):
     found = document(slim("eval", "--limit", 100, "--json"))
     assert found["rows"][1]["schedule"] == chosen["patches_per_layer"]
     assert found["rows"][1]["gmacs"] == pytest.approx(chosen["gmacs"], abs=1e-4)
+
+
+def test_calibrate_for_several_keep_rates_trains_for_all_of_them(slim, tmp_path):
+    words = ["--keep-rate", "0.5,1,0.7", "--images", 64, "--limit", 20, "--json"]
+    report = document(slim("calibrate", "quickstart", *words, "-o", "several"))
+    assert [row["keep_rate"] for row in report["rows"]] == [None, 1.0, 0.7, 0.5]
+    dense, costs = report["rows"][0]["gmacs"], [row["gmacs"] for row in report["rows"][1:]]
+    assert dense > costs[1] > costs[2]
+    # the form of the fall is that of 0.7: the others are made from it
+    assert report["chosen"]["patches_per_layer"] == report["rows"][2]["schedule"]
+    (stage,) = load_recipe(tmp_path / "several" / "recipe.toml").stages
+    assert stage.keep_rates == [1.0, 0.7, 0.5]
+
+
+def test_calibrate_judges_a_fall_at_all_keep_rates(slim):
+    words = ["--images", 64, "--limit", 20, "--json"]
+    one, two = (document(slim("calibrate", "quickstart", "--keep-rate", r, *words)) for r in ("0.7", "0.7,0.4"))
+    same = [row for row in two["tried"] for other in one["tried"] if _candidate(row) == _candidate(other)]
+    assert same
+    apart = {_candidate(row): row["apart"] for row in one["tried"]}
+    assert all(row["apart"] > apart[_candidate(row)] for row in same)
+
+
+def _candidate(row):
+    return tuple(row["patches_per_layer"]), row["redundancy"], row["merge_importance"], row["size_bias"]
+
+
+def test_calibrate_saves_the_weights_as_they_came(slim, tmp_path):
+    slim("calibrate", "quickstart", "--precision", "bfloat16", "--images", 32, "--limit", 20, "-o", "made")
+    made = slimcli.load(tmp_path / "made").model.state_dict()
+    for name, value in find_target("quickstart", ()).model.model.state_dict().items():
+        assert torch.equal(made[name], value), name
 
 
 def test_calibrate_finds_a_measured_speedup_or_says_that_it_cannot(slim, refused):

@@ -24,7 +24,10 @@ from slimcli.errors import SlimError
 @click.option("--target-flops", type=float, metavar="G", help="Cost to reach, in G multiply-adds an image.")
 @click.option("--target-speedup", type=float, metavar="X", help="Speed-up to reach, measured on this device.")
 @click.option(
-    "--keep-rate", "keep_rates", type=KeepRates(), help="Cost to reach: that of this keep rate at three layers."
+    "--keep-rate",
+    "keep_rates",
+    type=KeepRates(),
+    help="Cost to reach: that of this keep rate at three layers; several: what serves all of them.",
 )
 @click.option("--keep-schedule", is_flag=True, help="Keep the layers where patches leave; only teach the life head.")
 @click.option("--images", type=click.IntRange(min=8), default=512, show_default=True, help="Images to fit on.")
@@ -69,8 +72,8 @@ def command(
         raise SlimError(f"{' and '.join(given)} are two goals: choose one")
     if keep_schedule and (target_flops is not None or target_speedup is not None):
         raise SlimError("--keep-schedule keeps where patches leave: choose the cost with --keep-rate")
-    if keep_rates is not None and len(keep_rates) > 1:
-        raise SlimError("--keep-rate takes one keep rate here: the head that is fitted serves the others too")
+    if keep_schedule and keep_rates is not None and len(keep_rates) > 1:
+        raise SlimError("--keep-schedule takes one keep rate: the head that is fitted serves the others too")
 
     import torch
 
@@ -107,16 +110,21 @@ def command(
     batch = min(section.batch_size, 64)
     workers = datasets.num_workers(section, show, where)
 
+    # what is saved are the weights as they came, not rounded to what the arithmetic runs in
+    weights = {name: value.clone() for name, value in model.model.state_dict().items()}
     with display.progress() as progress:
         model.to(where, dtype)
         if target_speedup is not None:
             target_flops = (
                 calibrate.cost_for_speedup(model, target_speedup, section.batch_size, where, dtype, progress) / 1e9
             )
-        rate = keep_rates[0] if keep_rates else model.schedule.keep_rate
+        several = sorted(set(keep_rates or ()), reverse=True)
+        # at 1 the model is dense: nothing to search, but something to train
+        searched = [rate for rate in several if rate < 1] or several
+        rate = searched[0] if searched else model.schedule.keep_rate
         goal: calibrate.Cost | Schedule
         if keep_schedule:
-            goal = model.at_keep_rate(keep_rates[0]) if keep_rates else model.schedule
+            goal = model.at_keep_rate(searched[0]) if searched else model.schedule
         elif target_flops is not None:
             goal = calibrate.Cost(target_flops * 1e9)
         else:
@@ -124,13 +132,16 @@ def command(
         teach_loader = datasets.eval_loader(datasets.shuffled(teach), prepare, batch, workers, where)
         *fit_on, check_on = _split(list(first_images(teach_loader, count + check_count)), count)
         untaught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
-        done = calibrate.calibrate(model, goal, fit_on[0], check_on, count, where, dtype, progress)
+        others = [calibrate.Cost(model.usual_cost(rate)) for rate in searched[1:]]
+        done = calibrate.calibrate(model, goal, fit_on[0], check_on, count, where, dtype, progress, others)
         taught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
-        rows = evaluate(model, _loader(show, prepare, batch, workers, where), None, where, dtype, progress)
+        shown = several if len(several) > 1 else None
+        rows = evaluate(model, _loader(show, prepare, batch, workers, where), shown, where, dtype, progress)
     model.float()
+    model.model.load_state_dict(weights)
     report = calibrate.comparison(untaught, taught)
 
-    recipe = calibrated_recipe(found, section, model, chosen_precision)
+    recipe = calibrated_recipe(found, section, model, chosen_precision, several)
     folder = output or train.new_run_folder(recipe, "-calibrated")
     config = {
         **found.config,
