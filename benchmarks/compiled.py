@@ -33,13 +33,13 @@ COLUMNS = {
 }
 
 
-def compiled(model: SlimModel, schedule: Schedule | None, exact_savings: bool, backend: str) -> Any:
-    """A model of its own with the schedule, compiled whole; it shares the weights."""
-    own = SlimModel(model.model, schedule or model.schedule).eval()
+def variant(model: SlimModel, schedule: Schedule | None, exact_savings: bool, dead: str) -> SlimModel:
+    """A model of its own with the schedule; it shares the weights."""
+    own = SlimModel(model.model, schedule or model.schedule, dead=dead).eval()
     own.life_head = model.life_head
     own.mode = "none" if schedule is None else "hard"
     own.exact_savings = exact_savings
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+    return own
 
 
 @torch.inference_mode()
@@ -59,20 +59,22 @@ def main() -> None:
     model = slim(build_model(name, **args), 0.7).to(device, find_dtype(chosen.precision, device)).eval()
     lay_out_for_inference(model.model)
     dtype = find_dtype(chosen.precision, device)
-    kinds = [(None, False), *((model.schedule.at_keep_rate(rate), False) for rate in chosen.keep_rates)]
-    kinds += [(None, True), (model.schedule.at_keep_rate(0.7), True)]
+    at = model.schedule.at_keep_rate
+    kinds = [(None, False, "discard"), *((at(rate), False, "discard") for rate in chosen.keep_rates)]
+    kinds += [(None, True, "discard"), (at(0.7), True, "discard"), (at(0.7), False, "heir")]
     rows = []
     with display.progress() as progress:
         for batch in chosen.batch_sizes:
             images = random_images(model, batch, device, dtype)
             contenders, plain = [], []
-            for done, (schedule, exact) in enumerate(kinds):
+            for done, (schedule, exact, dead) in enumerate(kinds):
                 progress(f"compiling for batch {batch}", done, len(kinds))
                 torch._dynamo.reset()
-                row = describe(model, schedule, exact)
+                own = variant(model, schedule, exact, dead)
+                row = describe(own, schedule, exact)
                 label = "dense" if schedule is None else f"{row['keep_rate']:g}"
-                label += ", exact" if exact else ""
-                run = compiled(model, schedule, exact, chosen.backend)
+                label += (", exact" if exact else "") + (", heirs" if dead == "heir" else "")
+                run: Any = torch.compile(own, fullgraph=True, dynamic=False, backend=chosen.backend)
                 run(images)
                 torch._dynamo.config.error_on_recompile = True
                 for _ in range(2):

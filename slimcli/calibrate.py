@@ -77,6 +77,18 @@ def images_that_fit(backbone: Backbone, wanted: int, layers: int) -> int:
     return max(1, min(wanted, REMEMBERED_BYTES // (2 * layers * (tokens + min(patches, COMPARED_PATCHES) ** 2))))
 
 
+def split(
+    batches: Sequence[tuple[Tensor, Tensor]], count: int
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Batches that hold the first `count` images, about, to fit on, and the others to check on: of one size again."""
+    images = torch.cat([images for images, _ in batches])
+    targets = torch.cat([targets for _, targets in batches])
+    size = batches[0][0].shape[0]
+    pairs = [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
+    edge = min(-(-count // size), len(pairs) - 1) or 1
+    return pairs[:edge], pairs[edge:] or pairs[:1]
+
+
 @torch.no_grad()
 def observe(
     model: SlimModel,
@@ -294,9 +306,10 @@ def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, devic
 class Rule:
     """Who leaves first, and how patches are added to their heirs, as the life head and the slimmed model have it."""
 
-    redundancy: float = REDUNDANCIES[1]
-    merge_importance: float = MERGES[3][0]
-    size_bias: float = MERGES[3][1]
+    # where the search starts: one of `REDUNDANCIES` and one of `MERGES`
+    redundancy: float = 3.5
+    merge_importance: float = 0.7
+    size_bias: float = 0.7
 
     def set(self, model: SlimModel) -> None:
         """Have `model` follow it."""
@@ -375,7 +388,7 @@ def calibrate(
         # at a given cost, what it saves keeps more patches
         model.exact_savings = True
         layers = candidate_life_layers(model.backbone.depth)
-        check_cost(model, goal.multiply_adds, layers)
+        check_cost(model, min(cost.multiply_adds for cost in (goal, *others)), layers)
         if goal.multiply_adds >= model.cost(None):
             goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
     layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
@@ -537,7 +550,8 @@ def distance(model: SlimModel, checked: Checked) -> tuple[float, float]:
         slim = pooled(model.backbone.head(*model.after_life_layer(tokens, positions, counts)))
         images += dense.shape[0]
         if classifies:
-            slim, dense = (logits - logits.mean(dim=-1, keepdim=True) for logits in (slim, dense))
+            if dense.shape[-1] > 1:
+                slim, dense = (logits - logits.mean(dim=-1, keepdim=True) for logits in (slim, dense))
             error, spread = error + float((slim - dense).square().sum()), spread + float(dense.square().sum())
             same += float((slim.argmax(dim=-1) == dense.argmax(dim=-1)).sum())
         else:

@@ -215,9 +215,7 @@ def _calibrate(
     images = datasets.shuffled(datasets.open_dataset(wanted, train=True))
     workers = datasets.num_workers(recipe.data, images, device)
     loader = datasets.eval_loader(images, prepare, 32, workers, device)
-    batches = list(first_images(loader, count + CHECK_IMAGES))
-    kept = max(1, len(batches) // 5)
-    fit_on, check_on = batches[:-kept] or batches, batches[-kept:]
+    fit_on, check_on = calibrate.split(list(first_images(loader, count + CHECK_IMAGES)), count)
     seen = sum(len(labels) for _, labels in fit_on)
     dtype = find_dtype(recipe.precision, device)
     calibrate.calibrate(model, calibrate.Cost(cost), fit_on, check_on, seen, device, dtype, progress)
@@ -278,7 +276,7 @@ def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSec
     lr = stage.backbone_lr or stage.lr
     one = {"name": None, "epochs": total, "lr": lr, "backbone_lr": None}
     if method == "dense":
-        return [stage.model_copy(update={**one, "learns": "backbone", "mode": "none"})]
+        return [stage.model_copy(update={**one, "learns": "backbone", "mode": "none", "keep_rates": None})]
     kind = find_method(method)
     if issubclass(kind, Method):
         if "soft" not in kind.modes:

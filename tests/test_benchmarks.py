@@ -64,7 +64,7 @@ def test_growth(tmp_path):
 
 def test_compiled(tmp_path):
     rows = quick(tmp_path, "compiled")
-    assert [row["row"] for row in rows] == ["dense", "0.5", "dense, exact", "0.7, exact"]
+    assert [row["row"] for row in rows] == ["dense", "0.5", "dense, exact", "0.7, exact", "0.7, heirs"]
 
 
 def test_operators(tmp_path):

@@ -89,6 +89,13 @@ def test_epochs_are_shared_out_over_the_stages(tiny_recipe):
     assert (stage.lr, stage.backbone_lr, stage.epochs) == (1e-3, 1e-3, 3)
 
 
+def test_every_method_but_the_dense_model_is_trained_for_the_keep_rates_of_the_recipe(tiny_recipe):
+    words = ["stages.1.keep_rates=[1.0, 0.7]"]
+    recipe = load_recipe(tiny_recipe, overrides=words)
+    assert compare.stages_for("tome", recipe, 0)[0].keep_rates == [1.0, 0.7]
+    assert compare.stages_for("dense", recipe, 0)[0].keep_rates is None
+
+
 def test_finished_lines_are_kept_and_not_measured_again(slim, tiny_recipe, tmp_path, monkeypatch):
     words = ["compare", tiny_recipe, "--methods", "random,tome", "--keep-rate", "0.7,0.5"]
     real, calls = compare.evaluate, []

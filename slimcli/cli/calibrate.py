@@ -130,10 +130,10 @@ def command(
         else:
             goal = calibrate.Cost(model.multiply_adds() if rate is None else model.usual_cost(rate))
         teach_loader = datasets.eval_loader(datasets.shuffled(teach), prepare, batch, workers, where)
-        *fit_on, check_on = _split(list(first_images(teach_loader, count + check_count)), count)
+        fit_on, check_on = calibrate.split(list(first_images(teach_loader, count + check_count)), count)
         untaught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
         others = [calibrate.Cost(model.usual_cost(rate)) for rate in searched[1:]]
-        done = calibrate.calibrate(model, goal, fit_on[0], check_on, count, where, dtype, progress, others)
+        done = calibrate.calibrate(model, goal, fit_on, check_on, count, where, dtype, progress, others)
         taught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
         shown = several if len(several) > 1 else None
         rows = evaluate(model, _loader(show, prepare, batch, workers, where), shown, where, dtype, progress)
@@ -184,18 +184,6 @@ def _loader(dataset: Any, prepare: dict[str, Any], batch: int, workers: int, dev
     from slimcli.data import eval_loader
 
     return eval_loader(dataset, prepare, batch, workers, device)
-
-
-def _split(batches: list[Any], count: int) -> tuple[list[Any], list[Any]]:
-    """Batches that hold the first `count` images, and the others."""
-    import torch
-
-    images = torch.cat([images for images, _ in batches])
-    targets = torch.cat([targets for _, targets in batches])
-    size = batches[0][0].shape[0]
-    pairs = [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
-    edge = min(-(-count // size), len(pairs) - 1) or 1
-    return pairs[:edge], pairs[edge:] or pairs[:1]
 
 
 def _describe(done: Any, model: Any, candidate: Any) -> dict[str, Any]:
