@@ -181,15 +181,18 @@ def calibrated_recipe(
 
 
 def backbone_stages(stages: list[StageSection]) -> list[StageSection]:
-    """The stages without those that teach the life head alone, whose epochs the first of the others gets.
+    """The stages that follow a calibration with heirs.
 
-    As they are where none teaches the backbone.
+    Those that teach the life head alone are left out, and the first of the others gets their epochs; the backbone alone
+    is taught in hard mode, as soft weights know nothing of heirs. As they are where none teaches the backbone.
     """
     kept = [stage for stage in stages if stage.learns != "life"]
     if not kept:
         return stages
     saved = sum(stage.epochs for stage in stages if stage.learns == "life")
-    return [kept[0].model_copy(update={"epochs": kept[0].epochs + saved}), *kept[1:]]
+    kept[0] = kept[0].model_copy(update={"epochs": kept[0].epochs + saved})
+    hard = {"mode": "hard", "end_temperature": None}
+    return [s.model_copy(update=hard) if s.learns == "backbone" and s.mode != "none" else s for s in kept]
 
 
 def for_keep_rates(stages: list[StageSection], keep_rates: Sequence[float]) -> list[StageSection]:

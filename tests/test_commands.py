@@ -193,6 +193,8 @@ def test_what_is_calibrated_with_heirs_trains_the_backbone_alone(slim, tmp_path)
         stages = load_recipe(tmp_path / dead / "recipe.toml").stages
         assert [stage.learns for stage in stages] == learns
         assert sum(stage.epochs for stage in stages) == 5
+        # soft weights know nothing of heirs
+        assert stages[-1].mode == ("hard" if dead == "heir" else "soft")
 
 
 def test_calibrate_finds_a_better_schedule_than_three_drops(slim):
