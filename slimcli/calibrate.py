@@ -401,8 +401,7 @@ def calibrate(
         head.load_state_dict(fitted[schedule.life_layer].state)
         rule.set(model)
         found: list[tuple[float, float]] = []
-        for cost in (None, *others):
-            steps = schedule if cost is None else at_cost(model, schedule, cost)
+        for steps in (schedule, *(at_cost(model, schedule, cost) for cost in others)):
             if steps is None:
                 return None
             model.schedule = steps
