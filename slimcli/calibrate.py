@@ -16,10 +16,17 @@ from slimcli import measure
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
-from slimcli.life import LifeHead, cosines, normalise_life
+from slimcli.life import HEAD_CHANNELS, LifeHead, cosines, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
-from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts, highest_keep_rate
+from slimcli.schedule import (
+    Planning,
+    Schedule,
+    default_drop_layers,
+    default_life_layer,
+    falling_counts,
+    highest_keep_rate,
+)
 from slimcli.slimming import SlimModel
 
 #: memory that what is remembered of the images may take, for all candidate life layers together
@@ -28,12 +35,20 @@ REMEMBERED_BYTES = 2 * 2**30
 COMPARED_PATCHES = 256
 #: width of the projection that patches are compared by
 SIMILARITY_DIM = 64
+#: channels of the model for each channel of the life head's own transformer block
+CONTEXT_SHARE = 6
+#: the largest share of the dense model's multiply-adds that the block may cost: toy models go without
+CONTEXT_COST = 0.02
 #: how the number of patches may fall: exponents of `falling_counts`
 POWERS = (0.5, 0.7, 1.0)
 #: weights of what no other patch says already, beside a patch's importance
-REDUNDANCIES = (2.0, 3.5, 6.0, 10.0)
+REDUNDANCIES = (2.0, 3.5, 6.0)
 #: how patches may be added to their heirs: `merge_importance` and `size_bias` of the slimmed model
-MERGES = ((0.0, 1.0), (0.0, 0.7), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7))
+MERGES = ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7))
+#: batches of 32 images that the life head is taught with: as many as there are images, within these bounds
+STEPS = (200, 1000)
+#: the share of them that it is taught with to compare life layers
+BRIEF = 0.2
 
 
 @dataclass
@@ -142,92 +157,59 @@ def attention_target(observed: Observed, life_layer: int) -> Tensor:
     return normalise_life(torch.stack(later).mean(dim=0), 0.0, 1.0)
 
 
-def _learn(
-    modules: Sequence[nn.Module],
-    loss_of: Callable[[Tensor], Tensor],
-    num_images: int,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    progress: Progress,
-    label: str,
-) -> float:
-    """AdamW with a one-cycle rate on random images (their indices are given to `loss_of`); return the final loss."""
-    optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(0)
-    losses: list[float] = []
-    for step in range(steps):
-        loss = loss_of(torch.randint(num_images, (min(batch_size, num_images),), generator=generator))
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        progress(label, step + 1, steps)
-    recent = losses[-max(1, steps // 10) :]
-    return sum(recent) / len(recent)
-
-
 def fit_life_head(
     head: LifeHead,
     tokens: Tensor,
     target: Tensor,
+    compared: Tensor,
+    alike: Tensor,
     num_prefix_tokens: int,
     device: torch.device,
-    steps: int = 300,
+    steps: int,
     batch_size: int = 32,
     lr: float = 2e-3,
     progress: Progress = no_progress,
     label: str = "fitting the life head",
-) -> float:
-    """Teach the head scores that, standardised in each image, equal `target` (M, N); return the final squared error.
+) -> tuple[float, float]:
+    """Teach the head, from `tokens` (M, P + N, D), scores and similarities; return the final errors of both.
 
-    No labels are needed. The error of a head that knows nothing is 2 in the mean, of a perfect one 0.
+    Scores, standardised in each image, are to equal `target` (M, N); the cosines of the patches at `compared` (n,) to
+    be linear in `alike` (M, n, n). No labels are needed. The first error is a squared one: 2 in the mean for a head
+    that knows nothing, 0 for a perfect one; the second is squared, over the variance within an image.
     """
     head.to(device).float().train()
-
-    def loss_of(chosen: Tensor) -> Tensor:
-        score = head.score(tokens[chosen].to(device, torch.float32), num_prefix_tokens)
-        return F.mse_loss(normalise_life(score, 0.0, 1.0), target[chosen].to(device))
-
-    taught = [head.norm, head.query, head.key]
-    error = _learn(taught, loss_of, tokens.shape[0], steps, batch_size, lr, progress, label)
-    head.eval()
-    return error
-
-
-def fit_similarity(
-    head: LifeHead,
-    patches: Tensor,
-    target: Tensor,
-    device: torch.device,
-    steps: int = 400,
-    batch_size: int = 16,
-    lr: float = 2e-3,
-    progress: Progress = no_progress,
-    label: str = "fitting how alike patches will be",
-) -> float:
-    """Teach the head's projection of patches (M, n, D) cosines that are linear in `target` (M, n, n).
-
-    Returns the final squared error over the variance within an image; 0 is that of a perfect projection.
-    """
-    assert head.similarity is not None
-    head.similarity.to(device).float().train()
     line = nn.ParameterList([torch.ones((), device=device), torch.zeros((), device=device)])
-    others = 1.0 - torch.eye(patches.shape[1], device=device)
-    pairs = others.sum()
+    others = 1.0 - torch.eye(len(compared), device=device)
+    places = compared.to(device)
 
-    def loss_of(chosen: Tensor) -> Tensor:
-        wanted = target[chosen].to(device).float()
-        mean = (wanted * others).sum(dim=(1, 2), keepdim=True) / pairs
+    def errors_of(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        score, features = head.read(tokens[chosen].to(device, torch.float32), num_prefix_tokens)
+        assert features is not None
+        important = F.mse_loss(normalise_life(score, 0.0, 1.0), target[chosen].to(device))
+        wanted = alike[chosen].to(device).float()
+        mean = (wanted * others).sum(dim=(1, 2), keepdim=True) / others.sum()
         spread = ((wanted - mean).square() * others).sum().clamp(min=1e-6)
-        found = cosines(head.features(patches[chosen].to(device))) * line[0] + line[1]
-        return ((found - wanted).square() * others).sum() / spread
+        found = cosines(features[:, places]) * line[0] + line[1]
+        return important, ((found - wanted).square() * others).sum() / spread
 
-    error = _learn([head.similarity, line], loss_of, patches.shape[0], steps, batch_size, lr, progress, label)
+    learns = [parameter for module in (head, line) for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(learns, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
+    errors: list[tuple[float, float]] = []
+    num_images = tokens.shape[0]
+    for step in range(steps):
+        important, similar = errors_of(torch.randint(num_images, (min(batch_size, num_images),), generator=generator))
+        optimizer.zero_grad()
+        torch.autograd.backward(important + similar)
+        nn.utils.clip_grad_norm_(learns, 1.0)
+        optimizer.step()
+        schedule.step()
+        errors.append((important.item(), similar.item()))
+        progress(label, step + 1, steps)
     head.eval()
-    return error
+    first, second = (sum(column) / len(column) for column in zip(*errors[-max(1, steps // 10) :], strict=True))
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -313,7 +295,7 @@ class Rule:
 
     def set(self, model: SlimModel) -> None:
         """Have `model` follow it."""
-        model.life_head.redundancy = self.redundancy
+        model.redundancy = self.redundancy
         model.merge_importance, model.size_bias = self.merge_importance, self.size_bias
 
 
@@ -381,7 +363,7 @@ def calibrate(
     model = model.to(device, dtype).eval()
     model.mode = "hard"
     head = model.life_head
-    head.similarity_dim = min(SIMILARITY_DIM, model.backbone.embed_dim)
+    head.extend(*head_widths(model))
     if not isinstance(goal, Schedule):
         # costs are those of patches compared with each other
         Rule().set(model)
@@ -393,41 +375,46 @@ def calibrate(
             goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
     layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
     observed = observe(model, fit_on, layers, device, dtype, progress, num_images)
-    fitted = {layer: _fit(model, observed, layer, device, progress) for layer in layers}
-    del observed
+    steps = min(max(num_images, STEPS[0]), STEPS[1])
+    brief = round(BRIEF * steps) if len(layers) > 1 else steps
+    fitted = {layer: _fit(model, observed, layer, brief, device, progress) for layer in layers}
     checked = check(model, check_on, layers, device, dtype)
 
     def attempt(schedule: Schedule, rule: Rule) -> Tried | None:
         head.load_state_dict(fitted[schedule.life_layer].state)
         rule.set(model)
         found: list[tuple[float, float]] = []
-        for steps in (schedule, *(at_cost(model, schedule, cost) for cost in others)):
-            if steps is None:
+        for scaled in (schedule, *(at_cost(model, schedule, cost) for cost in others)):
+            if scaled is None:
                 return None
-            model.schedule = steps
-            found.append(distance(model, checked) if steps.drops_patches() else (0.0, 100.0))
+            model.schedule = scaled
+            found.append(distance(model, checked) if scaled.drops_patches() else (0.0, 100.0))
         model.schedule = schedule
         # in shares, so that the lowest cost, which is the farthest apart, does not decide alone
         apart = math.prod(value for value, _ in found) ** (1 / len(found))
         agreement = sum(value for _, value in found) / len(found)
         return Tried(schedule, rule, model.multiply_adds(schedule) / 1e9, apart, agreement)
 
-    def attempt_all(candidates: Iterable[tuple[Schedule, Rule]]) -> list[Tried]:
-        return [found for found in (attempt(*candidate) for candidate in candidates) if found is not None]
-
+    compared: list[Tried] = []
     if isinstance(goal, Schedule):
-        tried = attempt_all((goal, rule) for rule in (PLAIN, *(Rule(r) for r in REDUNDANCIES)))
-        tried += attempt_all((goal, rule) for rule in other_merges(min(tried, key=_apart).rule, model.dead))
+        chosen = goal
     else:
-        tried = search(model, goal, layers, attempt, progress)
+        compared = search(model, goal, layers, attempt, progress)
+        chosen = compared[0].schedule
+        fitted[chosen.life_layer] = _fit(model, observed, chosen.life_layer, steps, device, progress)
+    del observed
+    tried = choose_rule(chosen, model.dead, attempt, progress)
+    if isinstance(goal, Schedule):
+        tried += [found for found in (attempt(goal, PLAIN),) if found is not None]
     tried.sort(key=_apart)
+    tried += compared
     best, paper = tried[0], None
     if not isinstance(goal, Schedule):
         dead, model.dead = model.dead, "discard"
         PLAIN.set(model)
-        steps = paper_schedule(model, goal)
-        if steps is not None and steps.life_layer in fitted:
-            paper = attempt(steps, PLAIN)
+        three_drops = paper_schedule(model, goal)
+        if three_drops is not None and three_drops.life_layer in fitted:
+            paper = attempt(three_drops, PLAIN)
         model.dead = dead
     attempt(best.schedule, best.rule)
     return Calibration(fitted, tried, paper)
@@ -445,12 +432,6 @@ def _apart(candidate: Tried) -> float:
     return candidate.apart
 
 
-def other_merges(rule: Rule, dead: str) -> list[Rule]:
-    """`rule` with the other ways to add patches to their heirs; none where nobody inherits."""
-    others = [replace(rule, merge_importance=weight, size_bias=bias) for weight, bias in MERGES]
-    return [other for other in others if other != rule] if dead == "heir" else []
-
-
 def paper_schedule(model: SlimModel, goal: Cost) -> Schedule | None:
     """The paper's three drops at the highest keep rate that costs no more; None where there is none.
 
@@ -461,59 +442,94 @@ def paper_schedule(model: SlimModel, goal: Cost) -> Schedule | None:
     return at_cost(model, Schedule.uniform(depth, 1.0, life_layer, default_drop_layers(depth, life_layer)), goal)
 
 
+Attempt = Callable[[Schedule, Rule], Tried | None]
+
+
 def search(
-    model: SlimModel,
-    goal: Cost,
-    layers: Sequence[int],
-    attempt: Callable[[Schedule, Rule], Tried | None],
-    progress: Progress = no_progress,
+    model: SlimModel, goal: Cost, layers: Sequence[int], attempt: Attempt, progress: Progress = no_progress
 ) -> list[Tried]:
-    """Try life layers first, then forms of the fall for the two best of them, then rules.
+    """Try life layers first, then forms of the fall for the two best of them; all of them, the best first.
 
     What `attempt` gives None for cannot be had.
     """
-    label, power, usual = "searching how patches should leave", POWERS[1], Rule()
-    tried: list[Tried] = []
-    total = len(layers) + 2 * (len(POWERS) - 1) + len(REDUNDANCIES) - 1 + len(MERGES) - 1
-
-    def attempt_all(candidates: Sequence[tuple[Schedule | None, Rule]]) -> None:
-        for schedule, rule in candidates:
-            progress(label, min(len(tried), total - 1), total)
-            found = None if schedule is None else attempt(schedule, rule)
-            if found is not None:
-                tried.append(found)
-
-    def best() -> Tried:
-        return min(tried, key=_apart)
-
-    attempt_all([(falling_schedule(model, goal, layer, power), usual) for layer in layers])
+    power = POWERS[1]
+    first = [falling_schedule(model, goal, layer, power) for layer in layers]
+    total = len(layers) + 2 * (len(POWERS) - 1)
+    label = "searching how patches should leave"
+    tried = _attempt_all(attempt, [(found, Rule()) for found in first], progress, label, 0, total)
     if not tried:
         raise SlimError(f"{goal}: no schedule of this model comes to that: try a higher one")
     chosen = [candidate.schedule.life_layer for candidate in sorted(tried, key=_apart)[:2]]
-    others = [p for p in POWERS if p != power]
-    attempt_all([(falling_schedule(model, goal, layer, p), usual) for layer in chosen for p in others])
-    rule = best().rule
-    attempt_all([(best().schedule, replace(rule, redundancy=r)) for r in REDUNDANCIES if r != rule.redundancy])
-    attempt_all([(best().schedule, other) for other in other_merges(best().rule, model.dead)])
+    second = [falling_schedule(model, goal, layer, p) for layer in chosen for p in POWERS if p != power]
+    tried += _attempt_all(attempt, [(found, Rule()) for found in second], progress, label, len(layers), total)
+    return sorted(tried, key=_apart)
+
+
+def choose_rule(schedule: Schedule, dead: str, attempt: Attempt, progress: Progress = no_progress) -> list[Tried]:
+    """Try who leaves first, then how patches are added to their heirs, where they have any."""
+    total = len(REDUNDANCIES) + len(MERGES) - 1
+    label = "searching who should leave first"
+    rules = [Rule(redundancy) for redundancy in REDUNDANCIES]
+    tried = _attempt_all(attempt, [(schedule, rule) for rule in rules], progress, label, 0, total)
+    if tried and dead == "heir":
+        rule = min(tried, key=_apart).rule
+        others = [replace(rule, merge_importance=weight, size_bias=bias) for weight, bias in MERGES]
+        candidates = [(schedule, other) for other in others if other != rule]
+        tried += _attempt_all(attempt, candidates, progress, label, len(rules), total)
     progress(label, total, total)
     return tried
 
 
+def _attempt_all(
+    attempt: Attempt,
+    candidates: Sequence[tuple[Schedule | None, Rule]],
+    progress: Progress,
+    label: str,
+    done: int,
+    total: int,
+) -> list[Tried]:
+    found = []
+    for number, (schedule, rule) in enumerate(candidates):
+        progress(label, done + number, total)
+        found.append(None if schedule is None else attempt(schedule, rule))
+    return [candidate for candidate in found if candidate is not None]
+
+
+def head_widths(model: SlimModel) -> tuple[int, int]:
+    """Widths of the projection and of the transformer block of a head that is calibrated for this model."""
+    backbone = model.backbone
+    projection = min(SIMILARITY_DIM, backbone.embed_dim)
+    block = HEAD_CHANNELS * max(1, round(backbone.embed_dim / CONTEXT_SHARE / HEAD_CHANNELS))
+    planning = Planning(projection, block, compares=False)
+    cost = planning.multiply_adds((model.num_patches,), backbone.embed_dim, backbone.num_prefix_tokens)
+    return projection, block if cost <= CONTEXT_COST * model.cost(None) else 0
+
+
 def _fit(
-    model: SlimModel, observed: Observed, layer: int, device: torch.device, progress: Progress = no_progress
+    model: SlimModel,
+    observed: Observed,
+    layer: int,
+    steps: int,
+    device: torch.device,
+    progress: Progress = no_progress,
 ) -> Fitted:
     """A fresh life head for one life layer, taught what the dense model did after it."""
     backbone = model.backbone
     head = LifeHead(backbone.embed_dim, backbone.global_token)
-    head.similarity_dim = model.life_head.similarity_dim
-    tokens, prefix = observed.tokens[layer], backbone.num_prefix_tokens
-    label = f"fitting the life head after block {layer}"
-    target = attention_target(observed, layer)
-    life = fit_life_head(head, tokens, target, prefix, device, progress=progress, label=label)
-    patches = tokens[:, prefix:][:, observed.compared]
-    label = f"fitting how alike patches will be after block {layer}"
-    alike = fit_similarity(head, patches, observed.alike[layer], device, progress=progress, label=label)
-    return Fitted({name: value.detach().clone() for name, value in head.state_dict().items()}, life, alike)
+    head.extend(model.life_head.similarity_dim, model.life_head.context_dim)
+    errors = fit_life_head(
+        head,
+        observed.tokens[layer],
+        attention_target(observed, layer),
+        observed.compared,
+        observed.alike[layer],
+        backbone.num_prefix_tokens,
+        device,
+        steps,
+        progress=progress,
+        label=f"fitting the life head after block {layer}",
+    )
+    return Fitted({name: value.detach().clone() for name, value in head.state_dict().items()}, *errors)
 
 
 @torch.no_grad()

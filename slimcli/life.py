@@ -5,16 +5,19 @@ Equation numbers are the paper's. Shapes: B images, P prefix tokens, N patches, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: the least that a patch can say which no other one says: 1 - cosine of patches that are alike but for rounding
-LEAST_NEWS = 1e-3
+#: the highest exponent of a patch's mass: what a few outliers weigh is finite then
+MOST = 40.0
+#: channels of an attention head in the life head's own transformer block
+HEAD_CHANNELS = 32
 
 
 def normalise_life(score: Tensor, life_mean: float, life_std: float, eps: float = 1e-6) -> Tensor:
@@ -62,49 +65,98 @@ def take_patches(patches: Tensor, order: Tensor) -> Tensor:
     return patches.expand(order.shape[0], *patches.shape[1:]).gather(1, index.expand(*order.shape, *patches.shape[2:]))
 
 
-def sort_patches(tokens: Tensor, order: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Tokens (B, P + N, D) with the patches gathered in `order` (B, n), behind the prefix tokens: (B, P + n, D).
+def take_rows(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens (B, n, D) at the places `chosen` (B, m): (B, m, D).
 
-    Whole rows are copied, once: gathering element by element takes five times as long.
+    Whole rows are copied: gathering element by element takes five times as long.
     """
-    batch, count, width = tokens.shape
-    starts = torch.arange(batch, device=tokens.device).unsqueeze(1) * count
-    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
-    rows = starts + torch.cat((prefix, order + num_prefix_tokens), dim=1)
-    return tokens.reshape(batch * count, width).index_select(0, rows.flatten()).reshape(*rows.shape, width)
+    batch, n, width = tokens.shape
+    rows = chosen + n * torch.arange(batch, device=tokens.device).unsqueeze(1)
+    return tokens.reshape(batch * n, width).index_select(0, rows.flatten()).reshape(batch, -1, width)
+
+
+def sort_patches(tokens: Tensor, order: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Tokens (B, P + N, D) with the patches gathered in `order` (B, n), behind the prefix tokens: (B, P + n, D)."""
+    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(tokens.shape[0], -1)
+    return take_rows(tokens, torch.cat((prefix, order + num_prefix_tokens), dim=1))
+
+
+class Plan(NamedTuple):
+    """Who leaves when, and who takes over from whom: decided once, at the life layer.
+
+    `order` (B, N) are the patches' places in raster order, longest life first. `heirs` (B, N) are places in `order`: a
+    patch's heir is among those that stay when it leaves; that of a patch that never leaves means nothing.
+    """
+
+    order: Tensor
+    heirs: Tensor
 
 
 @torch.no_grad()
-def choose_heirs(alike: Tensor, order: Tensor, counts: Sequence[int]) -> Tensor:
-    """The heir (B, N) of every patch, in the order of lives: a place among those that stay when it leaves.
+def plan(
+    features: Tensor, score: Tensor, counts: Sequence[int], redundancy: float = 0.0, merge_importance: float = 0.0
+) -> Plan:
+    """Decide ahead, for falling patch counts N, N', N'', ..., who leaves, and to which patch that stays it is added.
 
-    `alike` (B, N, N) are the cosines of patches in raster order, `order` (B, N) their places there, longest life first,
-    and `counts` are the falling patch counts N, N', N'', ...: the patches from N' on leave first. The heir is the patch
-    with the highest cosine among those that live on; that of a patch that never leaves means nothing.
+    A patch stands for a group: at first itself, later also those that it took over. Whenever patches leave, those go
+    first whose group is cheapest to join to the group of a more important patch, at the cost
+    sqrt(m_i m_j) (1 - cos(f_i, f_j)): the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with
+    s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by
+    exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
+    clustering, close to Ward's, with as many joined at a time as leave at a time. With `redundancy` 0 the least
+    important leave, whether they are like others or not.
     """
-    device = order.device
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
-    leave_last_first = list(itertools.pairwise(counts))[::-1]
-    groups = [(counts[-1], 1), *((n - stay, stay) for n, stay in leave_last_first)]
-    stay = torch.cat([torch.full((size,), value, device=device) for size, value in groups])
-    later = rank.unsqueeze(1) < stay[rank].unsqueeze(2)
-    heir = alike.masked_fill(~later, float("-inf")).argmax(dim=-1)
-    return rank.gather(1, heir).gather(1, order)
+    standard = normalise_life(score, 0.0, 1.0)
+    names = standard.argsort(dim=-1, descending=True, stable=True)
+    standard = standard.gather(1, names)
+    weight = (merge_importance * standard).exp().unsqueeze(-1)
+    mass = (standard / redundancy if redundancy > 0 else standard).clamp(max=MOST).exp().unsqueeze(-1)
+    groups = torch.cat((take_rows(features.float(), names) * weight, mass), dim=-1)
+    # the most important come first: nobody joins one that comes later
+    not_before = torch.full((names.shape[1],) * 2, float("inf"), device=names.device).triu()
+    left: list[tuple[Tensor, Tensor]] = []
+    for n, stay in itertools.pairwise(counts):
+        unit = F.normalize(groups[..., :-1], dim=-1)
+        if redundancy > 0:
+            root = groups[..., -1:].sqrt()
+            scaled = root * unit
+            one, other = torch.cat((root, -scaled), dim=-1), torch.cat((root, scaled), dim=-1)
+            cost = torch.baddbmm(not_before[:n, :n], one, other.transpose(1, 2)).amin(dim=-1)
+            dearest = cost.argsort(dim=-1, descending=True, stable=True)
+        else:
+            dearest = torch.arange(n, device=names.device).expand(names.shape[0], -1)
+        stays, leaves = dearest[:, :stay].sort(dim=-1).values, dearest[:, stay:]
+        heirs = torch.bmm(take_rows(unit, leaves), take_rows(unit, stays).transpose(1, 2)).argmax(dim=-1)
+        where = heirs.unsqueeze(-1).expand(-1, -1, groups.shape[-1])
+        groups = take_rows(groups, stays).scatter_add(1, where, take_rows(groups, leaves))
+        left.append((names.gather(1, leaves), names.gather(1, stays).gather(1, heirs)))
+        names = names.gather(1, stays)
+    order, heirs = (torch.cat((names, *parts[::-1]), dim=1) for parts in zip(*left, strict=True))
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return Plan(order, torch.empty_like(order).scatter(1, order, places).gather(1, heirs))
+
+
+@functools.lru_cache(maxsize=64)
+def lives_by_place(counts: tuple[int, ...]) -> tuple[float, ...]:
+    """Lives of N patches, longest first, that leave as N_1..N_L say: each between the last block that uses the patch
+    and the next, the later the better its place.
+    """
+    found: list[float] = []
+    for layer, (n, stay) in reversed(list(enumerate(itertools.pairwise((*counts, 0)), 1))):
+        found += [layer + (n - place) / (n - stay + 1) for place in range(stay, n)]
+    return tuple(found)
+
+
+def lives_in_order(order: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Lives (B, N) in raster order of patches that leave in `order` (B, N), as the schedule N_1..N_L has it."""
+    lives = torch.tensor(lives_by_place(counts), device=order.device).expand(order.shape)
+    return torch.empty_like(lives).scatter(1, order, lives)
 
 
 def cosines(features: Tensor) -> Tensor:
     """Cosine (B, n, n) of every pair of features (B, n, C)."""
     unit = F.normalize(features, dim=-1)
     return torch.bmm(unit, unit.transpose(1, 2))
-
-
-def redundancy(alike: Tensor, score: Tensor) -> Tensor:
-    """How much of each patch another one already says: (B, N), between -1 and 1.
-
-    The highest cosine, in `alike` (B, N, N), with a patch of higher `score` (B, N); -1 for the patch with the highest.
-    """
-    less = score.unsqueeze(2) >= score.unsqueeze(1)
-    return alike.masked_fill(less, -1.0).amax(dim=-1)
 
 
 def inherit(patches: Tensor, mass: Tensor, heir: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +194,41 @@ class Similarity(nn.Module):
             return F.linear(normalised(patches, self.norm), self.projection.weight.float())
 
 
+class Context(nn.Module):
+    """One narrow transformer block in which the tokens see each other: after an early block a patch alone says little.
+
+    Adds to the scores of patches, and to the features that they are compared by; nothing before it is taught. Computed
+    in the dtype of its weights.
+    """
+
+    def __init__(self, embed_dim: int, width: int, similarity_dim: int) -> None:
+        super().__init__()
+        self.num_heads = max(1, width // HEAD_CHANNELS)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.reduce = nn.Linear(embed_dim, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.final_norm = nn.LayerNorm(width)
+        self.score = nn.Linear(width, 1, bias=False)
+        self.features = nn.Linear(width, similarity_dim, bias=False)
+        for last in (self.score, self.features):
+            nn.init.zeros_(last.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, n, D) to what they are in context (B, n, width): see `score` and `features`."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = self.reduce(self.norm(tokens.to(self.norm.weight.dtype)))
+            qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(*qkv.unbind(0))
+            x = x + self.proj(attended.transpose(1, 2).flatten(2))
+            x = x + self.mlp(self.mlp_norm(x))
+            found: Tensor = self.final_norm(x)
+            return found
+
+
 def normalised(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
     """LayerNorm in float32, whatever the dtype of tokens and weights is."""
     return F.layer_norm(tokens.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
@@ -153,11 +240,9 @@ class LifeHead(nn.Module):
     s_i = (W_q h_0) . (W_k h_i) with h = LayerNorm(x). h_0 is the class token, or with `global_token="mean"`
     the mean of the patches' h_i. Everything is computed in float32, also under autocast.
 
-    Beyond the paper, and off by default: with `redundancy` above 0 the life of a patch also depends on what it says
-    that no more important patch says already, 1 - the highest cosine to one. The logarithm of that, times
-    `redundancy`, is added to the score in standard deviations, so that both are asked for: importance and news.
-    Patches are compared by their tokens or, with `similarity_dim` above 0, by a projection of them, which may learn how
-    alike they will be in later blocks.
+    Beyond the paper, and off by default: patches are compared with each other by their tokens or, with
+    `similarity_dim` above 0, by a projection of them, which may learn how alike they will be in later blocks; with
+    `context_dim` above 0 a narrow transformer block adds to the scores and to that projection.
     """
 
     def __init__(self, embed_dim: int, global_token: str = "cls") -> None:
@@ -170,59 +255,63 @@ class LifeHead(nn.Module):
         self.key = nn.Linear(embed_dim, embed_dim, bias=False)
         for projection in (self.query, self.key):
             nn.init.trunc_normal_(projection.weight, std=0.02)
-        #: weight of what no other patch says already, in standard deviations of the score
-        self.redundancy = 0.0
         self.similarity: Similarity | None = None
+        self.context: Context | None = None
 
     @property
     def similarity_dim(self) -> int:
         """Width of the projection that patches are compared by; 0 if their tokens are compared as they are."""
         return self.similarity.projection.out_features if self.similarity is not None else 0
 
-    @similarity_dim.setter
-    def similarity_dim(self, dim: int) -> None:
+    @property
+    def context_dim(self) -> int:
+        """Width of the transformer block; 0 without one."""
+        return self.context.reduce.out_features if self.context is not None else 0
+
+    def extend(self, similarity_dim: int = 0, context_dim: int = 0) -> None:
+        """Give the head a projection, and a transformer block, of these widths; 0 takes them away.
+
+        What has its width already is kept. Raises ValueError for a block without a projection that it adds to.
+        """
+        if context_dim > 0 and similarity_dim <= 0:
+            raise ValueError("context_dim above 0 needs similarity_dim above 0")
         weight = self.query.weight
-        if dim != self.similarity_dim:
-            self.similarity = Similarity(weight.shape[0], dim).to(weight.device, weight.dtype) if dim > 0 else None
+        embed_dim = weight.shape[0]
+        if context_dim != self.context_dim or similarity_dim != self.similarity_dim:
+            made = Context(embed_dim, context_dim, similarity_dim) if context_dim > 0 else None
+            self.context = None if made is None else made.to(weight.device, weight.dtype)
+        if similarity_dim != self.similarity_dim:
+            projection = Similarity(embed_dim, similarity_dim) if similarity_dim > 0 else None
+            self.similarity = None if projection is None else projection.to(weight.device, weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # weights say whether there is a projection, and how wide it is
-        weight = state_dict.get(f"{prefix}similarity.projection.weight")
-        self.similarity_dim = 0 if weight is None else weight.shape[0]
+        # weights say whether there is a projection or a block, and how wide they are
+        names = ("similarity.projection.weight", "context.reduce.weight")
+        widths = [state_dict[prefix + name].shape[0] if prefix + name in state_dict else 0 for name in names]
+        self.extend(*widths) if widths[0] else self.extend()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @torch.no_grad()
-    def alike(self, patches: Tensor) -> Tensor:
-        """Cosine (B, N, N) of every pair of patches (B, N, D), or of their projections."""
-        return cosines(self.features(patches))
+    def read(self, tokens: Tensor, num_prefix_tokens: int, compare: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Importance s (B, N) of patches in `tokens` (B, P + N, D), and what they are compared by (B, N, C), or None.
 
-    def features(self, patches: Tensor) -> Tensor:
-        """What patches (B, N, D) are compared with each other by: (B, N, C), float32."""
-        return patches.float() if self.similarity is None else cast(Tensor, self.similarity(patches))
-
-    def score(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-        """Importance s (B, N) of the patches in `tokens` (B, P + N, D).
-
-        The product is folded, s_i = (W_k^T W_q h_0) . h_i, which costs 2 D^2 + N D multiply-adds an image.
+        Both are float32. The paper's product is folded, s_i = (W_k^T W_q h_0) . h_i, which costs 2 D^2 + N D
+        multiply-adds an image.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             h = normalised(tokens, self.norm)
             patches = h[:, num_prefix_tokens:]
             whole = h[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
             folded = F.linear(whole, self.query.weight.float()) @ self.key.weight.float()
-            return torch.bmm(patches, folded.unsqueeze(-1)).squeeze(-1)
+            score = torch.bmm(patches, folded.unsqueeze(-1)).squeeze(-1)
+            raw = tokens[:, num_prefix_tokens:]
+            features = (raw.float() if self.similarity is None else self.similarity(raw)) if compare else None
+            if self.context is not None:
+                seen = self.context(tokens)[:, num_prefix_tokens:]
+                score = score + self.context.score(seen).squeeze(-1).float()
+                features = features + self.context.features(seen).float() if features is not None else None
+            return score, features
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:
         """Lives tau (B, N), float32, with mean `life_mean` and standard deviation `life_std` in every image."""
-        alike = self.alike(tokens[:, num_prefix_tokens:]) if self.redundancy > 0 else None
-        return self.lives(self.score(tokens, num_prefix_tokens), alike, life_mean, life_std)
-
-    def lives(self, score: Tensor, alike: Tensor | None, life_mean: float, life_std: float) -> Tensor:
-        """What `forward` returns for patches whose `score` (B, N), and cosines `alike` (B, N, N), are known already.
-
-        Cosines are needed where `redundancy` is above 0.
-        """
-        if self.redundancy > 0 and alike is not None:
-            news = (1.0 - redundancy(alike, score.detach())).clamp(min=LEAST_NEWS).log()
-            score = normalise_life(score, 0.0, 1.0) + self.redundancy * news
+        score, _ = self.read(tokens, num_prefix_tokens, compare=False)
         return normalise_life(score, life_mean, life_std)

@@ -81,7 +81,7 @@ class SlimmingSection(Section):
         "heir", description="what becomes of a patch whose life is over: gone, or added to the one most like it"
     )
     redundancy: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight, beside a patch's importance, of what it says that no more important one says already"
+        0.0, description="weight, beside a patch's importance, of what no more important one says, in who leaves first"
     )
     merge_importance: Annotated[float, Field(ge=0)] = Field(
         0.0, description="how much more an important patch weighs in the token that it becomes part of; 0: not at all"

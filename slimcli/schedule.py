@@ -277,31 +277,46 @@ class Architecture:
         """Multiply-adds of the folded life head: 2 D^2 + N D."""
         return 2 * self.embed_dim**2 + self.num_patches * self.embed_dim
 
-    def multiply_adds(self, counts: Sequence[int] | None = None, comparison: Comparison | None = None) -> int:
+    def multiply_adds(self, counts: Sequence[int] | None = None, planning: Planning | None = None) -> int:
         """Multiply-adds of one image under the schedule N_1..N_L; of the dense model without one.
 
-        The life head counts only where the schedule drops a patch: otherwise it does not run. `comparison` says what
-        patches are compared by, where they are compared with each other.
+        The life head counts only where the schedule drops a patch: otherwise it does not run. `planning` says what it
+        does beside the paper's product.
         """
         n = tuple(counts) if counts is not None else (self.num_patches,) * self.depth
         total = self.embedding + self.head_fixed + self.head_per_patch * n[-1]
         total += sum(self.block(layer, patches) for layer, patches in enumerate(n, 1))
         if n[-1] == n[0]:
             return total
-        if comparison is not None:
-            total += comparison.multiply_adds(n[0], self.embed_dim)
+        if planning is not None:
+            total += planning.multiply_adds(n, self.embed_dim, self.num_prefix_tokens)
         return total + self.life_head
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How every patch is compared with every other one at the life layer.
+class Planning:
+    """What the life head does at the life layer beside the paper's product: see `slimcli.life`.
 
-    `dim` is the width that they are projected to before that; 0 if they are compared as they are.
+    `similarity_dim` and `context_dim` are the widths of its projection and of its transformer block, 0 without;
+    `compares`: patches are compared with each other, by their tokens where there is no projection; `ranks`: that also
+    says which of them leave.
     """
 
-    dim: int = 0
+    similarity_dim: int = 0
+    context_dim: int = 0
+    compares: bool = True
+    ranks: bool = True
 
-    def multiply_adds(self, num_patches: int, embed_dim: int) -> int:
-        """Multiply-adds of one image: the projection, then a product of their width a pair."""
-        return num_patches * embed_dim * self.dim + num_patches**2 * (self.dim or embed_dim)
+    def multiply_adds(self, counts: Sequence[int], embed_dim: int, num_prefix_tokens: int) -> int:
+        """Multiply-adds of one image under the schedule N_1..N_L."""
+        patches, width = counts[0], self.context_dim
+        tokens = patches + num_prefix_tokens
+        # the reduction, queries, keys, values, their projection and the MLP; attention; the score
+        total = tokens * (embed_dim * width + 8 * width**2) + 2 * tokens**2 * width + patches * width
+        if not self.compares:
+            return total
+        total += patches * self.similarity_dim * (embed_dim + width)
+        channels = self.similarity_dim or embed_dim
+        for n, stay in itertools.pairwise(dict.fromkeys(counts)):
+            total += (n - stay) * stay * channels + (n**2 * (channels + 1) if self.ranks else 0)
+        return total

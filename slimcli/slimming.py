@@ -16,7 +16,7 @@ from slimcli.errors import SlimError
 from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.schedule import (
     Architecture,
-    Comparison,
+    Planning,
     Schedule,
     check_keep_rate,
     default_drop_layers,
@@ -70,6 +70,9 @@ class SlimModel(nn.Module):
         #: whether tokens that nothing reads after a block are only keys and values in it: patches that leave after it
         #: and, where the classifier reads prefix tokens alone, all patches in the last block. Same logits to rounding.
         self.exact_savings = False
+        #: weight of what a patch says that no more important one says, beside its importance, in who leaves first; with
+        #: 0 the least important leave first. See `slimcli.life.plan`.
+        self.redundancy = 0.0
         #: how much more an important patch weighs in the token that it becomes part of: the weight in the mean is the
         #: exponential of its standardised score, times this. 0 weighs all alike.
         self.merge_importance = 0.0
@@ -211,9 +214,11 @@ class SlimModel(nn.Module):
             return self.architecture().multiply_adds()
         head = self.life_head
         counts = schedule.resolve(self.num_patches)
-        compared = Comparison(head.similarity_dim) if self.dead == "heir" or head.redundancy > 0 else None
+        plan = Planning(
+            head.similarity_dim, head.context_dim, self.dead == "heir" or self.redundancy > 0, self.redundancy > 0
+        )
         taken_over = sum(self.taken_over(layer, schedule) for layer in range(1, self.schedule.depth))
-        return self.architecture().multiply_adds(counts, compared) - taken_over
+        return self.architecture().multiply_adds(counts, plan) - taken_over
 
     def taken_over(self, layer: int, schedule: Schedule) -> int:
         """Multiply-adds of one image that block `layer` does without, since heirs take over before its queries."""
@@ -288,22 +293,28 @@ class SlimModel(nn.Module):
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, P + N, D) after the life layer through the blocks that follow, as `_slimmed` returns them."""
-        prefix, head = self.backbone.num_prefix_tokens, self.life_head
+        prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         inherit = self.dead == "heir" and self.mode == "hard"
-        score = head.score(tokens, prefix)
-        alike = head.alike(tokens[:, prefix:]) if inherit or head.redundancy > 0 else None
-        life = head.lives(score, alike, *life_moments(counts))
+        score, features = self.life_head.read(tokens, prefix, inherit or self.redundancy > 0)
+        life = lives.normalise_life(score, *life_moments(counts))
+        plan = None
+        if features is not None:
+            steps = tuple(dict.fromkeys(counts))
+            plan = lives.plan(features, score, steps, self.redundancy, self.merge_importance)
+            if self.redundancy > 0:
+                # what patches say beside each other has no gradient: the score keeps its own
+                life = lives.lives_in_order(plan.order, counts) + (life - life.detach())
         self._remember(life)
         if self.mode != "hard":
             return self._bias(tokens, positions, life, counts)
-        order = lives.longest_lives_first(life, counts[0] if inherit else counts[self.schedule.life_layer])
+        used = counts[0] if inherit else counts[first]
+        order = lives.longest_lives_first(life, used) if plan is None else plan.order[:, :used]
         tokens = lives.sort_patches(tokens, order, prefix)
         if positions is not None:
             positions = lives.take_patches(positions, order)
-        if alike is None or not inherit:
+        if plan is None or not inherit:
             return self._drop(tokens, positions, counts)
-        heirs = lives.choose_heirs(alike, order, tuple(dict.fromkeys(counts)))
-        return self._bequeath(tokens, positions, score.gather(1, order), heirs, counts)
+        return self._bequeath(tokens, positions, score.gather(1, order), plan.heirs, counts)
 
     def _drop(self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """The later blocks on ever fewer patches, which come sorted, longest life first: sliced."""

@@ -115,7 +115,7 @@ def slimming_config(model: SlimModel) -> dict[str, Any]:
     }
     if isinstance(model.selector, LifeHead):
         config |= {
-            "redundancy": model.selector.redundancy,
+            "redundancy": model.redundancy,
             "merge_importance": model.merge_importance,
             "size_bias": model.size_bias,
         }
@@ -132,7 +132,7 @@ def configure(model: SlimModel, config: dict[str, Any]) -> None:
     """Set what `slimming_config` says of a model and its constructor does not take."""
     model.exact_savings = config.get("exact_savings", False)
     if isinstance(model.selector, LifeHead):
-        model.selector.redundancy = config.get("redundancy", 0.0)
+        model.redundancy = config.get("redundancy", 0.0)
         model.merge_importance = config.get("merge_importance", 0.0)
         model.size_bias = config.get("size_bias", 1.0)
 

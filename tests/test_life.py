@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 from slimcli.life import (
     LifeHead,
-    choose_heirs,
-    cosines,
     inherit,
+    lives_in_order,
     log_soft_weight,
     log_straight_weight,
     longest_lives_first,
     normalise_life,
-    redundancy,
+    plan,
     sort_patches,
     take_patches,
 )
@@ -46,7 +45,7 @@ def test_the_folded_product_is_the_papers_score(global_token):
     h = head.norm(tokens)
     whole = h[:, 0] if global_token == "cls" else h[:, 2:].mean(1)
     plain = (head.query(whole)[:, None] * head.key(h[:, 2:])).sum(-1)
-    assert torch.allclose(head.score(tokens, 2), plain, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(head.read(tokens, 2)[0], plain, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -94,14 +93,13 @@ def test_patches_are_taken_in_order_for_any_trailing_shape():
     assert torch.equal(taken[1, 0], patches[0, 1])
 
 
-def slow_heirs(patches, weights, counts):
-    """The rule in words: one image, one patch at a time. Tokens, weights and numbers of patches."""
+def slow_inheritance(patches, weights, heirs, counts):
+    """In words: one image, one patch at a time. Tokens, weights and numbers of patches."""
     kept = {i: (patches[i].clone(), float(weights[i]), 1.0) for i in range(len(patches))}
-    cosine = F.cosine_similarity(patches[:, None], patches[None], dim=-1)
     for before, after in itertools.pairwise(counts):
         bequests = {heir: [kept[heir]] for heir in range(after)}
         for dead in range(after, before):
-            bequests[int(cosine[dead, :after].argmax())].append(kept[dead])
+            bequests[int(heirs[dead])].append(kept[dead])
         kept = {
             heir: (
                 sum(weight * token for token, weight, _ in parts) / sum(weight for _, weight, _ in parts),
@@ -126,66 +124,87 @@ def test_sorting_the_patches_leaves_the_prefix_tokens_in_front(prefix):
     assert torch.equal(*gradients)
 
 
-def test_heirs_are_as_the_rule_says():
+def test_a_heir_becomes_the_weighted_mean_of_all_it_took_over():
     patches, counts = torch.randn(3, 20, 8), (20, 13, 6, 2)
     weights = torch.rand(3, 20) + 0.5
     now, mass = patches, torch.stack((weights, torch.ones(3, 20)), dim=-1)
-    order = torch.stack([torch.randperm(20) for _ in range(3)])
-    raster = torch.empty_like(patches).scatter(1, order[..., None].expand_as(patches), patches)
-    heirs = choose_heirs(cosines(raster), order, counts)
+    heirs = plan(patches, weights, counts).heirs
     for before, after in itertools.pairwise(counts):
         now, mass = inherit(now, mass, heirs[:, after:before])
     assert now.shape == (3, 2, 8)
     for image in range(3):
-        expected, masses = slow_heirs(patches[image], weights[image], counts)
+        expected, masses = slow_inheritance(patches[image], weights[image], heirs[image], counts)
         assert torch.allclose(now[image], expected, atol=1e-5)
         assert torch.allclose(mass[image], masses)
     assert torch.equal(mass[..., 1].sum(1), torch.full((3,), 20.0))
 
 
-def test_redundancy_is_the_highest_cosine_to_a_patch_of_higher_score():
+def test_of_two_patches_that_say_the_same_the_less_important_leaves_early():
     torch.manual_seed(0)
-    features, score = torch.randn(2, 7, 5), torch.randn(2, 7)
-    found = redundancy(cosines(features), score)
-    for image in range(2):
-        for i in range(7):
-            above = [j for j in range(7) if score[image, j] > score[image, i]]
-            said = [float(F.cosine_similarity(features[image, i], features[image, j], dim=0)) for j in above]
-            assert found[image, i].item() == pytest.approx(max(said, default=-1.0), abs=1e-5)
+    features, score = torch.randn(1, 8, 16), torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 4.5, 2.5]])
+    features[0, 6] = features[0, 0] + 1e-3
+    by_importance = plan(features, score, (8, 7, 3), 0.0)
+    assert by_importance.order[0].tolist() == [0, 6, 2, 4, 7, 3, 1, 5]
+    found = plan(features, score, (8, 7, 3), 25.0)
+    assert found.order[0, -1] == 6 and found.order[0, found.heirs[0, -1]] == 0
 
 
-@torch.no_grad()
-def test_of_two_patches_that_say_the_same_the_less_important_dies_early():
-    head, tokens = random_head(), torch.randn(1, 1 + 8, 16)
-    best = int(head.score(tokens, 1).argmax())
-    twin = (best + 1) % 8
-    tokens[0, 1 + twin] = tokens[0, 1 + best] + 1e-3 * torch.randn(16)
-    plain = head(tokens, 1, 5.0, 2.0)[0]
-    less = min(best, twin, key=lambda i: float(plain[i]))
-    assert int(plain.argmin()) not in (best, twin)
-    head.redundancy = 25.0
-    found = head(tokens, 1, 5.0, 2.0)[0]
-    assert int(found.argmin()) == less
-    assert found.mean().item() == pytest.approx(5.0, abs=1e-4)
-    assert found.std(unbiased=False).item() == pytest.approx(2.0, abs=1e-3)
+def test_who_took_over_much_stays():
+    # three alike and one apart: once two of the three are joined they outweigh it
+    unit = torch.eye(4)
+    features = torch.stack((unit[0], unit[0] + 0.05 * unit[1], unit[2], unit[2] + 0.3 * unit[3])).unsqueeze(0)
+    score = torch.tensor([[0.1, 0.0, 0.3, 0.2]])
+    first, second = plan(features, score, (4, 3, 2), 1.0).order[0, [3, 2]].tolist()
+    assert (first, second) == (1, 3)
 
 
-def test_redundancy_leaves_the_gradient_to_the_score():
-    head = random_head()
-    head.similarity_dim, head.redundancy = 4, 5.0
-    head(torch.randn(2, 1 + 8, 16), 1, 5.0, 2.0)[:, 0].sum().backward()
-    assert head.query.weight.grad.abs().sum() > 0
-    assert head.similarity.projection.weight.grad is None
+def test_heirs_stay_when_those_leave_who_name_them():
+    counts = (20, 13, 6, 2)
+    for redundancy in (0.0, 3.5):
+        found = plan(torch.randn(3, 20, 8), torch.randn(3, 20), counts, redundancy, 0.7)
+        assert torch.equal(found.order.sort(dim=1).values, torch.arange(20).expand(3, -1))
+        for before, after in itertools.pairwise(counts):
+            assert (found.heirs[:, after:before] < after).all()
 
 
-def test_patches_are_compared_by_a_projection_of_the_chosen_width():
-    head, patches = random_head(), torch.randn(2, 8, 16, dtype=torch.bfloat16)
-    assert torch.equal(head.features(patches), patches.float())
-    head.similarity_dim = 4
-    assert head.features(patches).shape == (2, 8, 4) and head.features(patches).dtype == torch.float32
-    assert {"similarity.norm.weight", "similarity.projection.weight"} <= set(head.state_dict())
-    head.similarity_dim = 0
-    assert not any(name.startswith("similarity") for name in head.state_dict())
+def test_scores_and_features_of_any_scale_do_not_overflow():
+    score = torch.zeros(1, 900)
+    score[0, :2] = torch.tensor([1e4, 1e3])
+    features = torch.cat((torch.randn(1, 450, 4), torch.zeros(1, 450, 4)), dim=1)
+    found = plan(features * 1e6, score, (900, 400, 10), 0.1, 0.7)
+    assert torch.equal(found.order.sort(dim=1).values, torch.arange(900).expand(1, -1))
+    assert found.order[0, 0] == 0
+
+
+def test_lives_in_order_end_where_the_schedule_says():
+    counts = (9, 9, 6, 6, 2)
+    order = torch.stack([torch.randperm(9) for _ in range(2)])
+    life = lives_in_order(order, counts)
+    assert torch.equal(longest_lives_first(life, 9), order)
+    for layer, n in enumerate(counts, 1):
+        assert ((life >= layer).sum(dim=1) == n).all()
+
+
+def test_a_head_compares_patches_by_what_it_was_extended_with():
+    head, tokens = random_head(), torch.randn(2, 1 + 8, 16, dtype=torch.bfloat16)
+    score, features = head.read(tokens, 1)
+    assert torch.equal(features, tokens[:, 1:].float()) and head.read(tokens, 1, compare=False)[1] is None
+    head.extend(4)
+    assert head.read(tokens, 1)[1].shape == (2, 8, 4) and head.read(tokens, 1)[1].dtype == torch.float32
+    head.extend(4, 32)
+    # a block that was never taught changes nothing
+    assert torch.equal(head.read(tokens, 1)[0], score)
+    torch.nn.init.normal_(head.context.score.weight)
+    again = head.read(tokens, 1)[0]
+    assert not torch.equal(again, score) and again.dtype == torch.float32
+    moved = tokens.clone()
+    moved[:, -1] += 3
+    # what one patch says changes the score of another
+    assert not torch.allclose(head.read(moved, 1)[0][:, 0], again[:, 0])
+    head.extend()
+    assert not any(name.startswith(("similarity", "context")) for name in head.state_dict())
+    with pytest.raises(ValueError, match="needs similarity_dim"):
+        head.extend(0, 32)
 
 
 def test_the_straight_weight_is_hard_forward_and_soft_backward():
@@ -198,10 +217,11 @@ def test_the_straight_weight_is_hard_forward_and_soft_backward():
     assert torch.allclose(life.grad, 1.5 * soft * (1 - soft))
 
 
-def test_weights_bring_their_projection():
+def test_weights_bring_their_projection_and_their_block():
     taught, plain = random_head(), LifeHead(16)
-    taught.similarity_dim = 4
+    taught.extend(4, 32)
     plain.load_state_dict(taught.state_dict())
     assert torch.equal(plain.similarity.projection.weight, taught.similarity.projection.weight)
+    assert torch.equal(plain.context.qkv.weight, taught.context.qkv.weight)
     plain.load_state_dict(random_head().state_dict())
-    assert plain.similarity_dim == 0
+    assert (plain.similarity_dim, plain.context_dim) == (0, 0)

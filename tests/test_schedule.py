@@ -9,7 +9,7 @@ from slimcli.backbones.timm_families import backbone
 from slimcli.backbones.timm_vit import build_model
 from slimcli.errors import SlimError
 from slimcli.schedule import (
-    Comparison,
+    Planning,
     Schedule,
     default_drop_layers,
     default_life_layer,
@@ -117,9 +117,15 @@ def test_counts_fall_faster_at_first_with_a_power_below_one():
     assert falling_counts(16, 4, 1, 1.0, 100) == (16, 1, 1, 1)
 
 
-def test_comparing_patches_is_counted():
-    assert Comparison().multiply_adds(8, 32) == 64 * 32
-    assert Comparison(4).multiply_adds(8, 32) == 8 * 32 * 4 + 64 * 4
+def test_planning_ahead_is_counted():
+    counts = (8, 8, 5, 2)
+    joined, ranked = 3 * 5 + 3 * 2, 8**2 + 5**2
+    assert Planning(compares=False).multiply_adds(counts, 32, 1) == 0
+    assert Planning(ranks=False).multiply_adds(counts, 32, 1) == joined * 32
+    assert Planning(4).multiply_adds(counts, 32, 1) == 8 * 32 * 4 + joined * 4 + ranked * 5
+    block = 9 * (32 * 16 + 8 * 16**2) + 2 * 81 * 16 + 8 * 16
+    assert Planning(4, 16, compares=False).multiply_adds(counts, 32, 1) == block
+    assert Planning(4, 16, ranks=False).multiply_adds(counts, 32, 1) == block + 8 * 4 * (32 + 16) + joined * 4
 
 
 @pytest.mark.parametrize(

@@ -273,9 +273,9 @@ def test_a_heir_equal_to_the_dead_patch_changes_nothing(monkeypatch):
         tokens, positions = embed(batch)
         return torch.cat((tokens[:, :8], tokens[:, :8].flip(1)), 1), positions
 
-    lives = torch.linspace(4, 1, 16).expand(2, 16)
+    score = torch.linspace(4, 1, 16).expand(2, 16)
     monkeypatch.setattr(model.backbone, "embed", doubled)
-    monkeypatch.setattr(model.life_head, "lives", lambda *_: lives)
+    monkeypatch.setattr(model.life_head, "read", lambda tokens, *_: (score, tokens.float()))
     x = images(model)
     heir = model(x)
     model.mode = "none"
@@ -334,13 +334,15 @@ def test_the_layout_for_inference_changes_no_weight_and_no_logits(tmp_path):
         assert torch.equal(saved[name], before[name])
 
 
-def test_redundancy_and_similarity_travel_with_a_saved_model(tmp_path):
+def test_the_rule_and_what_the_head_compares_by_travel_with_a_saved_model(tmp_path):
     model = slim("digits_vit", 0.5, dead="heir")
-    model.life_head.similarity_dim, model.life_head.redundancy = 8, 10.0
+    model.life_head.extend(8, 32)
+    torch.nn.init.normal_(model.life_head.context.score.weight)
+    model.redundancy = 10.0
     model.merge_importance, model.size_bias = 0.7, 0.5
     save_model(tmp_path, model, {"model": {"name": "digits_vit", "args": {}}})
     loaded = load(tmp_path)
-    assert (loaded.life_head.similarity_dim, loaded.life_head.redundancy) == (8, 10.0)
+    assert (loaded.life_head.similarity_dim, loaded.life_head.context_dim, loaded.redundancy) == (8, 32, 10.0)
     assert (loaded.merge_importance, loaded.size_bias) == (0.7, 0.5)
     x = images(loaded)
     with torch.no_grad():

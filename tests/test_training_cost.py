@@ -28,16 +28,16 @@ def step(run):
 def test_the_first_stage_keeps_nothing_of_the_blocks_before_the_life_head(monkeypatch):
     model = staged("life", "soft")
     saved, at_the_head = [], []
-    score = model.life_head.score
-    monkeypatch.setattr(model.life_head, "score", lambda *args: at_the_head.append(len(saved)) or score(*args))
+    read = model.life_head.read
+    monkeypatch.setattr(model.life_head, "read", lambda *args: at_the_head.append(len(saved)) or read(*args))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(1) or tensor, lambda tensor: tensor):
         step(model)
     assert at_the_head == [0]
     assert len(saved) > 100
     # where the backbone learns, they are kept
     model = staged("backbone", "soft")
-    score, saved[:] = model.life_head.score, []
-    monkeypatch.setattr(model.life_head, "score", lambda *args: at_the_head.append(len(saved)) or score(*args))
+    read, saved[:] = model.life_head.read, []
+    monkeypatch.setattr(model.life_head, "read", lambda *args: at_the_head.append(len(saved)) or read(*args))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(1) or tensor, lambda tensor: tensor):
         step(model)
     assert at_the_head[-1] > 50

@@ -30,7 +30,7 @@ from slimcli.errors import SlimError
     help="Cost to reach: that of this keep rate at three layers; several: what serves all of them.",
 )
 @click.option("--keep-schedule", is_flag=True, help="Keep the layers where patches leave; only teach the life head.")
-@click.option("--images", type=click.IntRange(min=8), default=512, show_default=True, help="Images to fit on.")
+@click.option("--images", type=click.IntRange(min=8), default=1024, show_default=True, help="Images to fit on.")
 @click.option(
     "--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="Validation images to report on."
 )
@@ -102,7 +102,7 @@ def command(
     section = choose_data(found, data, None, limit, batch_size)
     layers = calibrate.candidate_life_layers(model.backbone.depth)
     count = calibrate.images_that_fit(model.backbone, images, len(layers))
-    check_count = max(8, count // 2)
+    check_count = max(8, count // 4)
     teach = datasets.open_dataset(section.model_copy(update={"train_limit": count + check_count}), train=True)
     show = datasets.open_dataset(section, train=False)
     check_classes(model, getattr(show, "class_names", None))

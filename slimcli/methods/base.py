@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from slimcli.attention import AttentionRecorder
 from slimcli.backbones.base import Backbone, counted, without_computing
 from slimcli.errors import SlimError
-from slimcli.life import take_patches
+from slimcli.life import sort_patches, take_patches
 from slimcli.plugins import find_method
 from slimcli.schedule import Architecture, Schedule, highest_keep_rate
 from slimcli.slimming import SlimModel
@@ -107,9 +106,7 @@ class Method(SlimModel):
 
     def _take(self, tokens: Tensor, positions: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prefix tokens and the `chosen` patches (B, n), with their positions."""
-        prefix = self.backbone.num_prefix_tokens
-        everywhere = torch.arange(prefix, device=tokens.device).expand(chosen.shape[0], -1)
-        kept = take_rows(tokens, torch.cat((everywhere, chosen + prefix), dim=1))
+        kept = sort_patches(tokens, chosen, self.backbone.num_prefix_tokens)
         return kept, None if positions is None else take_patches(positions, chosen)
 
     @cached_property
@@ -167,10 +164,3 @@ def rival(name: str, model: SlimModel) -> Method:
 def drop_layers(counts: Sequence[int]) -> tuple[int, ...]:
     """The blocks, counted from 1, after which fewer patches go on."""
     return tuple(layer for layer in range(1, len(counts)) if counts[layer] < counts[layer - 1])
-
-
-def take_rows(tokens: Tensor, chosen: Tensor) -> Tensor:
-    """Tokens (B, n, D) at the places `chosen` (B, m): (B, m, D). Whole rows are copied, which a gather does not do."""
-    batch, n, width = tokens.shape
-    rows = chosen + n * torch.arange(batch, device=tokens.device).unsqueeze(1)
-    return tokens.reshape(batch * n, width).index_select(0, rows.flatten()).reshape(batch, -1, width)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from slimcli.attention import AttentionRecorder, biased_attention
 from slimcli.errors import SlimError
-from slimcli.life import prefix_bias
-from slimcli.methods.base import Method, backbone_cost, take_rows
+from slimcli.life import prefix_bias, take_rows
+from slimcli.methods.base import Method, backbone_cost
 from slimcli.schedule import Schedule
 
 
