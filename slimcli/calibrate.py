@@ -25,7 +25,6 @@ from slimcli.schedule import (
     default_drop_layers,
     default_life_layer,
     falling_counts,
-    highest_keep_rate,
 )
 from slimcli.slimming import SlimModel
 
@@ -384,7 +383,7 @@ def calibrate(
         head.load_state_dict(fitted[schedule.life_layer].state)
         rule.set(model)
         found: list[tuple[float, float]] = []
-        for scaled in (schedule, *(at_cost(model, schedule, cost) for cost in others)):
+        for scaled in (schedule, *(model.at_cost(schedule, cost.multiply_adds) for cost in others)):
             if scaled is None:
                 return None
             model.schedule = scaled
@@ -420,14 +419,6 @@ def calibrate(
     return Calibration(fitted, tried, paper)
 
 
-def at_cost(model: SlimModel, schedule: Schedule, cost: Cost) -> Schedule | None:
-    """`schedule` with its form kept, at another cost; None where it cannot be had for so little."""
-    if schedule.counts is not None:
-        return schedule.scaled(model.multiply_adds, cost.multiply_adds)
-    rate = highest_keep_rate(lambda rate: model.multiply_adds(schedule.at_keep_rate(rate)), cost.multiply_adds)
-    return None if rate is None else schedule.at_keep_rate(rate)
-
-
 def _apart(candidate: Tried) -> float:
     return candidate.apart
 
@@ -439,7 +430,8 @@ def paper_schedule(model: SlimModel, goal: Cost) -> Schedule | None:
     """
     depth = model.backbone.depth
     life_layer = default_life_layer(depth)
-    return at_cost(model, Schedule.uniform(depth, 1.0, life_layer, default_drop_layers(depth, life_layer)), goal)
+    uniform = Schedule.uniform(depth, 1.0, life_layer, default_drop_layers(depth, life_layer))
+    return model.at_cost(uniform, goal.multiply_adds)
 
 
 Attempt = Callable[[Schedule, Rule], Tried | None]

@@ -21,6 +21,7 @@ from slimcli.schedule import (
     check_keep_rate,
     default_drop_layers,
     default_life_layer,
+    highest_keep_rate,
     life_moments,
 )
 
@@ -153,13 +154,23 @@ class SlimModel(nn.Module):
         """
         if self.schedule.counts is None or not self.schedule.drops_patches():
             return self.schedule.at_keep_rate(keep_rate)
-        found = self.schedule.scaled(self.multiply_adds, self.usual_cost(check_keep_rate(keep_rate)))
+        found = self.at_cost(self.schedule, self.usual_cost(check_keep_rate(keep_rate)))
         if found is None:
             raise SlimError(
                 f"keep rate {keep_rate:g} cannot be reached by this schedule: all {self.schedule.counts[0]} patches "
                 f"are in blocks 1 to {self.schedule.life_layer}"
             )
         return found
+
+    def at_cost(self, schedule: Schedule, multiply_adds: float) -> Schedule | None:
+        """`schedule` with its form kept and the most patches that cost at most so many multiply-adds an image.
+
+        None where it cannot be had for so little.
+        """
+        if schedule.counts is not None:
+            return schedule.scaled(self.multiply_adds, multiply_adds)
+        rate = highest_keep_rate(lambda rate: self.multiply_adds(schedule.at_keep_rate(rate)), multiply_adds)
+        return None if rate is None else schedule.at_keep_rate(rate)
 
     def usual_cost(self, keep_rate: float) -> int:
         """Multiply-adds of the paper's schedule, three drops with discarding, at a keep rate: what it stands for."""
