@@ -114,14 +114,15 @@ def plan(
     groups = torch.cat((take_rows(features.float(), names) * weight, mass), dim=-1)
     # the most important come first: nobody joins one that comes later
     not_before = torch.full((names.shape[1],) * 2, float("inf"), device=names.device).triu()
+    # so that one product of [sqrt(m), sqrt(m) f / |f|] with itself is the cost of every pair
+    signs = 1.0 - 2.0 * torch.arange(groups.shape[-1], device=names.device).clamp(max=1)
     left: list[tuple[Tensor, Tensor]] = []
     for n, stay in itertools.pairwise(counts):
         unit = F.normalize(groups[..., :-1], dim=-1)
         if redundancy > 0:
             root = groups[..., -1:].sqrt()
-            scaled = root * unit
-            one, other = torch.cat((root, -scaled), dim=-1), torch.cat((root, scaled), dim=-1)
-            cost = torch.baddbmm(not_before[:n, :n], one, other.transpose(1, 2)).amin(dim=-1)
+            scaled = torch.cat((root, root * unit), dim=-1)
+            cost = torch.baddbmm(not_before[:n, :n], scaled, (scaled * signs).transpose(1, 2)).amin(dim=-1)
             dearest = cost.argsort(dim=-1, descending=True, stable=True)
         else:
             dearest = torch.arange(n, device=names.device).expand(names.shape[0], -1)
