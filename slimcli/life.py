@@ -5,7 +5,6 @@ Equation numbers are the paper's. Shapes: B images, P prefix tokens, N patches, 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -137,7 +136,6 @@ def plan(
     return Plan(order, torch.empty_like(order).scatter(1, order, places).gather(1, heirs))
 
 
-@functools.lru_cache(maxsize=64)
 def lives_by_place(counts: tuple[int, ...]) -> tuple[float, ...]:
     """Lives of N patches, longest first, that leave as N_1..N_L say: each between the last block that uses the patch
     and the next, the later the better its place.

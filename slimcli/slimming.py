@@ -79,8 +79,8 @@ class SlimModel(nn.Module):
         self.merge_importance = 0.0
         #: a token that stands for n patches counts as n to this power as a key; 1 is what n equal keys are
         self.size_bias = 1.0
-        #: lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing
-        self.life: Tensor | None = None
+        # lives of the last batch, or the order and the schedule that they follow from
+        self._life: Tensor | tuple[Tensor, tuple[int, ...]] | None = None
         self._mode = "hard"
         #: what a call returns: "output", as the dense model does, "embedding", or "both" logits and embedding
         self.returns = "output"
@@ -94,6 +94,11 @@ class SlimModel(nn.Module):
         """What the rule learns beside the backbone; a module without parameters where it learns nothing."""
         module: nn.Module = getattr(self, self.selector_name)
         return module
+
+    @property
+    def life(self) -> Tensor | None:
+        """Lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing."""
+        return lives.lives_in_order(*self._life) if isinstance(self._life, tuple) else self._life
 
     @property
     def mode(self) -> str:
@@ -312,11 +317,12 @@ class SlimModel(nn.Module):
         if features is not None:
             steps = tuple(dict.fromkeys(counts))
             plan = lives.plan(features, score, steps, self.redundancy, self.merge_importance)
-            if self.redundancy > 0:
-                # what patches say beside each other has no gradient: the score keeps its own
-                life = lives.lives_in_order(plan.order, counts) + (life - life.detach())
-        self._remember(life)
+        planned = plan if self.redundancy > 0 else None
+        self._remember(life.detach() if planned is None else (planned.order, counts))
         if self.mode != "hard":
+            if planned is not None:
+                # what patches say beside each other has no gradient: the score keeps its own
+                life = lives.lives_in_order(planned.order, counts) + (life - life.detach())
             return self._bias(tokens, positions, life, counts)
         used = counts[0] if inherit else counts[first]
         order = lives.longest_lives_first(life, used) if plan is None else plan.order[:, :used]
@@ -437,9 +443,9 @@ class SlimModel(nn.Module):
             return result
         return run(*args)
 
-    def _remember(self, life: Tensor | None) -> None:
+    def _remember(self, life: Tensor | tuple[Tensor, tuple[int, ...]] | None) -> None:
         if not torch.compiler.is_exporting():
-            self.life = None if life is None else life.detach()
+            self._life = life
 
 
 def with_keep_rate(schedule: Schedule, value: float | Sequence[tuple[int, float]] | Sequence[int]) -> Schedule:

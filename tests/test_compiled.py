@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_heirs import taught
 from test_slimming import images, slimmed
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,20 +11,23 @@ from slimcli.backbones.base import without_computing
 from slimcli.conformance import WAITING
 
 WAYS = [
-    ("hard", "discard", False),
-    ("hard", "discard", True),
-    ("hard", "heir", False),
-    ("hard", "heir", True),
-    ("soft", "discard", True),
-    ("none", "discard", True),
+    "hard-discard",
+    "hard-discard-exact",
+    "hard-heir",
+    "hard-heir-exact",
+    "hard-heir-exact-planned",
+    "soft-discard-exact",
+    "soft-discard-planned",
+    "none-discard-exact",
 ]
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}{'-exact' if way[2] else ''}")
+@pytest.fixture(params=WAYS)
 def model(request):
     made = slimmed([16, 12, 7, 3])
-    made.mode, made.dead, made.exact_savings = request.param
-    return made
+    made.mode, made.dead, *more = request.param.split("-")
+    made.exact_savings = "exact" in more
+    return taught(made) if "planned" in more else made
 
 
 @torch.no_grad()

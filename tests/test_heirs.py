@@ -122,6 +122,9 @@ def test_heirs_take_over_before_the_queries_of_a_patchs_last_block(kind, redunda
     expected = torch.stack([slow_heirs(model, image) for image in x])
     for model.exact_savings in (False, True):
         torch.testing.assert_close(model(x), expected, atol=2e-5, rtol=1e-4)
+    if redundancy > 0:
+        for layer, n in enumerate(COUNTS, 1):
+            assert ((model.life >= layer).sum(dim=1) == n).all()
 
 
 @torch.no_grad()
