@@ -19,13 +19,7 @@ from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
 from slimcli.life import HEAD_CHANNELS, LifeHead, cosines, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
-from slimcli.schedule import (
-    Planning,
-    Schedule,
-    default_drop_layers,
-    default_life_layer,
-    falling_counts,
-)
+from slimcli.schedule import Planning, Schedule, default_drop_layers, default_life_layer, falling_counts
 from slimcli.slimming import SlimModel
 
 #: memory that what is remembered of the images may take, for all candidate life layers together
@@ -403,8 +397,9 @@ def calibrate(
         fitted[chosen.life_layer] = _fit(model, observed, chosen.life_layer, steps, device, progress)
     del observed
     tried = choose_rule(chosen, model.dead, attempt, progress)
-    if isinstance(goal, Schedule):
-        tried += [found for found in (attempt(goal, PLAIN),) if found is not None]
+    plain = attempt(goal, PLAIN) if isinstance(goal, Schedule) else None
+    if plain is not None:
+        tried.append(plain)
     tried.sort(key=_apart)
     tried += compared
     best, paper = tried[0], None

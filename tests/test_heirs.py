@@ -136,6 +136,19 @@ def test_the_cost_formula_counts_what_heirs_cost(kind):
     for model.exact_savings in (False, True):
         cost, _ = counted(lambda: model(images(model, 1)))
         assert cost == model.multiply_adds()
+    # beside discarding with the same head and the same plan
+    discarding = taught(slimmed(COUNTS, **SHAPES[kind]))
+    assert model.cost(model.schedule) < discarding.cost(discarding.schedule)
+
+
+def test_planning_leaves_the_gradient_to_the_score():
+    model = taught(slimmed(COUNTS))
+    model.mode = "soft"
+    model(images(model)).square().sum().backward()
+    assert model.life_head.query.weight.grad.abs().sum() > 0
+    assert model.life_head.context.score.weight.grad.abs().sum() > 0
+    assert model.life_head.similarity.projection.weight.grad is None
+    assert model.life_head.context.features.weight.grad is None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from slimcli.attention import AttentionRecorder, biased_attention
 from slimcli.errors import SlimError
-from slimcli.life import prefix_bias, take_rows
+from slimcli.life import prefix_bias, sort_patches, take_rows
 from slimcli.methods.base import Method, backbone_cost
 from slimcli.schedule import Schedule
 
@@ -183,8 +183,7 @@ def merge(tokens: Tensor, size: Tensor, match: Matching, prefix: int) -> tuple[T
     place = match.target + match.rest.shape[1]
     added = size.gather(1, match.source)
     total = weight.scatter_add(1, place, added)
-    everywhere = torch.arange(prefix, device=tokens.device).expand(batch, -1)
-    kept = take_rows(tokens, torch.cat((everywhere, stay + prefix), dim=1))
+    kept = sort_patches(tokens, stay, prefix)
     merged = take_rows(tokens, match.source + prefix)
     # a mean weighted by size: rows that take nothing in keep the weight 1
     kept = kept * F.pad(weight / total, (prefix, 0), value=1.0).unsqueeze(-1).to(tokens.dtype)
