@@ -29,7 +29,8 @@ from slimcli.errors import SlimError
 
 KERNELS = ("auto", "reference", "mask", "channel", "flex")
 
-#: up to this many tokens the plain formula is faster on a CPU than a fused kernel with its backward pass
+#: up to this many tokens the plain formula is faster on a CPU than a fused kernel with its backward pass, where the
+#: bias learns or the dtype has 16 bits
 FEW_TOKENS = 160
 #: channels a head that fused kernels take, the one for the bias included
 MAX_CHANNELS = 256
@@ -38,18 +39,25 @@ NEVER = -1e4
 
 
 def choose(
-    device: str, tokens: int, channels: int, learns: bool, pairs_per_image: bool = False, dropout: bool = False
+    device: str,
+    tokens: int,
+    channels: int,
+    learns: bool,
+    pairs_per_image: bool = False,
+    dropout: bool = False,
+    trains_in_16_bits: bool = False,
 ) -> str:
     """The kernel for `tokens` keys with `channels` a head on a device type.
 
     `learns`: the bias needs a gradient. `pairs_per_image`: every image needs its own part of a bias per pair.
+    `trains_in_16_bits`: queries, keys or values need a gradient, in a dtype of 16 bits.
     """
     if pairs_per_image:
         return "flex" if device == "cuda" and not learns and not dropout else "mask"
+    if device == "cpu" and tokens <= FEW_TOKENS and (learns or trains_in_16_bits):
+        return "reference"
     if not learns:
         return "mask"
-    if device == "cpu" and tokens <= FEW_TOKENS:
-        return "reference"
     return "channel" if channels + 8 <= MAX_CHANNELS else "mask"
 
 
@@ -79,7 +87,9 @@ def attend(
     if kernel == "auto":
         learns_pairs = per_image and pair_bias is not None and pair_bias.requires_grad and torch.is_grad_enabled()
         device, n, d = query.device.type, key.shape[-2], query.shape[-1]
-        kernel = choose(device, n, d, learns or learns_pairs, per_image, dropout > 0)
+        kernel = choose(
+            device, n, d, learns or learns_pairs, per_image, dropout > 0, _trains_in_16_bits(query, key, value)
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if pair_bias is not None and places is not None and not per_image:
         # one part for all images: as large as the bias of the dense model
@@ -238,6 +248,13 @@ def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def _trains_in_16_bits(*tensors: Tensor) -> bool:
+    """Whether attention on these has a backward pass, in a dtype of 16 bits."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
+    return torch.is_grad_enabled() and dtype.itemsize == 2 and any(tensor.requires_grad for tensor in tensors)
+
+
 def _as_mask(pair_bias: Tensor | None, query: Tensor) -> Tensor | None:
     return pair_bias if pair_bias is None or pair_bias.dtype == torch.bool else pair_bias.to(query.dtype)
 
@@ -307,6 +324,23 @@ def biased_attention(
             f"{where} does not use torch's scaled_dot_product_attention, so no bias can be added to its keys: "
             "override masked_block in its Backbone"
         )
+
+
+class TrainingAttention(_Biased):
+    """Lets every fused attention that runs inside it choose its kernel as `attend` does, with no bias added.
+
+    torch's fused kernel for the CPU has a slow backward pass in 16 bits: see `FEW_TOKENS`. The backward pass belongs
+    inside too, since gradient checkpointing runs blocks again in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None, None, "auto")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("is_causal"):
+            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class AttentionRecorder(TorchFunctionMode):

@@ -549,7 +549,7 @@ def distance(model: SlimModel, checked: Checked) -> tuple[float, float]:
     starts = checked.tokens[model.schedule.life_layer]
     for tokens, positions, dense in zip(starts, checked.positions, checked.outputs, strict=True):
         counts = model.schedule.resolve(tokens.shape[1] - model.backbone.num_prefix_tokens)
-        slim = pooled(model.backbone.head(*model.after_life_layer(tokens, positions, counts)))
+        slim = pooled(model.backbone.head(*model.slimmed(tokens, positions, counts)))
         images += dense.shape[0]
         if classifies:
             if dense.shape[-1] > 1:

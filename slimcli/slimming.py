@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -81,6 +82,8 @@ class SlimModel(nn.Module):
         self.size_bias = 1.0
         # lives of the last batch, or the order and the schedule that they follow from
         self._life: Tensor | tuple[Tensor, tuple[int, ...]] | None = None
+        # inside `untouched_blocks_once`: (), then what they made, as it is and as the others see it, and the positions
+        self._begun: tuple[()] | tuple[Tensor, Tensor, Tensor | None] | None = None
         self._mode = "hard"
         #: what a call returns: "output", as the dense model does, "embedding", or "both" logits and embedding
         self.returns = "output"
@@ -99,6 +102,11 @@ class SlimModel(nn.Module):
     def life(self) -> Tensor | None:
         """Lives (B, N) that the last batch was given, in raster order; None after a pass that dropped nothing."""
         return lives.lives_in_order(*self._life) if isinstance(self._life, tuple) else self._life
+
+    @property
+    def untouched_blocks(self) -> int:
+        """How many blocks, the first ones, run alike at every keep rate of the schedule."""
+        return self.schedule.life_layer
 
     @property
     def mode(self) -> str:
@@ -287,28 +295,49 @@ class SlimModel(nn.Module):
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens after the last block, and the bias that their keys had there."""
-        tokens, positions = self.backbone.embed(images)
+        tokens, positions = self._begin(images)
         num_patches = tokens.shape[1] - self.backbone.num_prefix_tokens
         counts = self.schedule.resolve(num_patches)
         if self.mode == "none" or counts[-1] == num_patches:
-            for layer in range(1, self.schedule.depth + 1):
+            for layer in range(self.untouched_blocks + 1, self.schedule.depth + 1):
                 tokens = self._block(layer, tokens, positions, None, self._read_after(layer, counts))
             self._remember(None)
             return tokens, None
-        return self._slimmed(tokens, positions, counts)
+        return self.slimmed(tokens, positions, counts)
 
-    def _slimmed(
-        self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embedded patches through all blocks where some leave: tokens after the last, and the bias of their keys."""
-        for layer in range(1, self.schedule.life_layer + 1):
+    def _begin(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, 3, H, W) to tokens after the untouched blocks, and the positions of the patches."""
+        if self._begun:
+            return self._begun[1], self._begun[2]
+        tokens, positions = self.backbone.embed(images)
+        for layer in range(1, self.untouched_blocks + 1):
             tokens = self._block(layer, tokens, positions, None)
-        return self.after_life_layer(tokens, positions, counts)
+        if self._begun is not None and (positions is None or not positions.requires_grad):
+            self._begun = (tokens, tokens.detach().requires_grad_(tokens.requires_grad), positions)
+            tokens = self._begun[1]
+        return tokens, positions
 
-    def after_life_layer(
+    @contextmanager
+    def untouched_blocks_once(self) -> Iterator[None]:
+        """Passes inside it, all of the same images, run the untouched blocks once: for training at several keep rates.
+
+        Run backward inside, pass by pass: that of the untouched blocks follows at the end, for the sum of all.
+        """
+        self._begun = ()
+        try:
+            yield
+            if self._begun and self._begun[1].grad is not None:
+                self._begun[0].backward(self._begun[1].grad)
+        finally:
+            self._begun = None
+
+    def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, P + N, D) after the life layer through the blocks that follow, as `_slimmed` returns them."""
+        """Tokens (B, P + N, D) after the untouched blocks through the others, where patches leave.
+
+        Returns the tokens after the last block, and the bias that their keys had there.
+        """
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         inherit = self.dead == "heir" and self.mode == "hard"
         score, features = self.life_head.read(tokens, prefix, inherit or self.redundancy > 0)

@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from slimcli import data as datasets
+from slimcli.attention import TrainingAttention
 from slimcli.device import environment, find_device, find_dtype, make_accelerator
 from slimcli.errors import Interrupted, SlimError
 from slimcli.evaluate import Scores, check_classes, check_classifier, describe, evaluate, pooled
@@ -296,19 +297,26 @@ def _run_stage(
                     model.temperature = temperature + share * (stage.end_temperature - temperature)
                 passes = keep_rates_of_step(stage)
                 value = 0.0
+                # several processes wait for the gradients of all weights after each pass
+                share_blocks = len(passes) > 1 and accelerator.num_processes == 1
+                sharing = model.untouched_blocks_once() if share_blocks else nullcontext()
                 with accelerator.autocast():
                     known = criterion.known(mixed)
-                for keep_rate in passes:
-                    model.schedule = schedule if keep_rate is None else schedules[keep_rate]
-                    with accelerator.autocast():
-                        output, embedding = wrapped(mixed), None
-                        if model.returns == "both":
-                            output, embedding = output
-                        elif model.returns == "output":
-                            output = model.backbone.logits(output)
-                        loss = criterion(output.float(), embedding, labels, known) + model.own_loss(mixed, teacher)
-                    accelerator.backward(loss / len(passes))
-                    value += loss.item() / len(passes)
+                with TrainingAttention(), sharing:
+                    for keep_rate in passes:
+                        model.schedule = schedule if keep_rate is None else schedules[keep_rate]
+                        with accelerator.autocast():
+                            output, embedding = wrapped(mixed), None
+                            if model.returns == "both":
+                                output, embedding = output
+                            elif model.returns == "output":
+                                output = model.backbone.logits(output)
+                            loss = criterion(output.float(), embedding, labels, known)
+                            loss = loss + model.own_loss(mixed, teacher)
+                        if stage.inplace_distillation and keep_rate == passes[0]:
+                            known = criterion.known_by(output, embedding)
+                        accelerator.backward(loss / len(passes))
+                        value += loss.item() / len(passes)
                 if accelerator.sync_gradients:
                     if recipe.optimizer.clip_grad is not None:
                         accelerator.clip_grad_norm_(wrapped.parameters(), recipe.optimizer.clip_grad)
@@ -499,6 +507,12 @@ class StageLoss:
             logits, embedding = self.teacher.logits_and_embedding(images)
             return Known(logits.float(), embedding.float())
         return Known(self.teacher.logits(images).float())
+
+    def known_by(self, output: Tensor, embedding: Tensor | None) -> Known:
+        """What a pass of the model that learns knows, for other passes to learn from: as in `__call__`."""
+        if self.stage.loss == "cosine":
+            return Known(embedding=output.detach().float())
+        return Known(output.detach().float(), None if embedding is None else embedding.detach().float())
 
     def __call__(self, output: Tensor, embedding: Tensor | None, labels: Tensor, known: Known) -> Tensor:
         """`output` are logits, or with the loss `cosine` embeddings; `embedding` is given where features count."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimcli import attention
-from slimcli.attention import attend, biased_attention, choose, running
+from slimcli.attention import TrainingAttention, attend, biased_attention, choose, running
 from slimcli.errors import SlimError
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
@@ -153,6 +153,29 @@ def test_the_choice_follows_device_shape_and_gradient():
     assert choose("cuda", 785, 256, learns=True) == "mask"
     assert choose("cuda", 785, 64, learns=False, pairs_per_image=True) == "flex"
     assert choose("cpu", 785, 64, learns=False, pairs_per_image=True) == "mask"
+    assert choose("cpu", 65, 64, learns=False, trains_in_16_bits=True) == "reference"
+    assert choose("cpu", 785, 64, learns=False, trains_in_16_bits=True) == "mask"
+    assert choose("cuda", 65, 64, learns=False, trains_in_16_bits=True) == "mask"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "fused"), [(torch.bfloat16, 65, False), (torch.bfloat16, 200, True), (torch.float32, 65, True)]
+)
+def test_training_in_16_bits_leaves_the_slow_backward_pass_of_the_fused_kernel(dtype, tokens, fused):
+    query, key, value = (t.detach().requires_grad_() for t in inputs("cpu", dtype, tokens=tokens)[:3])
+    expected = F.scaled_dot_product_attention(query, key, value)
+    causal = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    with TrainingAttention():
+        found = F.scaled_dot_product_attention(query, key, value)
+        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value, is_causal=True), causal)
+        # nothing to go back through: the fused kernel
+        with torch.no_grad():
+            torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value), expected, atol=0, rtol=0)
+    assert ("FlashAttention" in type(found.grad_fn).__name__) == fused
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=5e-2, rtol=5e-2)
 
 
 def test_what_runs_is_named_with_torchs_backend():

@@ -1,5 +1,7 @@
 """What training computes and keeps: no more than what learns needs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import tiny_vit
@@ -68,6 +70,51 @@ def test_nothing_needs_more_arithmetic_or_memory_than_dense():
         assert cost < share * full, mode
         used = measure.peak_memory_mib(lambda model=model: step(model), model, torch.device("cpu"))
         assert used < memory * whole, (learns, mode)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("learns", "mode", "name"), [("backbone", "hard", "life"), ("both", "soft", "life")])
+def test_passes_at_several_keep_rates_share_their_first_blocks(learns, mode, name, checkpointing):
+    """The same gradients as pass by pass, for less arithmetic."""
+    model = staged(learns, mode)
+    model.grad_checkpointing = checkpointing
+    schedules = [model.at_keep_rate(rate) for rate in (1.0, 0.7, 0.5)]
+
+    def passes(sharing):
+        model.zero_grad()
+        with sharing:
+            for schedule in schedules:
+                model.schedule = schedule
+                step(model)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    apart, together = passes(nullcontext()), passes(model.untouched_blocks_once())
+    assert apart.keys() == together.keys()
+    for key, gradient in apart.items():
+        torch.testing.assert_close(together[key], gradient, atol=1e-6, rtol=1e-3)
+    dear, _ = counted(lambda: passes(nullcontext()))
+    cheap, _ = counted(lambda: passes(model.untouched_blocks_once()))
+    first = model.schedule.life_layer
+    # two of three passes leave out the first blocks, forward and back
+    assert cheap < dear * (1 - 2 * first / 36 * 0.9)
+    # outside, every pass is of its own images
+    images = torch.randn(2, 4, 3, 112, 112)
+    assert not torch.allclose(model(images[0]), model(images[1]))
+
+
+def test_a_rule_that_may_act_in_any_block_shares_what_comes_before_them():
+    model = slim(tiny_vit(), 0.7, method="tome")
+    images, schedules = torch.randn(2, 3, 32, 32), [model.at_keep_rate(rate) for rate in (0.9, 0.6)]
+
+    def passes(sharing):
+        model.zero_grad()
+        with sharing:
+            for schedule in schedules:
+                model.schedule = schedule
+                model(images).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    torch.testing.assert_close(passes(model.untouched_blocks_once()), passes(nullcontext()))
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard"])

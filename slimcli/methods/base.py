@@ -21,7 +21,7 @@ class Method(SlimModel):
     """A rule by which patches leave, with the surface of `SlimModel`: trained, measured and saved in the same way.
 
     The smallest rule overrides `choose`; one that learns also `_make_selector` and `own_loss`; one that costs
-    something `overhead`; one that does more than take patches out `_slimmed` and `cost`.
+    something `overhead`; one that does more than take patches out `slimmed` and `cost`.
     """
 
     method = ""
@@ -93,7 +93,12 @@ class Method(SlimModel):
         """What is compared with `model` under `schedule`: the same keep rates, or the same cost where it has none."""
         return self.schedule_for_cost(model.cost(schedule)) if self.by_cost else schedule
 
-    def _slimmed(
+    @property
+    def untouched_blocks(self) -> int:
+        """None: a rule may act in any block, and `slimmed` runs them all."""
+        return 0
+
+    def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         self._remember(None)

@@ -70,11 +70,11 @@ class DynamicViT(Method):
         head: ScoreHead = heads[str(layer)]
         return head
 
-    def _slimmed(
+    def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         if self.mode != "soft":
-            return super()._slimmed(tokens, positions, counts)
+            return super().slimmed(tokens, positions, counts)
         self._remember(None)
         prefix = self.backbone.num_prefix_tokens
         policy: Tensor | None = None

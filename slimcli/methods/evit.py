@@ -77,7 +77,7 @@ class EViT(Method):
                 total += tokens * width + self.fuses * n * architecture.embed_dim
         return total
 
-    def _slimmed(
+    def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         self._remember(None)

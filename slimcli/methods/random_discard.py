@@ -19,7 +19,7 @@ class RandomDiscard(Method):
     seed = 0
     _orders: Tensor | None = None
 
-    def _slimmed(
+    def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         self._remember(None)

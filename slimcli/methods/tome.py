@@ -89,7 +89,7 @@ class ToMe(Method):
                     total -= self._facts.mlp_weights[layer - 1] * r
         return total
 
-    def _slimmed(
+    def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         self._remember(None)
