@@ -16,7 +16,7 @@ from slimcli import measure
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
-from slimcli.life import HEAD_CHANNELS, LifeHead, cosines, normalise_life
+from slimcli.life import HEAD_CHANNELS, LifeHead, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Planning, Schedule, default_drop_layers, default_life_layer, falling_counts
@@ -142,6 +142,12 @@ def observe(
         {layer: torch.cat(parts) for layer, parts in alike.items()},
         compared,
     )
+
+
+def cosines(features: Tensor) -> Tensor:
+    """Cosine (M, n, n) of every pair of features (M, n, C)."""
+    unit = F.normalize(features, dim=-1)
+    return torch.bmm(unit, unit.transpose(1, 2))
 
 
 def attention_target(observed: Observed, life_layer: int) -> Tensor:

@@ -84,11 +84,13 @@ class Plan(NamedTuple):
     """Who leaves when, and who takes over from whom: decided once, at the life layer.
 
     `order` (B, N) are the patches' places in raster order, longest life first. `heirs` (B, N) are places in `order`: a
-    patch's heir is among those that stay when it leaves; that of a patch that never leaves means nothing.
+    patch's heir is among those that stay when it leaves; that of a patch that never leaves means nothing. `weight`
+    (B, N), in the same order, is how much each weighs in the mean of a token that it becomes part of.
     """
 
     order: Tensor
     heirs: Tensor
+    weight: Tensor
 
 
 @torch.no_grad()
@@ -107,10 +109,10 @@ def plan(
     """
     standard = normalise_life(score, 0.0, 1.0)
     names = standard.argsort(dim=-1, descending=True, stable=True)
+    weight = (merge_importance * standard).exp()
     standard = standard.gather(1, names)
-    weight = (merge_importance * standard).exp().unsqueeze(-1)
     mass = (standard / redundancy if redundancy > 0 else standard).clamp(max=MOST).exp().unsqueeze(-1)
-    groups = torch.cat((take_rows(features.float(), names) * weight, mass), dim=-1)
+    groups = torch.cat((take_rows(features.float() * weight.unsqueeze(-1), names), mass), dim=-1)
     # the most important come first: nobody joins one that comes later
     not_before = torch.full((names.shape[1],) * 2, float("inf"), device=names.device).triu()
     # so that one product of [sqrt(m), sqrt(m) f / |f|] with itself is the cost of every pair
@@ -133,7 +135,7 @@ def plan(
         names = names.gather(1, stays)
     order, heirs = (torch.cat((names, *parts[::-1]), dim=1) for parts in zip(*left, strict=True))
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return Plan(order, torch.empty_like(order).scatter(1, order, places).gather(1, heirs))
+    return Plan(order, torch.empty_like(order).scatter(1, order, places).gather(1, heirs), weight.gather(1, order))
 
 
 def lives_by_place(counts: tuple[int, ...]) -> tuple[float, ...]:
@@ -150,12 +152,6 @@ def lives_in_order(order: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Lives (B, N) in raster order of patches that leave in `order` (B, N), as the schedule N_1..N_L has it."""
     lives = torch.tensor(lives_by_place(counts), device=order.device).expand(order.shape)
     return torch.empty_like(lives).scatter(1, order, lives)
-
-
-def cosines(features: Tensor) -> Tensor:
-    """Cosine (B, n, n) of every pair of features (B, n, C)."""
-    unit = F.normalize(features, dim=-1)
-    return torch.bmm(unit, unit.transpose(1, 2))
 
 
 def inherit(patches: Tensor, mass: Tensor, heir: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from slimcli.evaluate import Variant, describe, schedules
 from slimcli.layout import lay_out_for_inference
 from slimcli.methods.base import rival
 from slimcli.progress import Progress, no_progress
-from slimcli.schedule import Architecture
 from slimcli.slimming import SlimModel
 
 DEFAULT_BATCH = {"cuda": 128, "mps": 32, "cpu": 16}
@@ -160,7 +159,6 @@ def per_layer(
     before = model.mode, model.schedule, model.exact_savings, model.backbone
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)
-    architecture = model.architecture()
     clock = _BlockClock(model.backbone, device)
     seconds: list[list[list[float]]] = [[] for _ in variants]
     model.backbone = cast(Backbone, clock)
@@ -184,7 +182,7 @@ def per_layer(
             {
                 "layer": layer,
                 "patches": patches,
-                "gmacs": round(block_cost(architecture, model, variant, layer) / 1e9, 5),
+                "gmacs": round(model.block_cost(layer, variant.schedule, variant.exact_savings) / 1e9, 5),
                 "ms": round(ms, 3),
             }
             for layer, (patches, ms) in enumerate(zip(row["schedule"], blocks, strict=True), 1)
@@ -192,17 +190,6 @@ def per_layer(
         named = {key: row[key] for key in ("dense", "keep_rate", "exact_savings")}
         tables.append({**named, "layers": layers, "other_ms": round(other, 3)})
     return tables
-
-
-def block_cost(architecture: Architecture, model: SlimModel, variant: Variant, layer: int) -> int:
-    """Multiply-adds of one block of a variant."""
-    counts = variant.schedule.resolve(architecture.num_patches) if variant.schedule else None
-    patches = counts[layer - 1] if counts else architecture.num_patches
-    saved = model.taken_over(layer, variant.schedule) if variant.schedule else 0
-    if variant.exact_savings:
-        life_layer = variant.schedule.life_layer if variant.schedule and model.dead == "discard" else None
-        saved += architecture.saved_in_block(layer, counts, life_layer)
-    return architecture.block(layer, patches) - saved
 
 
 class _BlockClock:

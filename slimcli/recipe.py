@@ -128,11 +128,6 @@ class StageSection(Section):
     keep_rates: list[KeepRate] | None = Field(
         None, description="train for all of these at once: every step runs the highest, the lowest and one in between"
     )
-    inplace_distillation: bool = Field(
-        False,
-        description="with keep_rates: the other passes of a step learn from its highest one, in place of the dense "
-        "model as it was",
-    )
     end_temperature: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the temperature of the soft weights at the end of the stage, reached linearly"
     )
@@ -161,11 +156,6 @@ class StageSection(Section):
             raise ValueError("backbone_lr is for learns = 'both': here lr is the backbone's")
         if self.keep_rates is not None and (len(self.keep_rates) < 2 or self.mode == "none"):
             raise ValueError("keep_rates are two or more, for a mode that drops patches")
-        if self.inplace_distillation and (self.keep_rates is None or not self.uses_teacher):
-            raise ValueError(
-                "inplace_distillation is for several keep_rates that learn from predictions or embeddings: give "
-                "keep_rates, and loss = 'both', 'distill' or 'cosine'"
-            )
         if self.features > 0 and self.loss == "cosine":
             raise ValueError("features add to the loss on predictions: loss = 'cosine' compares embeddings already")
         if self.end_temperature is not None and self.mode not in ("soft", "straight"):

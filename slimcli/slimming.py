@@ -227,10 +227,24 @@ class SlimModel(nn.Module):
         """Multiply-adds of one image that `exact_savings` leaves out under `schedule`; None is the dense model."""
         if schedule is None:
             return self.architecture().exact_savings()
-        # with heirs, leaving patches are keys and values only in any case: that is part of the rule
-        discards = self.dead == "discard"
+        return self.architecture().exact_savings(schedule.resolve(self.num_patches), self._drops_after(schedule))
+
+    def _drops_after(self, schedule: Schedule) -> int | None:
+        """The life layer, where patches are dropped after it; with heirs None.
+
+        With heirs, leaving patches are keys and values only in any case: that is part of the rule.
+        """
+        return schedule.life_layer if self.dead == "discard" else None
+
+    def block_cost(self, layer: int, schedule: Schedule | None, exact_savings: bool) -> int:
+        """Multiply-adds of one image in block `layer` under `schedule`; None is the dense model."""
+        architecture = self.architecture()
+        if schedule is None:
+            saved = architecture.saved_in_block(layer) if exact_savings else 0
+            return architecture.block(layer, self.num_patches) - saved
         counts = schedule.resolve(self.num_patches)
-        return self.architecture().exact_savings(counts, schedule.life_layer if discards else None)
+        saved = architecture.saved_in_block(layer, counts, self._drops_after(schedule)) if exact_savings else 0
+        return architecture.block(layer, counts[layer - 1]) - self.taken_over(layer, schedule) - saved
 
     def cost(self, schedule: Schedule | None) -> int:
         """Multiply-adds of one image under `schedule`, what the rule itself costs included; None is the dense model."""
@@ -341,26 +355,31 @@ class SlimModel(nn.Module):
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         inherit = self.dead == "heir" and self.mode == "hard"
         score, features = self.life_head.read(tokens, prefix, inherit or self.redundancy > 0)
-        life = lives.normalise_life(score, *life_moments(counts))
         plan = None
         if features is not None:
             steps = tuple(dict.fromkeys(counts))
             plan = lives.plan(features, score, steps, self.redundancy, self.merge_importance)
         planned = plan if self.redundancy > 0 else None
-        self._remember(life.detach() if planned is None else (planned.order, counts))
-        if self.mode != "hard":
+        if planned is not None and self.mode == "hard":
+            order = planned.order
+            self._remember((order, counts))
+        else:
+            life = lives.normalise_life(score, *life_moments(counts))
             if planned is not None:
                 # what patches say beside each other has no gradient: the score keeps its own
                 life = lives.lives_in_order(planned.order, counts) + (life - life.detach())
-            return self._bias(tokens, positions, life, counts)
-        used = counts[0] if inherit else counts[first]
-        order = lives.longest_lives_first(life, used) if plan is None else plan.order[:, :used]
+            self._remember(life.detach())
+            if self.mode != "hard":
+                return self._bias(tokens, positions, life, counts)
+            order = lives.longest_lives_first(life, counts[first]) if plan is None else plan.order
+        # with heirs all patches are there when the first leave
+        order = order if inherit else order[:, : counts[first]]
         tokens = lives.sort_patches(tokens, order, prefix)
         if positions is not None:
             positions = lives.take_patches(positions, order)
         if plan is None or not inherit:
             return self._drop(tokens, positions, counts)
-        return self._bequeath(tokens, positions, score.gather(1, order), plan.heirs, counts)
+        return self._bequeath(tokens, positions, plan, counts)
 
     def _drop(self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """The later blocks on ever fewer patches, which come sorted, longest life first: sliced."""
@@ -372,19 +391,18 @@ class SlimModel(nn.Module):
         return tokens, None
 
     def _bequeath(
-        self, tokens: Tensor, positions: Tensor | None, score: Tensor, heirs: Tensor, counts: tuple[int, ...]
+        self, tokens: Tensor, positions: Tensor | None, plan: lives.Plan, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """The later blocks on ever fewer patches, which come sorted, longest life first, as `score` and `heirs` (B, N).
+        """The later blocks on ever fewer patches, which come sorted as the plan is.
 
         Each patch that leaves is added to its heir; who inherits what was decided once. In the last block that uses a
         patch it is a key and a value only: its heir takes over before the block's queries are made.
         """
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
-        weight = (self.merge_importance * lives.normalise_life(score.detach(), 0.0, 1.0)).exp()
-        mass = torch.stack((weight, torch.ones_like(weight)), dim=-1)
+        mass = torch.stack((plan.weight, torch.ones_like(plan.weight)), dim=-1)
 
         def take_over(tokens: Tensor, mass: Tensor, n: int) -> tuple[Tensor, Tensor]:
-            patches, mass = lives.inherit(tokens[:, prefix:], mass, heirs[:, n : mass.shape[1]])
+            patches, mass = lives.inherit(tokens[:, prefix:], mass, plan.heirs[:, n : mass.shape[1]])
             return torch.cat((tokens[:, :prefix], patches), dim=1), mass
 
         def key_bias(exponent: float) -> Tensor | None:

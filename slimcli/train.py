@@ -313,8 +313,6 @@ def _run_stage(
                                 output = model.backbone.logits(output)
                             loss = criterion(output.float(), embedding, labels, known)
                             loss = loss + model.own_loss(mixed, teacher)
-                        if stage.inplace_distillation and keep_rate == passes[0]:
-                            known = criterion.known_by(output, embedding)
                         accelerator.backward(loss / len(passes))
                         value += loss.item() / len(passes)
                 if accelerator.sync_gradients:
@@ -507,12 +505,6 @@ class StageLoss:
             logits, embedding = self.teacher.logits_and_embedding(images)
             return Known(logits.float(), embedding.float())
         return Known(self.teacher.logits(images).float())
-
-    def known_by(self, output: Tensor, embedding: Tensor | None) -> Known:
-        """What a pass of the model that learns knows, for other passes to learn from: as in `__call__`."""
-        if self.stage.loss == "cosine":
-            return Known(embedding=output.detach().float())
-        return Known(output.detach().float(), None if embedding is None else embedding.detach().float())
 
     def __call__(self, output: Tensor, embedding: Tensor | None, labels: Tensor, known: Known) -> Tensor:
         """`output` are logits, or with the loss `cosine` embeddings; `embedding` is given where features count."""

@@ -175,8 +175,6 @@ def test_the_papers_ablation_and_a_dense_backbone_are_one_stage_each():
         ('learns = "life"\nmode = "hard"', "needs mode = 'soft' or 'straight'"),
         ('learns = "backbone"\nmode = "none"\nkeep_rates = [0.9, 0.5]', "keep_rates are two or more"),
         ('learns = "backbone"\nmode = "hard"\nkeep_rates = [0.5]', "keep_rates are two or more"),
-        ('learns = "backbone"\nmode = "hard"\ninplace_distillation = true\nloss = "both"', "several keep_rates"),
-        ('learns = "backbone"\nmode = "hard"\ninplace_distillation = true\nkeep_rates = [1, 0.5]', "loss = 'both'"),
         ('learns = "backbone"\nmode = "hard"\nend_temperature = 3.0', "end_temperature is for the soft weights"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_step_trains_the_highest_the_lowest_and_one_in_between():
 
 def test_training_for_several_keep_rates_leaves_the_recipes_own(slim, tiny_recipe, tmp_path):
     words = ["--set", "stages.1.keep_rates=[1.0,0.7,0.4]", "--set", "stages.1.loss=both"]
-    words += ["--set", "stages.1.features=0.5", "--set", "stages.1.inplace_distillation=true"]
+    words += ["--set", "stages.1.features=0.5"]
     words += ["--set", "stages.0.mode=straight", "--set", "stages.0.end_temperature=3.0"]
     result = slim("train", tiny_recipe, *words)
     assert result.exit_code == 0, result.output
@@ -73,30 +73,6 @@ def test_training_for_several_keep_rates_leaves_the_recipes_own(slim, tiny_recip
     assert config["temperature"] == 1.5
     summary = json.loads((folder / "summary.json").read_text())
     assert config["keep_rate"] == summary["rows"][1]["keep_rate"]
-
-
-@pytest.mark.parametrize("loss", ["distill", "cosine"])
-def test_in_place_distillation_teaches_the_other_passes_by_the_highest(slim, tiny_recipe, monkeypatch, loss):
-    outputs, known = [], []
-    real = StageLoss.__call__
-
-    def call(self, output, embedding, labels, taught):
-        outputs.append(output.detach())
-        known.append(taught.embedding if loss == "cosine" else taught.logits)
-        return real(self, output, embedding, labels, taught)
-
-    monkeypatch.setattr(StageLoss, "__call__", call)
-    words = ["--set", "stages.1.keep_rates=[1.0,0.7,0.4]", "--set", "stages.1.inplace_distillation=true"]
-    words += ["--set", f"stages.1.loss={loss}", "--set", "stages.0.loss=labels"]
-    result = slim("train", tiny_recipe, *words)
-    assert result.exit_code == 0, result.output
-    steps = [i for i in range(len(known) - 2) if known[i] is not None][::3]
-    assert steps
-    # the highest one itself learns from the dense model, which it was at the first step
-    assert not torch.equal(known[steps[-1]], outputs[steps[-1]])
-    for i in steps:
-        torch.testing.assert_close(known[i + 1], outputs[i], atol=0, rtol=0)
-        torch.testing.assert_close(known[i + 2], outputs[i], atol=0, rtol=0)
 
 
 def test_distilling_needs_no_labels(slim, tiny_recipe, tmp_path):
