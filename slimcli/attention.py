@@ -30,8 +30,11 @@ from slimcli.errors import SlimError
 KERNELS = ("auto", "reference", "mask", "channel", "flex")
 
 #: up to this many tokens the plain formula is faster on a CPU than a fused kernel with its backward pass, where the
-#: bias learns or the dtype has 16 bits
+#: bias learns or the dtype is bfloat16
 FEW_TOKENS = 160
+#: up to this many tokens, in bfloat16 and for at least so many images, it is faster without a backward pass too
+FEWER_TOKENS = 66
+SEVERAL_IMAGES = 8
 #: channels a head that fused kernels take, the one for the bias included
 MAX_CHANNELS = 256
 #: exp of it is 0 in every dtype, and it is finite in every dtype: stands for -inf where -inf would give nan
@@ -45,16 +48,20 @@ def choose(
     learns: bool,
     pairs_per_image: bool = False,
     dropout: bool = False,
-    trains_in_16_bits: bool = False,
+    images: int = 1,
+    bfloat16: bool = False,
+    trains: bool = False,
 ) -> str:
     """The kernel for `tokens` keys with `channels` a head on a device type.
 
-    `learns`: the bias needs a gradient. `pairs_per_image`: every image needs its own part of a bias per pair.
-    `trains_in_16_bits`: queries, keys or values need a gradient, in a dtype of 16 bits.
+    `learns`: the bias needs a gradient. `pairs_per_image`: every image needs its own part of a bias per pair. `trains`:
+    queries, keys or values need a gradient.
     """
     if pairs_per_image:
         return "flex" if device == "cuda" and not learns and not dropout else "mask"
-    if device == "cpu" and tokens <= FEW_TOKENS and (learns or trains_in_16_bits):
+    if device == "cpu" and tokens <= FEW_TOKENS and (learns or (bfloat16 and trains)):
+        return "reference"
+    if device == "cpu" and tokens <= FEWER_TOKENS and bfloat16 and images >= SEVERAL_IMAGES:
         return "reference"
     if not learns:
         return "mask"
@@ -83,12 +90,18 @@ def attend(
         kernel: one of `KERNELS`; "auto" asks `choose`.
     """
     per_image = places is not None and places.shape[0] > 1
-    learns = key_bias is not None and key_bias.requires_grad and torch.is_grad_enabled()
     if kernel == "auto":
-        learns_pairs = per_image and pair_bias is not None and pair_bias.requires_grad and torch.is_grad_enabled()
-        device, n, d = query.device.type, key.shape[-2], query.shape[-1]
+        biases = (key_bias, pair_bias if per_image else None)
         kernel = choose(
-            device, n, d, learns or learns_pairs, per_image, dropout > 0, _trains_in_16_bits(query, key, value)
+            query.device.type,
+            tokens=key.shape[-2],
+            channels=query.shape[-1],
+            learns=_need_gradients(*biases),
+            pairs_per_image=per_image,
+            dropout=dropout > 0,
+            images=query.shape[0],
+            bfloat16=_dtype(value) == torch.bfloat16,
+            trains=_need_gradients(query, key, value),
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if pair_bias is not None and places is not None and not per_image:
@@ -241,18 +254,19 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _dtype(value: Tensor) -> torch.dtype:
     """The dtype that attention runs in: autocast's where it is on, else the value's."""
-    device = tensors[-1].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
+    device = value.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+
+
+def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = _dtype(tensors[-1])
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _trains_in_16_bits(*tensors: Tensor) -> bool:
-    """Whether attention on these has a backward pass, in a dtype of 16 bits."""
-    device = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
-    return torch.is_grad_enabled() and dtype.itemsize == 2 and any(tensor.requires_grad for tensor in tensors)
+def _need_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _as_mask(pair_bias: Tensor | None, query: Tensor) -> Tensor | None:
@@ -329,7 +343,7 @@ def biased_attention(
 class TrainingAttention(_Biased):
     """Lets every fused attention that runs inside it choose its kernel as `attend` does, with no bias added.
 
-    torch's fused kernel for the CPU has a slow backward pass in 16 bits: see `FEW_TOKENS`. The backward pass belongs
+    torch's fused kernel for the CPU has a slow backward pass in bfloat16: see `FEW_TOKENS`. The backward pass belongs
     inside too, since gradient checkpointing runs blocks again in it.
     """
 
@@ -382,7 +396,8 @@ def running(query: Tensor, key: Tensor, learns: bool, kernel: str = "auto", bias
     """
     batch, _, tokens, channels = key.shape
     if biased and kernel == "auto":
-        kernel = choose(key.device.type, tokens, channels, learns)
+        bfloat16 = key.dtype == torch.bfloat16
+        kernel = choose(key.device.type, tokens, channels, learns, images=batch, bfloat16=bfloat16, trains=learns)
     if biased and kernel in ("reference", "flex"):
         return Running(kernel, None)
     query, key = query.detach(), key.detach()

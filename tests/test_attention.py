@@ -153,15 +153,20 @@ def test_the_choice_follows_device_shape_and_gradient():
     assert choose("cuda", 785, 256, learns=True) == "mask"
     assert choose("cuda", 785, 64, learns=False, pairs_per_image=True) == "flex"
     assert choose("cpu", 785, 64, learns=False, pairs_per_image=True) == "mask"
-    assert choose("cpu", 65, 64, learns=False, trains_in_16_bits=True) == "reference"
-    assert choose("cpu", 785, 64, learns=False, trains_in_16_bits=True) == "mask"
-    assert choose("cuda", 65, 64, learns=False, trains_in_16_bits=True) == "mask"
+    assert choose("cpu", 101, 64, learns=False, bfloat16=True, trains=True) == "reference"
+    assert choose("cpu", 101, 64, learns=False, trains=True) == "mask"
+    assert choose("cpu", 785, 64, learns=False, bfloat16=True, trains=True) == "mask"
+    assert choose("cuda", 101, 64, learns=False, bfloat16=True, trains=True) == "mask"
+    assert choose("cpu", 65, 64, learns=False, bfloat16=True, images=8) == "reference"
+    assert choose("cpu", 65, 64, learns=False, bfloat16=True, images=1) == "mask"
+    assert choose("cpu", 101, 64, learns=False, bfloat16=True, images=8) == "mask"
+    assert choose("cpu", 65, 64, learns=False, images=8) == "mask"
 
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "fused"), [(torch.bfloat16, 65, False), (torch.bfloat16, 200, True), (torch.float32, 65, True)]
 )
-def test_training_in_16_bits_leaves_the_slow_backward_pass_of_the_fused_kernel(dtype, tokens, fused):
+def test_training_in_bfloat16_leaves_the_slow_backward_pass_of_the_fused_kernel(dtype, tokens, fused):
     query, key, value = (t.detach().requires_grad_() for t in inputs("cpu", dtype, tokens=tokens)[:3])
     expected = F.scaled_dot_product_attention(query, key, value)
     causal = F.scaled_dot_product_attention(query, key, value, is_causal=True)
