@@ -57,7 +57,7 @@ def main() -> None:
         name, args, chosen.backend, chosen.seconds = "vit_tiny_patch16_224", TINY, "eager", 0.0
         chosen.batch_sizes, chosen.keep_rates = [2], [0.5]
     model = slim(build_model(name, **args), 0.7).to(device, find_dtype(chosen.precision, device)).eval()
-    lay_out_for_inference(model.model)
+    lay_out_for_inference(model)
     dtype = find_dtype(chosen.precision, device)
     at = model.schedule.at_keep_rate
     kinds = [(None, False, "discard"), *((at(rate), False, "discard") for rate in chosen.keep_rates)]

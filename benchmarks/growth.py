@@ -42,7 +42,7 @@ def point(
 ) -> list[dict[str, Any]]:
     """Rows of one point of a sweep: the dense model and the slimmed one."""
     model = slim(build_model(name, **args), chosen.keep_rate).to(device).eval()
-    lay_out_for_inference(model.model)
+    lay_out_for_inference(model)
     images = random_images(model, batch, device, torch.float32)
 
     def run(variant: Variant) -> torch.Tensor:

@@ -110,7 +110,7 @@ def main() -> None:
             for precision in chosen.precisions.split(","):
                 dtype = find_dtype(precision, device)
                 model = slim(build_model(name, **args), 0.7).to(device, dtype).eval()
-                lay_out_for_inference(model.model)
+                lay_out_for_inference(model)
                 for batch in chosen.batch_sizes:
                     images = random_images(model, batch, device, dtype)
                     goal = 1.0 if batch >= 8 else 0.97

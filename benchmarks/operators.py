@@ -50,7 +50,7 @@ def main() -> None:
         name, args, chosen.batch_size, chosen.rounds = "vit_tiny_patch16_224", TINY, 2, 2
     dtype = find_dtype(chosen.precision, device)
     model = slim(build_model(name, **args), chosen.keep_rate).to(device, dtype).eval()
-    lay_out_for_inference(model.model)
+    lay_out_for_inference(model)
     images = random_images(model, chosen.batch_size, device, dtype)
     found: dict[str, dict[str, list[float]]] = {mode: {} for mode in MODES}
     calls: dict[str, dict[str, int]] = {mode: {} for mode in MODES}

@@ -188,7 +188,7 @@ def evaluate(
     of the ratios within a batch. Small sets are topped up with more rounds on the last full batch.
     """
     model = model.to(device, dtype).eval()
-    lay_out_for_inference(model.model)
+    lay_out_for_inference(model)
     before = model.mode, model.schedule, model.exact_savings
     # the dense model runs as its library runs it, whatever the slimmed one leaves out
     variants = [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]

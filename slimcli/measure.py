@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from slimcli.device import synchronise
+from slimcli.layout import packed_bytes
 from slimcli.progress import Progress, no_progress
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def peak_memory_mib(run: Callable[[], object], model: torch.nn.Module, device: torch.device) -> float:
-    """Peak of the memory that tensors take during one call, the model's weights included, in MiB.
+    """Peak of the memory that tensors take during one call, in MiB, with the model's weights and their packed copies.
 
     On a GPU it is the allocator's peak; elsewhere the running sum of the allocations that torch records.
     """
@@ -86,4 +87,4 @@ def peak_memory_mib(run: Callable[[], object], model: torch.nn.Module, device: t
         used += event.nbytes()
         peak = max(peak, used)
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-    return (peak + weights) / 2**20
+    return (peak + weights + packed_bytes(model)) / 2**20

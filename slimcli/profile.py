@@ -52,7 +52,7 @@ def profile(
     `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
     """
     model = model.to(device, dtype).eval()
-    lay_out_for_inference(model.model)
+    lay_out_for_inference(model)
     before = model.mode, model.schedule, model.exact_savings
     variants = all_variants(model, keep_rates, exact_savings)
     variants += rivals(model, variants, against, device, dtype)
@@ -155,7 +155,7 @@ def per_layer(
     if model.method != "life":
         raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
     model = model.to(device, dtype).eval()
-    lay_out_for_inference(model.model)
+    lay_out_for_inference(model)
     before = model.mode, model.schedule, model.exact_savings, model.backbone
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)

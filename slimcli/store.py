@@ -200,5 +200,5 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     model = kind(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
     configure(model, section)
     load_weights(model, folder / WEIGHTS)
-    lay_out_for_inference(model.model)
+    lay_out_for_inference(model)
     return model.eval()

@@ -313,27 +313,6 @@ def test_what_becomes_of_the_dead_is_saved_and_checked(tmp_path):
         model.dead = "buried"
 
 
-@torch.no_grad()
-def test_the_layout_for_inference_changes_no_weight_and_no_logits(tmp_path):
-    from safetensors.torch import load_file
-
-    from slimcli.layout import lay_out_for_inference
-    from slimcli.store import save_model
-
-    model = slimmed()
-    x = images(model)
-    logits, before = model(x), {name: value.clone() for name, value in model.state_dict().items()}
-    lay_out_for_inference(model.model)
-    if torch.backends.mkl.is_available():
-        assert model.model.blocks[0].mlp.fc1.weight.stride() == (1, 128)
-    assert torch.allclose(model(x), logits, atol=1e-5)
-    save_model(tmp_path, model, {"model": {"name": "none", "args": {}}})
-    saved = load_file(tmp_path / "model.safetensors")
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-        assert torch.equal(saved[name], before[name])
-
-
 def test_the_rule_and_what_the_head_compares_by_travel_with_a_saved_model(tmp_path):
     model = slim("digits_vit", 0.5, dead="heir")
     model.life_head.extend(8, 32)

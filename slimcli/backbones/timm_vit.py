@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from slimcli.attention import attend, biased_attention
 from slimcli.backbones.base import Backbone, pool_mean
 from slimcli.errors import SlimError
+from slimcli.layout import PackedLinear, rows
 
 DIGITS_VIT = Path(__file__).parent.parent / "assets" / "digits_vit"
 
@@ -146,13 +147,12 @@ class TimmViT(Backbone):
 
     def _narrow_attention(self, attn: Attention, reading: Tensor, x: Tensor, key_bias: Tensor | None) -> Tensor:
         """timm's attention of the tokens `reading` (B, keep, D) to the tokens `x` (B, n, D): (B, keep, D)."""
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        split = weight.shape[0] // 3
-        first, rest = (None, None) if bias is None else (bias[:split], bias[split:])
+        split = attn.qkv.out_features // 3
         batch, n, _ = x.shape
         keep = reading.shape[1]
-        query = F.linear(reading, weight[:split], first).reshape(batch, keep, attn.num_heads, -1).transpose(1, 2)
-        both = F.linear(x, weight[split:], rest).reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query = rows(attn.qkv, reading, 0, split).reshape(batch, keep, attn.num_heads, -1).transpose(1, 2)
+        both = rows(attn.qkv, x, split, 3 * split)
+        both = both.reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = attn.q_norm(query), attn.k_norm(both[0]), both[1]
         dropout = attn.attn_drop.p if attn.training else 0.0
         if key_bias is None:
@@ -238,7 +238,7 @@ def is_plain(block: Any) -> bool:
     return (
         type(block) is Block
         and type(block.attn) is Attention
-        and type(block.attn.qkv) is nn.Linear
+        and type(block.attn.qkv) in (nn.Linear, PackedLinear)
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU)
         and block.attn.fused_attn
         # what a hook would see or change is not there in a narrow block
