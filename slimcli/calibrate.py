@@ -16,6 +16,7 @@ from slimcli import measure
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
+from slimcli.layout import lay_out_for_inference
 from slimcli.life import HEAD_CHANNELS, LifeHead, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
@@ -360,6 +361,7 @@ def calibrate(
     if model.method != "life":
         raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
+    lay_out_for_inference(model.model)
     model.mode = "hard"
     head = model.life_head
     head.extend(*head_widths(model))

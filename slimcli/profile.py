@@ -132,6 +132,7 @@ def rivals(
     found = []
     for name in against:
         other = rival(name, model).to(device, dtype).eval()
+        lay_out_for_inference(other)
         slimmed = [v.schedule for v in variants if v.schedule is not None and v.exact_savings == model.exact_savings]
         found += [Variant(other.schedule_like(model, schedule), rival=other, like=schedule) for schedule in slimmed]
     return found

@@ -36,6 +36,7 @@ from slimcli import data as datasets
 from slimcli.errors import DataError, SlimError
 from slimcli.evaluate import pooled
 from slimcli.files import write_file
+from slimcli.layout import lay_out_for_inference
 from slimcli.life import life_rank
 from slimcli.progress import Progress
 from slimcli.slimming import SlimModel
@@ -173,6 +174,7 @@ def look(
 ) -> Iterator[Outcome]:
     """Run dense and slimmed model on batches (names, images (B, 3, H, W), classes or None), image by image."""
     model = model.to(device, dtype).eval()
+    lay_out_for_inference(model)
     has_classes = model.architecture().num_outputs > 0
     for names, images, targets in batches:
         before = model.mode
