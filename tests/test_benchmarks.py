@@ -67,6 +67,12 @@ def test_compiled(tmp_path):
     assert [row["row"] for row in rows] == ["dense", "0.5", "dense, exact", "0.7, exact", "0.7, heirs"]
 
 
+def test_packing(tmp_path):
+    rows = quick(tmp_path, "packing")
+    assert [row["row"] for row in rows] == ["dense", "0.7", "0.5"] * 2
+    assert all(row["faster"] > 0 for row in rows)
+
+
 def test_operators(tmp_path):
     rows = quick(tmp_path, "operators", "--top", "5", "--exact-savings")
     assert rows[0]["name"] == "all"
