@@ -81,6 +81,7 @@ class Step:
         dtype = find_dtype(self.precision, images.device)
         before = self.model.schedule
         share = len(self.schedules) > 1 and self.kind is not None and self.kind.together
+        # the dense model's attention runs as the others' does
         with TrainingAttention(), self.model.untouched_blocks_once() if share else nullcontext():
             for schedule in self.schedules:
                 self.model.schedule = schedule

@@ -343,8 +343,7 @@ def biased_attention(
 class TrainingAttention(_Biased):
     """Lets every fused attention that runs inside it choose its kernel as `attend` does, with no bias added.
 
-    torch's fused kernel for the CPU has a slow backward pass in bfloat16: see `FEW_TOKENS`. The backward pass belongs
-    inside too, since gradient checkpointing runs blocks again in it.
+    torch's fused kernel for the CPU has a slow backward pass in bfloat16: see `FEW_TOKENS`.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slimcli import life as lives
-from slimcli.attention import KERNELS, NEVER
+from slimcli.attention import KERNELS, NEVER, TrainingAttention
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.plugins import build_model, find_backbone, find_method
@@ -485,6 +486,8 @@ class SlimModel(nn.Module):
             run, args = self.backbone.narrow_block, (*args, keep, bias, *(() if reading is None else (reading,)))
         elif bias is not None:
             run, args = self.backbone.masked_block, (*args, bias)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            run = partial(_trained, run)
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             result: Tensor = checkpoint(run, *args, use_reentrant=False)
             return result
@@ -493,6 +496,12 @@ class SlimModel(nn.Module):
     def _remember(self, life: Tensor | tuple[Tensor, tuple[int, ...]] | None) -> None:
         if not torch.compiler.is_exporting():
             self._life = life
+
+
+def _trained(block: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Run a block that will be run backwards."""
+    with TrainingAttention():
+        return block(*args)
 
 
 def with_keep_rate(schedule: Schedule, value: float | Sequence[tuple[int, float]] | Sequence[int]) -> Schedule:

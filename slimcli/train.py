@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from slimcli import data as datasets
-from slimcli.attention import TrainingAttention
 from slimcli.device import environment, find_device, find_dtype, make_accelerator
 from slimcli.errors import Interrupted, SlimError
 from slimcli.evaluate import Scores, check_classes, check_classifier, describe, evaluate, pooled
@@ -302,7 +301,7 @@ def _run_stage(
                 sharing = model.untouched_blocks_once() if share_blocks else nullcontext()
                 with accelerator.autocast():
                     known = criterion.known(mixed)
-                with TrainingAttention(), sharing:
+                with sharing:
                     for keep_rate in passes:
                         model.schedule = schedule if keep_rate is None else schedules[keep_rate]
                         with accelerator.autocast():

@@ -6,12 +6,32 @@ import pytest
 import slimcli
 import torch
 import transformers
-from slimcli.backbones.base import counted
-from slimcli.conformance import awake
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from slim_transformers.build import small_models
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+
+
+def awake(model):
+    """With weights large enough that whatever is left out shows in the logits."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(0.8 * noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.add_(0.2 * noise)
+    return model.eval()
+
+
+def counted(run):
+    """Multiply-adds of a call, and what it returns; fused attention would hide its products from the counter."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = run()
+    return counter.get_total_flops() // 2, result
 
 
 def dinov2(kind=transformers.Dinov2ForImageClassification, config=transformers.Dinov2Config, **fields):
