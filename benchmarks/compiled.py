@@ -50,6 +50,7 @@ def main() -> None:
     asked.add_argument("--batch-sizes", type=whole_numbers, default=[1, 8, 16])
     asked.add_argument("--keep-rates", type=numbers, default=[0.9, 0.8, 0.7, 0.5])
     asked.add_argument("--backend", default="inductor")
+    asked.add_argument("--freeze", action="store_true", help="freeze the weights: packed, but slow to compile")
     chosen = asked.parse_args()
     device, display = start(chosen)
     name, args = chosen.model, {}
@@ -62,8 +63,8 @@ def main() -> None:
     at = model.schedule.at_keep_rate
     kinds = [(None, False, "discard"), *((at(rate), False, "discard") for rate in chosen.keep_rates)]
     kinds += [(None, True, "discard"), (at(0.7), True, "discard"), (at(0.7), False, "heir")]
-    # weights that do not change are packed at compile time; without, every call packs them
-    options = {"freezing": True} if chosen.backend == "inductor" and device.type == "cpu" else None
+    # inductor packs weights that do not change at compile time; without, every call packs them
+    options = {"freezing": True} if chosen.freeze else None
     rows = []
     with display.progress() as progress:
         for batch in chosen.batch_sizes:
