@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_vit
 
-from slimcli import measure, slim
+from slimcli import attention, measure, slim
 from slimcli.backbones.base import counted
 from slimcli.recipe import StageSection
 from slimcli.train import choose_parameters, set_training
@@ -100,6 +100,26 @@ def test_passes_at_several_keep_rates_share_their_first_blocks(learns, mode, nam
     # outside, every pass is of its own images
     images = torch.randn(2, 4, 3, 112, 112)
     assert not torch.allclose(model(images[0]), model(images[1]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_of_few_tokens_train_by_the_plain_formula_in_bfloat16(monkeypatch, checkpointing):
+    """Again where gradient checkpointing runs them again; the fused kernel predicts."""
+    ran, real = [], attention._reference
+    monkeypatch.setattr(attention, "_reference", lambda *args: ran.append(args[1].shape[2]) or real(*args))
+    model = staged("backbone", "hard").bfloat16()
+    model.grad_checkpointing = checkpointing
+    x = torch.randn(2, 3, 112, 112).bfloat16()
+    loss = model(x).float().square().mean()
+    # the first four have 197 tokens
+    tokens = [1 + n for n in model.patches_per_layer[4:]]
+    assert ran == tokens
+    loss.backward()
+    assert sorted(ran) == sorted(tokens * (2 if checkpointing else 1))
+    ran.clear()
+    with torch.no_grad():
+        model(x)
+    assert not ran
 
 
 def test_a_rule_that_may_act_in_any_block_shares_what_comes_before_them():
