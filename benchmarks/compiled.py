@@ -44,14 +44,14 @@ def variant(model: SlimModel, schedule: Schedule | None, exact_savings: bool, de
 
 @torch.inference_mode()
 def main() -> None:
-    asked = parser(__doc__)
-    asked.add_argument("--model", default="deit_small_patch16_224")
-    asked.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
-    asked.add_argument("--batch-sizes", type=whole_numbers, default=[1, 8, 16])
-    asked.add_argument("--keep-rates", type=numbers, default=[0.9, 0.8, 0.7, 0.5])
-    asked.add_argument("--backend", default="inductor")
-    asked.add_argument("--freeze", action="store_true", help="freeze the weights: packed, but slow to compile")
-    chosen = asked.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--model", default="deit_small_patch16_224")
+    options.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
+    options.add_argument("--batch-sizes", type=whole_numbers, default=[1, 8, 16])
+    options.add_argument("--keep-rates", type=numbers, default=[0.9, 0.8, 0.7, 0.5])
+    options.add_argument("--backend", default="inductor")
+    options.add_argument("--freeze", action="store_true", help="freeze the weights: packed, but slow to compile")
+    chosen = options.parse_args()
     device, display = start(chosen)
     name, args = chosen.model, {}
     if chosen.quick:
@@ -64,7 +64,7 @@ def main() -> None:
     kinds = [(None, False, "discard"), *((at(rate), False, "discard") for rate in chosen.keep_rates)]
     kinds += [(None, True, "discard"), (at(0.7), True, "discard"), (at(0.7), False, "heir")]
     # inductor packs weights that do not change at compile time; without, every call packs them
-    options = {"freezing": True} if chosen.freeze else None
+    inductor = {"freezing": True} if chosen.freeze else None
     rows = []
     with display.progress() as progress:
         for batch in chosen.batch_sizes:
@@ -77,7 +77,7 @@ def main() -> None:
                 row = describe(own, schedule, exact)
                 label = "dense" if schedule is None else f"{row['keep_rate']:g}"
                 label += (", exact" if exact else "") + (", heirs" if dead == "heir" else "")
-                run: Any = torch.compile(own, fullgraph=True, dynamic=False, backend=chosen.backend, options=options)
+                run: Any = torch.compile(own, fullgraph=True, dynamic=False, backend=chosen.backend, options=inductor)
                 run(images)
                 torch._dynamo.config.error_on_recompile = True
                 for _ in range(2):

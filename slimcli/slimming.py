@@ -486,9 +486,10 @@ class SlimModel(nn.Module):
             run, args = self.backbone.narrow_block, (*args, keep, bias, *(() if reading is None else (reading,)))
         elif bias is not None:
             run, args = self.backbone.masked_block, (*args, bias)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        learns = self.training and torch.is_grad_enabled()
+        if learns and not torch.compiler.is_compiling():
             run = partial(_trained, run)
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+        if learns and self.grad_checkpointing:
             result: Tensor = checkpoint(run, *args, use_reentrant=False)
             return result
         return run(*args)
