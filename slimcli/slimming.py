@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from slimcli import life as lives
@@ -400,26 +401,28 @@ class SlimModel(nn.Module):
         patch it is a key and a value only: its heir takes over before the block's queries are made.
         """
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
-        mass = torch.stack((plan.weight, torch.ones_like(plan.weight)), dim=-1)
+        # prefix tokens stand for themselves, and inherit nothing
+        mass = F.pad(torch.stack((plan.weight, torch.ones_like(plan.weight)), dim=-1), (0, 0, prefix, 0), value=1.0)
+        heirs = plan.heirs + prefix
 
         def take_over(tokens: Tensor, mass: Tensor, n: int) -> tuple[Tensor, Tensor]:
-            patches, mass = lives.inherit(tokens[:, prefix:], mass, plan.heirs[:, n : mass.shape[1]])
-            return torch.cat((tokens[:, :prefix], patches), dim=1), mass
+            return lives.inherit(tokens, mass, heirs[:, n : mass.shape[1] - prefix])
 
         def key_bias(exponent: float) -> Tensor | None:
             # a token that stands for several patches counts as many keys
-            sizes = mass[..., 1]
-            return lives.prefix_bias(exponent * sizes.log(), prefix) if sizes.shape[1] < counts[0] else None
+            return exponent * mass[..., 1].log() if mass.shape[1] < prefix + counts[0] else None
 
+        bias = None
         for layer in range(first + 1, self.schedule.depth + 1):
             n = counts[layer - 1]
-            if mass.shape[1] > n:
+            if mass.shape[1] > prefix + n:
                 tokens, mass = take_over(tokens, mass, n)
+                bias = key_bias(self.size_bias)
             positions = None if positions is None else positions[:, :n]
-            bias = key_bias(self.size_bias)
             if self._takes_over_in(layer, counts) and positions is None:
                 reading, mass = take_over(tokens, mass, counts[layer])
                 tokens = self._block(layer, tokens, None, bias, reading.shape[1], reading)
+                bias = key_bias(self.size_bias)
             else:
                 tokens = self._block(layer, tokens, positions, bias, self._read_after(layer, counts))
         # what pools patches counts each as many times as it stands for one

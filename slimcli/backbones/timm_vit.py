@@ -124,6 +124,12 @@ class TimmViT(Backbone):
         tokens = model._pos_embed(model.patch_embed(images))
         return model.norm_pre(model.patch_drop(tokens)), None
 
+    def masked_block(self, layer: int, tokens: Tensor, positions: Tensor | None, key_bias: Tensor) -> Tensor:
+        if positions is not None or not is_plain(self.blocks[layer - 1]):
+            return super().masked_block(layer, tokens, positions, key_bias)
+        # to look for the attention of a block that is known would cost a call to Python for every operator
+        return self.narrow_block(layer, tokens, None, tokens.shape[1], key_bias)
+
     def narrows(self, layer: int) -> bool:
         return is_plain(self.blocks[layer - 1])
 
@@ -140,20 +146,27 @@ class TimmViT(Backbone):
         if positions is not None or not is_plain(block):
             return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
         x = block.norm1(tokens)
-        asking = x[:, :keep] if reading is None else block.norm1(reading)
-        attended = self._narrow_attention(block.attn, asking, x, key_bias)
-        read = (tokens[:, :keep] if reading is None else reading) + block.drop_path1(block.ls1(attended))
+        if reading is not None:
+            read, asking = reading, block.norm1(reading)
+        elif keep < tokens.shape[1]:
+            read, asking = tokens[:, :keep], x[:, :keep]
+        else:
+            read, asking = tokens, x
+        read = read + block.drop_path1(block.ls1(self._attention(block.attn, asking, x, key_bias)))
         return read + block.drop_path2(block.ls2(block.mlp(block.norm2(read))))
 
-    def _narrow_attention(self, attn: Attention, reading: Tensor, x: Tensor, key_bias: Tensor | None) -> Tensor:
+    def _attention(self, attn: Attention, reading: Tensor, x: Tensor, key_bias: Tensor | None) -> Tensor:
         """timm's attention of the tokens `reading` (B, keep, D) to the tokens `x` (B, n, D): (B, keep, D)."""
         split = attn.qkv.out_features // 3
         batch, n, _ = x.shape
         keep = reading.shape[1]
-        query = rows(attn.qkv, reading, 0, split).reshape(batch, keep, attn.num_heads, -1).transpose(1, 2)
-        both = rows(attn.qkv, x, split, 3 * split)
-        both = both.reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = attn.q_norm(query), attn.k_norm(both[0]), both[1]
+        if reading is x:
+            query, key, value = attn.qkv(x).reshape(batch, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            query = rows(attn.qkv, reading, 0, split).reshape(batch, keep, attn.num_heads, -1).transpose(1, 2)
+            both = rows(attn.qkv, x, split, 3 * split)
+            key, value = both.reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = attn.q_norm(query), attn.k_norm(key)
         dropout = attn.attn_drop.p if attn.training else 0.0
         if key_bias is None:
             out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
