@@ -73,6 +73,23 @@ def test_packing(tmp_path):
     assert all(row["faster"] > 0 for row in rows)
 
 
+def test_ablations(tmp_path):
+    tables = ("--tables", "dense,stages,temperature,life layer", "--seeds", "0,1")
+    rows = quick(tmp_path, "ablations", *tables)
+    assert [row["variant"] for row in rows[:4]] == [
+        "given the same epochs",
+        "the life head alone",
+        "one stage of both",
+        "two stages",
+    ]
+    assert rows[0]["gmacs"] > rows[1]["gmacs"]
+    # a fall costs as much as the recipe's three drops, to a patch
+    assert all(abs(row["gmacs"] / rows[1]["gmacs"] - 1) < 0.05 for row in rows[1:])
+    finished = (tmp_path / "runs" / "ablations" / "finished.json").read_text()
+    assert quick(tmp_path, "ablations", *tables) == rows
+    assert (tmp_path / "runs" / "ablations" / "finished.json").read_text() == finished
+
+
 def test_operators(tmp_path):
     rows = quick(tmp_path, "operators", "--top", "5", "--exact-savings")
     assert rows[0]["name"] == "all"
