@@ -39,7 +39,7 @@ def profile(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    min_seconds: float = 3.0,
+    min_seconds: float = 2.0,
     progress: Progress = no_progress,
     exact_savings: bool = False,
     against: Sequence[str] = (),

@@ -19,9 +19,16 @@ def rows_of(found):
     return {(row["title"], row["keep_rate"]): row for row in found["rows"]}
 
 
-def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path):
-    words = ["compare", "quickstart", "--methods", "life,evit,tome,random", "--keep-rate", "0.7,0.5", "--limit", 40]
-    found = document(slim(*words, "-o", "out", "--json"))
+@pytest.fixture
+def few_images(monkeypatch):
+    """Calibrations on fewer images, to save time."""
+    monkeypatch.setattr(compare, "FIT_IMAGES", 64)
+    monkeypatch.setattr(compare, "CHECK_IMAGES", 16)
+
+
+def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
+    words = ["compare", "quickstart", "--methods", "life,evit,tome,random", "--keep-rate", "0.7,0.5"]
+    found = document(slim(*words, "--limit", 40, "--batch-size", 8, "-o", "out", "--json"))
     rows = rows_of(found)
     assert found["rows"][0]["title"] == "dense"
     assert len(rows) == 9
@@ -46,8 +53,8 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path):
     assert ElementTree.parse(out / "compare.svg").getroot().tag.endswith("svg")
 
 
-def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, tmp_path, monkeypatch):
-    words = ["compare", "quickstart", "--methods", "life", "--limit", 40]
+def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, monkeypatch, few_images):
+    words = ["compare", "quickstart", "--methods", "life", "--limit", 40, "--batch-size", 8]
     calls = []
     real = compare.calibrate.calibrate
     monkeypatch.setattr(compare.calibrate, "calibrate", lambda *args: calls.append(1) or real(*args))

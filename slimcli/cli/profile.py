@@ -34,7 +34,7 @@ REALISED_ENOUGH = 0.9
     "--exact-savings", is_flag=True, help="Also without the work for tokens that nothing reads; the same logits."
 )
 @click.option(
-    "--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="Shortest time to measure."
+    "--seconds", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Shortest time to measure."
 )
 @dead_option
 @set_option

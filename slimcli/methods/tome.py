@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from slimcli.attention import AttentionRecorder, biased_attention
 from slimcli.errors import SlimError
-from slimcli.life import prefix_bias, sort_patches, take_rows
+from slimcli.life import add_rows, prefix_bias, sort_patches, take_rows
 from slimcli.methods.base import Method, backbone_cost
 from slimcli.schedule import Schedule
 
@@ -176,8 +176,7 @@ def merge(tokens: Tensor, size: Tensor, match: Matching, prefix: int) -> tuple[T
 
     The new order is prefix tokens, patches left alone, patches of the other side.
     """
-    batch = tokens.shape[0]
-    others = match.others.expand(batch, -1)
+    others = match.others.expand(tokens.shape[0], -1)
     stay = torch.cat((match.rest, others), dim=1)
     weight = size.gather(1, stay)
     place = match.target + match.rest.shape[1]
@@ -188,6 +187,4 @@ def merge(tokens: Tensor, size: Tensor, match: Matching, prefix: int) -> tuple[T
     # a mean weighted by size: rows that take nothing in keep the weight 1
     kept = kept * F.pad(weight / total, (prefix, 0), value=1.0).unsqueeze(-1).to(tokens.dtype)
     merged = merged * (added / total.gather(1, place)).unsqueeze(-1).to(tokens.dtype)
-    rows = place + prefix + kept.shape[1] * torch.arange(batch, device=tokens.device).unsqueeze(1)
-    flat = kept.reshape(-1, kept.shape[2]).index_add(0, rows.flatten(), merged.reshape(-1, kept.shape[2]))
-    return flat.reshape(kept.shape), total
+    return add_rows(kept, place + prefix, merged), total
