@@ -14,14 +14,14 @@ def real(shared):
 
 
 def test_calibration_makes_the_real_model_cheaper_and_keeps_its_accuracy(slim, real):
-    words = ["cifar10-dinov2-small", *real, "--keep-rate", "0.7", "--images", 64, "--limit", 100]
-    report = document(slim("calibrate", *words, "--json"))
+    words = ["cifar10-dinov2-small", *real, "--keep-rate", "0.7", "--images", 64]
+    report = document(slim("calibrate", *words, "--limit", 100, "--batch-size", 16, "--json"))
     dense, slimmed = report["rows"]
     assert dense["top1"] >= 88
     assert dense["gmacs"] == pytest.approx(1.434, abs=1e-3)
     assert 0.98 < slimmed["gmacs"] <= 1.001
     assert report["after"]["agreement"] >= max(85, report["before"]["agreement"] + 2)
-    found = document(slim("eval", "--keep-rate", "1.0", "--limit", 32, "--json"))
+    found = document(slim("eval", "--keep-rate", "1.0", "--limit", 32, "--batch-size", 16, "--json"))
     assert found["rows"][0]["loss"] == found["rows"][1]["loss"]
 
 

@@ -193,7 +193,7 @@ def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(tmp_path
     ours = dinov2_from_timm(state, 12)
     ours.save_pretrained(tmp_path / "dinov2")
 
-    photos = ("--data", SHARED / "data" / "cifar10", "--json")
+    photos = ("--data", SHARED / "data" / "cifar10", "--batch-size", "16", "--json")
     made = slim(
         *("calibrate", f"hf:{tmp_path / 'dinov2'}", "--keep-rate", "0.7", "--images", "64", "--limit", "32"),
         *("--output", "slimmed"),
