@@ -198,7 +198,7 @@ def test_what_is_calibrated_with_heirs_trains_the_backbone_alone(slim, tmp_path)
 
 
 def test_calibrate_finds_a_better_schedule_than_three_drops(slim):
-    words = ["--target-flops", "0.05", "--images", 256, "--limit", 100, "--json"]
+    words = ["--target-flops", "0.05", "--images", 256, "--limit", 100, "--batch-size", 16, "--json"]
     report = document(slim("calibrate", "quickstart", *words))
     chosen, paper = report["chosen"], report["paper"]
     assert chosen["gmacs"] <= 0.05 and paper["gmacs"] <= 0.05
@@ -253,7 +253,8 @@ def test_calibrate_finds_a_measured_speedup_or_says_that_it_cannot(slim, refused
 
 
 def test_calibrate_teaches_the_head_without_labels(slim):
-    report = document(slim("calibrate", "quickstart", "--keep-rate", "0.5", "--images", 200, "--json"))
+    words = ["--images", 200, "--limit", 100, "--batch-size", 16, "--json"]
+    report = document(slim("calibrate", "quickstart", "--keep-rate", "0.5", *words))
     # 2 is the error of a head that knows nothing, 1 that of one that says the same of every patch
     assert report["chosen"]["fit_error"] < 0.5
     assert report["after"]["agreement"] > 90
