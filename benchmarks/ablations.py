@@ -24,18 +24,6 @@ from slimcli.slimming import SlimModel
 from slimcli.targets import from_recipe
 from slimcli.train import METRICS, train
 
-TABLES = (
-    "dense",
-    "keep rate",
-    "stages",
-    "temperature",
-    "second stage",
-    "dead patches",
-    "teaching",
-    "schedule",
-    "life layer",
-)
-
 COLUMNS = {
     "table": "table",
     "variant": "variant",
@@ -80,7 +68,7 @@ class Variant(NamedTuple):
 
 
 def variants(base: Recipe) -> Iterator[Variant]:
-    """Every line of every table, in the order of TABLES."""
+    """Every line of every table."""
     if len(base.stages) != 2 or [stage.learns for stage in base.stages] != ["life", "backbone"]:
         raise SlimError(f"recipe {base.name}: expected two stages, of the life head and of the backbone")
     head, backbone = base.stages
@@ -174,7 +162,7 @@ def main() -> None:
     options.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE", help="as of `slim train`"
     )
-    options.add_argument("--tables", help=f"some of: {', '.join(TABLES)}; all by default")
+    options.add_argument("--tables", help="names of tables, such as dense,stages,life layer; all by default")
     options.add_argument("--seeds", type=whole_numbers, default=[0], help="of every variant")
     options.add_argument("--output", type=Path, default=Path("runs/ablations"), help="folder of what is finished")
     chosen = options.parse_args()
@@ -184,9 +172,10 @@ def main() -> None:
         lines = list(variants(base))
     except SlimError as error:
         options.error(str(error))
-    wanted = chosen.tables.split(",") if chosen.tables else list(TABLES)
-    if unknown := set(wanted) - set(TABLES):
-        options.error(f"--tables: no table {', '.join(sorted(unknown))}: expected some of {', '.join(TABLES)}")
+    tables = dict.fromkeys(variant.table for variant in lines)
+    wanted = chosen.tables.split(",") if chosen.tables else list(tables)
+    if unknown := set(wanted) - set(tables):
+        options.error(f"--tables: no table {', '.join(sorted(unknown))}: expected some of {', '.join(tables)}")
     lines = [variant for variant in lines if variant.table in wanted]
     trained = Trained(chosen.output)
     rows = []
