@@ -25,6 +25,8 @@ from slimcli.slimming import SlimModel
 
 #: the measurements of a run that `slim eval` made after it ended
 EVALUATIONS = "evaluations.json"
+#: rounds that speed is of: at least; with fewer full batches topped up to, as long as that many seconds allow
+FEWEST_ROUNDS, ENOUGH_ROUNDS, TOP_UP_SECONDS = 3, 10, 5.0
 
 
 @dataclass
@@ -185,7 +187,8 @@ def evaluate(
     Of a model without a classifier, `similarity` to the dense model's features takes the place of accuracy; a
     backbone that `compares_embeddings` has both.
     The variants run in turn on every batch; speed is the median over the full batches and the speed-up the median
-    of the ratios within a batch. Small sets are topped up with more rounds on the last full batch.
+    of the ratios within a batch. Small sets are topped up with more rounds on the last full batch, ten in all or
+    what five seconds allow.
     """
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model)
@@ -222,9 +225,11 @@ def evaluate(
     if timed is None:
         raise SlimError("there are no images to evaluate on")
 
-    extra = 10 - len(variants[0].seconds)
-    if extra > 0:
-        more = measure.interleave([partial(_run, model, variant, timed) for variant in variants], device, extra, 0.0)
+    have = len(variants[0].seconds)
+    if have < ENOUGH_ROUNDS:
+        runs = [partial(_run, model, variant, timed) for variant in variants]
+        fewest, most = max(FEWEST_ROUNDS - have, 1), ENOUGH_ROUNDS - have
+        more = measure.interleave(runs, device, fewest, TOP_UP_SECONDS, most, progress, "timing")
         for variant, seconds in zip(variants, more, strict=True):
             variant.seconds += seconds
     model.mode, model.schedule, model.exact_savings = before
