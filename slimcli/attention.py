@@ -228,14 +228,16 @@ def _flex(
     query, key, value = _in_one_dtype(query, key, value)
     if key_bias is not None:
         key_bias = _finite(key_bias)
+    # older torch traces a score_mod only where every index is a tensor
+    table = None if pair_bias is None else pair_bias[0]
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if key_bias is not None:
             score = score + key_bias[b, j]
-        if pair_bias is not None and places is not None:
-            score = score + pair_bias[0, h, places[b, i], places[b, j]]
-        elif pair_bias is not None:
-            score = score + pair_bias[0, h, i, j]
+        if table is not None and places is not None:
+            score = score + table[h, places[b, i], places[b, j]]
+        elif table is not None:
+            score = score + table[h, i, j]
         return score
 
     out: Tensor = _compiled_flex()(query.contiguous(), key.contiguous(), value.contiguous(), score_mod, scale=scale)

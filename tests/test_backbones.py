@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import tiny_vit
 
 import slimcli
 from slimcli.backbones.timm_families import VARIANTS, small_models
@@ -155,3 +156,19 @@ def test_where_all_patches_are_dead_a_pooling_reads_what_lives_longest_or_the_pr
             assert (slim.life.amax(dim=1) < 3).any()
             slim.mode = "soft"
             torch.testing.assert_close(slim(images), threshold, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_images_of_other_channels_are_known_also_where_timm_does_not_say_so(told):
+    model = tiny_vit(in_chans=2)
+    if not told:
+        model.__dict__.pop("in_chans", None)
+    slim = slimcli.slim(model, 0.5)
+    assert slim.backbone.preprocessing()["input_size"] == (2, 32, 32)
+    assert slim(torch.randn(1, 2, 32, 32)).shape == (1, 10)
+
+
+def test_a_module_of_timms_without_a_filter_takes_weights_as_they_are(monkeypatch):
+    model = tiny_vit()
+    monkeypatch.delattr(timm.models.vision_transformer, "checkpoint_filter_fn")
+    assert find_backbone(model).adapt_weights(model.state_dict()).keys() == model.state_dict().keys()

@@ -237,13 +237,24 @@ class TimmViT(Backbone):
         raise SlimError(f"pooling {kind!r} cannot weight its patches: train in hard mode instead of soft")
 
     def adapt_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        module = sys.modules[family(type(self.model))]
-        return module.checkpoint_filter_fn(dict(state), self.model)
+        # of older timm's not every module of models has one
+        adapt = getattr(sys.modules[family(type(self.model))], "checkpoint_filter_fn", None)
+        return dict(state) if adapt is None else adapt(dict(state), self.model)
 
     def preprocessing(self) -> dict[str, Any]:
         config = timm.data.resolve_model_data_config(self.model)
-        config["input_size"] = (self.model.in_chans, *self.image_size)
+        config["input_size"] = (image_channels(self.model), *self.image_size)
         return config
+
+
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes; of older timm's not every model says so, but its first layer does."""
+    for module in model.modules():
+        if isinstance(channels := getattr(module, "in_chans", None), int):
+            return channels
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise SlimError(f"{type(model).__name__} does not say how many channels its images have")
 
 
 def is_plain(block: Any) -> bool:
