@@ -307,6 +307,17 @@ def test_a_setting_for_a_cost_is_found_and_not_exceeded(name, rate):
         model.schedule_for_cost(target / 100)
 
 
+def test_a_keep_rate_costs_tome_the_same_from_a_recipe_and_from_a_folder(tmp_path):
+    model = slim("digits_vit", 0.7, method="tome")
+    save_model(tmp_path, model, {"model": {"name": "digits_vit", "args": {}}, "preprocessing": {}})
+    loaded = slimcli.load(tmp_path)
+    assert loaded.schedule == model.schedule
+    for rate in (0.9, 0.7, 0.5):
+        assert loaded.at_keep_rate(rate) == model.at_keep_rate(rate)
+        assert 0.98 * model.usual_cost(rate) <= loaded.cost(loaded.at_keep_rate(rate)) <= model.usual_cost(rate)
+    assert not loaded.at_keep_rate(1.0).drops_patches()
+
+
 def test_tome_merges_nearly_as_many_in_every_block():
     model = slim("digits_vit", 0.7, method="tome")
     fewer = merges(model.schedule.counts)

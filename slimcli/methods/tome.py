@@ -46,9 +46,15 @@ class ToMe(Method):
         return schedule
 
     def at_keep_rate(self, keep_rate: float) -> Schedule:
-        """The schedule that costs what life regression costs at this keep rate."""
+        """The schedule that costs what life regression costs at this keep rate.
+
+        At the drop layers that it was first given with; where only counts were, as a model folder has them, at the
+        paper's.
+        """
         reference = (self._reference or self.schedule).at_keep_rate(keep_rate)
-        return self.schedule_for_cost(self._life_cost(reference)) if reference.drops_patches() else reference
+        if not reference.drops_patches():
+            return reference
+        return self.schedule_for_cost(self._life_cost(reference) if self._reference else self.usual_cost(keep_rate))
 
     def _life_cost(self, schedule: Schedule) -> int:
         return self.architecture().multiply_adds(schedule.resolve(self.num_patches))
