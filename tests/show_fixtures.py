@@ -22,14 +22,13 @@ def tiny_slim(keep_rate: float = 0.5, layers: tuple[int, ...] = (1, 2, 3), **cha
     """A random slimmed ViT whose lives differ from patch to patch."""
     model = SlimModel(tiny_vit(**changes), Schedule.uniform(4, keep_rate, 1, layers))
     torch.manual_seed(1)
-    if changes.get("num_classes", 10):
-        # what the image holds decides, not the classifier's bias
-        torch.nn.init.zeros_(model.model.head.bias)
-        torch.nn.init.normal_(model.model.patch_embed.proj.weight, std=1.0)
-    for parameter in model.model.blocks.parameters():
-        # with initial weights the blocks hardly matter, and neither do the patches that miss some
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    # what the image holds decides, not what is the same in all of them: biases, and a random class token
+    for name, parameter in model.model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+    if model.model.cls_token is not None:
+        torch.nn.init.zeros_(model.model.cls_token)
+    torch.nn.init.normal_(model.model.patch_embed.proj.weight, std=1.0)
     for parameter in model.life_head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
