@@ -217,9 +217,8 @@ def test_calibrate_for_several_keep_rates_trains_for_all_of_them(slim, tmp_path)
     assert [row["keep_rate"] for row in report["rows"]] == [None, 1.0, 0.7, 0.5]
     dense, costs = report["rows"][0]["gmacs"], [row["gmacs"] for row in report["rows"][1:]]
     assert dense > costs[1] > costs[2]
-    # the form of the fall is that of 0.7: the others are made from it, and the cost may have room for one patch more
-    chosen, again = report["chosen"]["patches_per_layer"], report["rows"][2]["schedule"]
-    assert again[-1] < again[0] and sum(abs(a - b) for a, b in zip(again, chosen, strict=True)) <= 1
+    # the form of the fall is that of 0.7: the others are made from it
+    assert report["chosen"]["patches_per_layer"] == report["rows"][2]["schedule"]
     (stage,) = load_recipe(tmp_path / "several" / "recipe.toml").stages
     assert stage.keep_rates == [1.0, 0.7, 0.5]
 

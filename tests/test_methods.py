@@ -364,10 +364,6 @@ def test_every_backbone_runs_every_method_or_is_refused(model):
             assert f"the method {name} cannot run" in str(error)
             continue
         x = images(slimmed)
-        try:
-            slimmed.model(x)
-        except RuntimeError as error:
-            pytest.skip(f"this timm cannot run the dense model in float64: {error}")
         output = slimmed.logits(x)
         assert output.isfinite().all()
         if output.dim() == 2:
