@@ -21,11 +21,11 @@ from slimcli.errors import SlimError
 from slimcli.evaluate import check_classes, evaluate, first_images
 from slimcli.files import write_file, write_json
 from slimcli.methods.base import Method, rival
+from slimcli.pictures import encode
 from slimcli.plugins import find_method
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe, SlimmingSection, StageSection
 from slimcli.schedule import Schedule
-from slimcli.show import encode
 from slimcli.slimming import SlimModel
 from slimcli.store import configure, slimming_config
 from slimcli.targets import Target, from_recipe

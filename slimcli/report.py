@@ -22,7 +22,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from slimcli import __version__, plots, profile, show
+from slimcli import __version__, pictures, plots, profile
 from slimcli import data as datasets
 from slimcli.device import find_dtype
 from slimcli.errors import SlimError
@@ -65,10 +65,10 @@ class Record:
 class Measured:
     """What was measured for the report: outcomes on validation images, all lives seen, and time by layer."""
 
-    outcomes: dict[str, list[show.Outcome]]
+    outcomes: dict[str, list[pictures.Outcome]]
     lives: NDArray[numpy.float32]
     images: int
-    geometry: show.Geometry
+    geometry: pictures.Geometry
     prepare: dict[str, Any]
     class_names: list[str] | None
     layers: list[dict[str, Any]]
@@ -139,13 +139,13 @@ def measure(
     samples = datasets.open_dataset(section, train=False)
     prepare = datasets.preprocessing(target.preprocessing, section)
     batch = min(section.batch_size, 16)
-    geometry = show.find_geometry(model)
-    outcomes: list[show.Outcome] = []
+    geometry = pictures.find_geometry(model)
+    outcomes: list[pictures.Outcome] = []
     end = time.monotonic() + seconds
     # in a fixed random order, so that any part of the images holds all classes
-    batches = show.data_batches(datasets.shuffled(samples), prepare, batch, device)
-    looked = show.look(model, batches, device, dtype)
-    for outcome in show.counted(looked, progress, limit):
+    batches = pictures.data_batches(datasets.shuffled(samples), prepare, batch, device)
+    looked = pictures.look(model, batches, device, dtype)
+    for outcome in pictures.counted(looked, progress, limit):
         outcomes.append(outcome)
         if (time.monotonic() > end or len(outcomes) >= limit) and len(outcomes) >= count:
             break
@@ -156,14 +156,14 @@ def measure(
         len(outcomes),
         geometry,
         prepare,
-        show.readable(target.config.get("class_names")),
+        pictures.readable(target.config.get("class_names")),
         layers,
         device.type,
         batch,
     )
 
 
-def _gallery(outcomes: Sequence[show.Outcome], count: int) -> dict[str, list[show.Outcome]]:
+def _gallery(outcomes: Sequence[pictures.Outcome], count: int) -> dict[str, list[pictures.Outcome]]:
     """The outcomes worth a picture, under the words that say why."""
     if not outcomes or outcomes[0].loss is None:
         nearest = sorted(outcomes, key=lambda outcome: -outcome.similarity)
@@ -440,23 +440,23 @@ def _trade_offs(points: Sequence[Point]) -> list[Markup]:
 
 def _gallery_page(measured: Measured) -> list[dict[str, Any]]:
     """The pictures of each kind, a row an image, as the template shows them."""
-    layers = show.drop_stages(measured.geometry)
+    layers = pictures.drop_stages(measured.geometry)
     titles: list[str] | None = None
     kinds = []
     for kind, outcomes in measured.outcomes.items():
         rows = []
         for outcome in outcomes:
-            titles = titles or show.panel_titles(outcome, measured.geometry, layers)
-            drawn = show.panels(outcome, measured.geometry, measured.prepare, layers, side=320)
+            titles = titles or pictures.panel_titles(outcome, measured.geometry, layers)
+            drawn = pictures.panels(outcome, measured.geometry, measured.prepare, layers, side=320)
             images = [_picture(pixels) for pixels in drawn]
             images[1] = _life_picture(outcome, measured)
-            name = show.short_name(outcome.name)
-            truth = None if outcome.target is None else show.class_name(outcome.target, measured.class_names)
+            name = pictures.short_name(outcome.name)
+            truth = None if outcome.target is None else pictures.class_name(outcome.target, measured.class_names)
             rows.append(
                 {
                     "name": name,
                     "truth": truth if outcome.dense is not None else None,
-                    "verdict": show.verdict(outcome, measured.class_names),
+                    "verdict": pictures.verdict(outcome, measured.class_names),
                     "differ": outcome.agree is False,
                     "panels": [
                         {"source": source, "title": title, "alt": f"{name}: {title}"}
@@ -468,14 +468,14 @@ def _gallery_page(measured: Measured) -> list[dict[str, Any]]:
     return kinds
 
 
-def _picture(pixels: show.Pixels) -> str:
+def _picture(pixels: pictures.Pixels) -> str:
     """Pixels as a data: address."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.standard_b64encode(buffer.getvalue()).decode()
 
 
-def _life_picture(outcome: show.Outcome, measured: Measured) -> str:
+def _life_picture(outcome: pictures.Outcome, measured: Measured) -> str:
     """The lives over the image, with their numbers, as a data: address."""
-    figure = show.draw_lives(outcome, measured.geometry, measured.prepare)
-    return "data:image/png;base64," + base64.standard_b64encode(show.encode(figure, "png", dpi=150)).decode()
+    figure = pictures.draw_lives(outcome, measured.geometry, measured.prepare)
+    return "data:image/png;base64," + base64.standard_b64encode(pictures.encode(figure, "png", dpi=150)).decode()

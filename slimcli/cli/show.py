@@ -71,15 +71,15 @@ def command(
         raise SlimError("IMAGE and --data are both given: --data is for picking validation images")
 
     from slimcli import data as datasets
-    from slimcli import show
+    from slimcli import pictures
     from slimcli.cli.display import Display
     from slimcli.device import find_device, find_dtype
     from slimcli.recipe import DataSection
     from slimcli.targets import choose_data, find_target
 
     display = Display(as_json)
-    form = show.choose_format(output, form)
-    paths = show.find_images(images) if images else []
+    form = pictures.choose_format(output, form)
+    paths = pictures.find_images(images) if images else []
     if output is not None and any(path.is_file() and output.absolute() == path.absolute() for path in paths):
         raise SlimError(f"-o {output}: is one of the images: choose another name")
     where = find_device(device)
@@ -88,27 +88,27 @@ def command(
     dtype = find_dtype(precision or "float32", where)
     if keep_rates is not None:
         model.keep_rate = keep_rates[0]
-    geometry = show.find_geometry(model)
-    show.drop_stages(geometry, layer)
+    geometry = pictures.find_geometry(model)
+    pictures.drop_stages(geometry, layer)
     if not found.has_life_head:
         display.warn(f"{found.label} has no trained life head: run `slim calibrate` or `slim train` first")
-    class_names = show.readable(found.config.get("class_names"))
+    class_names = pictures.readable(found.config.get("class_names"))
     broken: list[Any] = []
     batch = batch_size or 16
     if paths:
         prepare = datasets.preprocessing(found.preprocessing, found.data or DataSection())
-        stream = show.look(model, show.image_batches(paths, prepare, batch, broken), where, dtype)
+        stream = pictures.look(model, pictures.image_batches(paths, prepare, batch, broken), where, dtype)
         expected = len(paths)
     else:
         section = choose_data(found, data, split, limit, batch)
         samples = datasets.open_dataset(section, train=False)
-        class_names = class_names or show.readable(getattr(samples, "class_names", None))
+        class_names = class_names or pictures.readable(getattr(samples, "class_names", None))
         prepare = datasets.preprocessing(found.preprocessing, section)
         if pick == "random":
-            samples = show.draw_at_random(samples, count, seed)
-        looked = show.look(model, show.data_batches(samples, prepare, batch, where), where, dtype)
+            samples = pictures.draw_at_random(samples, count, seed)
+        looked = pictures.look(model, pictures.data_batches(samples, prepare, batch, where), where, dtype)
         with display.progress() as progress:
-            chosen = show.pick(show.counted(looked, progress, limit), pick, count)
+            chosen = pictures.pick(pictures.counted(looked, progress, limit), pick, count)
         stream, expected = iter(chosen), len(chosen)
         if not chosen:
             display.line(f"none of {len(samples)} images changed: wherever dense is right, slim is right too")
@@ -117,19 +117,19 @@ def command(
     target = output or Path(f"{paths[0].stem if len(paths) == 1 else pick if not paths else 'images'}-lives.{form}")
     if not target.suffix:
         target = target.with_name(f"{target.name}.{form}")
-    size = show.ROWS_A_FILE if columns == 1 else show.TILES_A_FILE
+    size = pictures.ROWS_A_FILE if columns == 1 else pictures.TILES_A_FILE
     rows: list[list[str]] = []
     entries: list[dict[str, Any]] = []
     written: list[str] = []
-    for number, part in enumerate(show.sheets(stream, size), 1):
+    for number, part in enumerate(pictures.sheets(stream, size), 1):
         path = target if expected <= size else target.with_name(f"{target.stem}-{number}{target.suffix}")
-        figure = show.draw(part, geometry, prepare, class_names, layer, min(columns, max(len(part), 2)))
-        show.write_sheet(path, figure, form)
+        figure = pictures.draw(part, geometry, prepare, class_names, layer, min(columns, max(len(part), 2)))
+        pictures.write_sheet(path, figure, form)
         written.append(str(path))
         if inline and not as_json:
             _print_picture(display, part, figure, geometry, prepare, layer)
         for outcome in part:
-            entry = show.describe(outcome, geometry, class_names)
+            entry = pictures.describe(outcome, geometry, class_names)
             entries.append({**entry, "output": str(path)})
             rows.append(_cells(entry))
     if rows:
@@ -156,7 +156,7 @@ def command(
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
-    from slimcli.show import fit_words, short_name
+    from slimcli.pictures import fit_words, short_name
 
     guesses = [entry["dense"], entry["slim"]]
     said = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
@@ -171,7 +171,7 @@ def _print_picture(display: Any, part: Any, figure: Any, geometry: Any, prepare:
 
     from PIL import Image
 
-    from slimcli import show
+    from slimcli import pictures
     from slimcli.cli import inline
 
     if not display.out.is_terminal:
@@ -181,9 +181,9 @@ def _print_picture(display: Any, part: Any, figure: Any, geometry: Any, prepare:
     if protocol == "blocks":
         # too coarse for words and numbers: the bare panels
         for outcome in part:
-            display.out.print(inline.half_blocks(show.strip(outcome, geometry, prepare, layer), columns), end="")
+            display.out.print(inline.half_blocks(pictures.strip(outcome, geometry, prepare, layer), columns), end="")
         return
-    png = show.encode(figure, "png", dpi=110)
+    png = pictures.encode(figure, "png", dpi=110)
     if protocol == "sixel":
         picture = Image.open(io.BytesIO(png))
         width = min(picture.width, columns * 9)
