@@ -39,7 +39,7 @@ from slimcli.files import write_file
 from slimcli.layout import lay_out_for_inference
 from slimcli.life import life_rank
 from slimcli.progress import Progress
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel, SlimModel
 
 Pixels = NDArray[numpy.uint8]
 
@@ -121,9 +121,7 @@ class Geometry:
 
 def find_geometry(model: SlimModel) -> Geometry:
     """Read off the model which pixels each patch covers: those that its embedding depends on."""
-    if model.method != "life":
-        raise SlimError(f"the method {model.method} predicts no lives: there is nothing to draw")
-    backbone = model.backbone
+    backbone = _predicts_lives(model).backbone
     rows, columns = backbone.grid_size
     height, width = backbone.image_size
     cell = height / rows, width / columns
@@ -143,6 +141,12 @@ def find_geometry(model: SlimModel) -> Geometry:
             cell, top_left = (step[0], step[1]), (start[0], start[1])
     counts = model.schedule.resolve(rows * columns)
     return Geometry((rows, columns), top_left, cell, counts, model.schedule.life_layer)
+
+
+def _predicts_lives(model: SlimModel) -> LifeModel:
+    if not isinstance(model, LifeModel):
+        raise SlimError(f"the method {model.method} predicts no lives: there is nothing to draw")
+    return model
 
 
 @torch.enable_grad()
@@ -173,18 +177,16 @@ def look(
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Outcome]:
     """Run dense and slimmed model on batches (names, images (B, 3, H, W), classes or None), image by image."""
-    model = model.to(device, dtype).eval()
+    model = _predicts_lives(model).to(device, dtype).eval()
     lay_out_for_inference(model)
     has_classes = model.architecture().num_outputs > 0
     for names, images, targets in batches:
-        before = model.mode
         batch = images.to(device, dtype)
-        model.mode = "none"
-        dense = pooled(model.logits(batch))
-        model.mode = "hard"
-        slim = pooled(model.logits(batch))
+        with model.running(mode="none"):
+            dense = pooled(model.logits(batch))
+        with model.running(mode="hard"):
+            slim = pooled(model.logits(batch))
         life = model.life
-        model.mode = before
         if life is None:  # nothing leaves: every patch lives to the end
             life = torch.full((len(names), model.num_patches), float(model.backbone.depth))
         similarity = F.cosine_similarity(dense, slim).tolist()
