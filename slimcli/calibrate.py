@@ -21,7 +21,7 @@ from slimcli.life import HEAD_CHANNELS, LifeHead, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Planning, Schedule, default_drop_layers, default_life_layer, falling_counts
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel, SlimModel
 
 #: memory that what is remembered of the images may take, for all candidate life layers together
 REMEMBERED_BYTES = 2 * 2**30
@@ -271,7 +271,6 @@ def cost_for_speedup(
 @torch.inference_mode()
 def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, device: torch.device) -> float:
     """Dense seconds over slimmed seconds on `images`, the median of interleaved rounds."""
-    before = model.mode, model.schedule
     model.eval()
     variants = [Variant(None), Variant(schedule)]
 
@@ -279,8 +278,8 @@ def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, devic
         variant.set(model)
         return model.logits(images)
 
-    times = measure.interleave([partial(run, variant) for variant in variants], device, 5, 1.0)
-    model.mode, model.schedule = before
+    with model.running():
+        times = measure.interleave([partial(run, variant) for variant in variants], device, 5, 1.0)
     return measure.speedup(*times)
 
 
@@ -293,7 +292,7 @@ class Rule:
     merge_importance: float = 0.7
     size_bias: float = 0.7
 
-    def set(self, model: SlimModel) -> None:
+    def set(self, model: LifeModel) -> None:
         """Have `model` follow it."""
         model.redundancy = self.redundancy
         model.merge_importance, model.size_bias = self.merge_importance, self.size_bias
@@ -358,7 +357,7 @@ def calibrate(
     fall that is to serve `others`, lower costs, too is judged at all of them.
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
-    if model.method != "life":
+    if not isinstance(model, LifeModel):
         raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model.model)
@@ -426,7 +425,7 @@ def _apart(candidate: Tried) -> float:
     return candidate.apart
 
 
-def paper_schedule(model: SlimModel, goal: Cost) -> Schedule | None:
+def paper_schedule(model: LifeModel, goal: Cost) -> Schedule | None:
     """The paper's three drops at the highest keep rate that costs no more; None where there is none.
 
     Costs are of `model` as it is: exact savings count where they are on.
@@ -501,7 +500,7 @@ def head_widths(model: SlimModel) -> tuple[int, int]:
 
 
 def _fit(
-    model: SlimModel,
+    model: LifeModel,
     observed: Observed,
     layer: int,
     steps: int,

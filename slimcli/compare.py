@@ -20,14 +20,14 @@ from slimcli.device import environment, find_dtype
 from slimcli.errors import SlimError
 from slimcli.evaluate import check_classes, evaluate, first_images
 from slimcli.files import write_file, write_json
-from slimcli.methods.base import Method, rival
+from slimcli.methods.base import Method
+from slimcli.methods.slim_model import LIFE_SETTINGS
 from slimcli.pictures import encode
 from slimcli.plugins import find_method
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe, SlimmingSection, StageSection
-from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel
-from slimcli.store import configure, slimming_config
+from slimcli.slimming import SlimModel, rival
+from slimcli.store import slimming_config
 from slimcli.targets import Target, from_recipe
 
 SETTINGS, RESULT, TABLE, PLOT = "settings.json", "compare.json", "compare.md", "compare"
@@ -161,7 +161,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
 def scheduled(cell: Cell, model: SlimModel) -> SlimModel:
     """The cell's method on the dense model of `model`, set to cost what the keep rate stands for."""
     if cell.method == model.method:
-        return _copy_with(model, model.schedule if cell.keep_rate is None else model.at_keep_rate(cell.keep_rate))
+        return model.with_schedule(model.schedule if cell.keep_rate is None else model.at_keep_rate(cell.keep_rate))
     found = rival(cell.method, model)
     found.schedule = found.schedule_for_cost(allowed(cell, model))
     return found
@@ -170,14 +170,6 @@ def scheduled(cell: Cell, model: SlimModel) -> SlimModel:
 def allowed(cell: Cell, model: SlimModel) -> int:
     """Multiply-adds that a method may cost: what the keep rate stands for, or what the recipe's own schedule costs."""
     return model.cost(model.schedule) if cell.keep_rate is None else model.usual_cost(cell.keep_rate)
-
-
-def _copy_with(model: SlimModel, schedule: Schedule) -> SlimModel:
-    """`model` under another schedule: the same modules, none of them copied."""
-    other = type(model)(model.model, schedule, model.temperature, model.backbone, model.dead)
-    setattr(other, model.selector_name, model.selector)
-    configure(other, slimming_config(model))
-    return other
 
 
 def _setting(cell: Cell, plan: dict[Cell, SlimModel]) -> dict[str, Any]:
@@ -200,7 +192,7 @@ def _untrained(
         return evaluate(target.model, loader, [], device, dtype, progress)[0]
     if cell.method == target.model.method and not target.has_life_head:
         _calibrate(target.model, allowed(cell, target.model), comparison, prepare, progress)
-        plan[cell] = _copy_with(target.model, target.model.schedule)
+        plan[cell] = target.model.with_schedule(target.model.schedule)
     return evaluate(plan[cell], loader, None, device, dtype, progress)[1]
 
 
@@ -249,7 +241,7 @@ def _unfinished(recipe: Recipe) -> Path | None:
 
 def slimming_section(recipe: Recipe, model: SlimModel) -> SlimmingSection:
     """The recipe's [slimming] with the method and the schedule of `model`."""
-    given = recipe.slimming.model_dump(exclude_none=True, exclude=SCHEDULE_FIELDS)
+    given = recipe.slimming.model_dump(exclude_none=True, exclude={*SCHEDULE_FIELDS, *LIFE_SETTINGS})
     return SlimmingSection.model_validate({**given, **slimming_config(model)}, strict=False)
 
 

@@ -270,27 +270,24 @@ def agreement(
 
     Without a classifier: the mean cosine of their features, times 100.
     """
-    mode = model.mode
     if not model.architecture().num_outputs:
         same, near = Similarity(), Similarity()
         for images, _targets in batches:
             images = images.to(device, dtype)
-            model.mode = "none"
-            features = pooled(model.logits(images))
+            with model.running(mode="none"):
+                features = pooled(model.logits(images))
             same.add(features, features)
-            model.mode = "hard"
-            near.add(pooled(model.logits(images)), features)
-        model.mode = mode
+            with model.running(mode="hard"):
+                near.add(pooled(model.logits(images)), features)
         return 100 * near.row()["similarity"], same, near
     dense, slim = Accuracy(), Accuracy()
     for images, targets in batches:
         images, targets = images.to(device, dtype), targets.to(device)
-        model.mode = "none"
-        logits = model.logits(images)
+        with model.running(mode="none"):
+            logits = model.logits(images)
         dense.add(logits, targets)
-        model.mode = "hard"
-        slim.add(model.logits(images), targets, logits.argmax(dim=1))
-    model.mode = mode
+        with model.running(mode="hard"):
+            slim.add(model.logits(images), targets, logits.argmax(dim=1))
     return 100 * slim.agree / max(slim.count, 1), dense, slim
 
 

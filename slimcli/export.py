@@ -59,10 +59,7 @@ def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any
 
 
 def _rule(model: SlimModel) -> str:
-    made = f"made with slim {__version__}"
-    if model.method != "life":
-        return f"the method {model.method}, {made}"
-    return f"life regression, {made}. Lives are predicted after block {model.schedule.life_layer}"
+    return f"{model.rule()}, made with slim {__version__}"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

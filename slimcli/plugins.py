@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slimcli.backbones.base import Backbone
-    from slimcli.slimming import SlimModel
+    from slimcli.methods.slim_model import SlimModel
 
 GROUP = "slim"
 BUILT_IN = {"timm": "slimcli.backbones.timm_plugin", "methods": "slimcli.methods.plugin"}

@@ -18,9 +18,8 @@ from slimcli.device import synchronise
 from slimcli.errors import SlimError
 from slimcli.evaluate import Variant, describe, schedules
 from slimcli.layout import lay_out_for_inference
-from slimcli.methods.base import rival
 from slimcli.progress import Progress, no_progress
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel, SlimModel, rival
 
 DEFAULT_BATCH = {"cuda": 128, "mps": 32, "cpu": 16}
 
@@ -112,7 +111,7 @@ def attention(model: SlimModel, batch_size: int, device: torch.device, dtype: to
     if recorder.query is None or recorder.key is None:
         return {"inference": "the model's own", "training": "the model's own"}
     query, key = (x.expand(batch_size, -1, -1, -1) for x in (recorder.query, recorder.key))
-    biased = model.dead == "heir"
+    biased = model.has_heirs
     return {
         "inference": str(running(query, key, learns=False, kernel=model.attention, biased=biased)),
         "training": str(running(query, key, learns=True, kernel=model.attention)),
@@ -153,7 +152,7 @@ def per_layer(
 
     What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
     """
-    if model.method != "life":
+    if not isinstance(model, LifeModel):
         raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model)

@@ -23,8 +23,8 @@ from slimcli.recipe import (
     load_recipe,
 )
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel
-from slimcli.store import CONFIG, configure, load, load_weights, read_config, slimming_config
+from slimcli.slimming import LifeModel, SlimModel
+from slimcli.store import CONFIG, load, load_weights, read_config, slimming_config
 
 #: names such as hf-hub:owner/model or hf:folder, which a plugin reads: its word, a colon, anything
 NAMED_BY_PLUGIN = re.compile(r"[a-z][a-z0-9_-]+:")
@@ -70,7 +70,7 @@ def find_target(
     """
     found = _find(text, overrides, pretrained, img_size)
     if dead is not None:
-        found.model.dead = dead
+        found.model.configure({"dead": dead})
     return found
 
 
@@ -150,13 +150,13 @@ def calibrated_recipe(
     data = data.model_copy(update={"val_limit": target.data.val_limit if target.data else None})
     slimming = SlimmingSection.model_validate(slimming_config(model), strict=False)
     if target.recipe is not None:
-        stages = backbone_stages(target.recipe.stages) if model.dead == "heir" else target.recipe.stages
+        stages = backbone_stages(target.recipe.stages) if model.has_heirs else target.recipe.stages
         stages = for_keep_rates(stages, keep_rates)
         return target.recipe.model_copy(update={"data": data, "slimming": slimming, "stages": stages})
     args = dict(target.config["model"]["args"])
     size = args.pop("img_size", None)
     loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs else "cosine"
-    if model.dead == "heir":
+    if model.has_heirs:
         stages = [StageSection(learns="backbone", mode="hard", loss=loss, lr=2e-5, epochs=2, ema=0.995)]
     else:
         stages = [
@@ -209,13 +209,13 @@ def slimmed(dense: Any, recipe: Recipe | None = None) -> SlimModel:
         backbone = find_backbone(dense)
         life_layer = backbone.life_layer
         layers = backbone.drop_layers(life_layer)
-        return SlimModel(dense, Schedule.uniform(backbone.depth, 0.7, life_layer, layers), backbone=backbone)
+        return LifeModel(backbone, Schedule.uniform(backbone.depth, 0.7, life_layer, layers))
     backbone = find_backbone(dense, recipe.model.backbone)
     schedule = recipe_schedule(recipe, backbone)
     kind = find_method(recipe.slimming.method)
-    model = kind(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
+    model = kind(backbone, schedule, recipe.slimming.temperature)
     model.attention = recipe.slimming.attention
-    configure(model, recipe.slimming.model_dump())
+    model.configure(recipe.slimming.model_dump(include={"exact_savings", *kind.settings}))
     return model
 
 

@@ -560,11 +560,10 @@ def accuracy(
     With a `teacher` also the cosine to its image embeddings; without a classifier that alone.
     """
     model.eval()
-    before, model.mode = model.mode, mode
     found = Scores()
     for batch, (images, targets) in enumerate(loader):
         images = images.to(accelerator.device)
-        with accelerator.autocast():
+        with accelerator.autocast(), model.running(mode=mode):
             if model.architecture().num_outputs:
                 logits = model.logits(images).float()
                 found.accuracy.add(*accelerator.gather_for_metrics((logits, targets.to(accelerator.device))))
@@ -572,7 +571,6 @@ def accuracy(
                 pair = pooled(model.embedding(images)), pooled(teacher.embedding(images))
                 found.similarity.add(*accelerator.gather_for_metrics(pair))
         progress("validating", batch + 1, len(loader))
-    model.mode = before
     return found
 
 

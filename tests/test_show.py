@@ -21,8 +21,9 @@ from slimcli.cli import inline
 from slimcli.data import eval_transform, read_image
 from slimcli.device import find_device
 from slimcli.errors import DataError
+from slimcli.plugins import find_backbone
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel
 
 CPU = find_device("cpu")
 
@@ -155,7 +156,7 @@ def test_nothing_is_cut_off_and_no_words_overlap(columns, size):
 
 
 def test_a_schedule_that_drops_after_every_block_shows_four_stages_and_says_so():
-    model = SlimModel(tiny_vit(depth=10), Schedule(10, 1, counts=(16, 15, 13, 12, 10, 9, 7, 5, 3, 2)))
+    model = LifeModel(find_backbone(tiny_vit(depth=10)), Schedule(10, 1, counts=(16, 15, 13, 12, 10, 9, 7, 5, 3, 2)))
     (outcome, _), prepare = looked(model)
     geometry = pictures.find_geometry(model)
     assert pictures.drop_stages(geometry) == (1, 4, 6, 9)

@@ -95,7 +95,7 @@ def command(
     torch.manual_seed(0)
     found = embedded_target() if target is None else find_target(target, overrides, pretrained=True)
     if dead is not None or found.recipe is None:
-        found.model.dead = dead or "heir"
+        found.model.configure({"dead": dead or "heir"})
     model = found.model
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
     dtype = find_dtype(chosen_precision, where)

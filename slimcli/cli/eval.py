@@ -95,7 +95,7 @@ def command(
         "threads": threads,
         "precision": chosen_precision,
         "batch_size": section.batch_size,
-        "dead": found.model.dead,
+        "dead": "heir" if found.model.has_heirs else "discard",
         "versions": versions(),
         "rows": rows,
     }

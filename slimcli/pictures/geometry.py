@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from slimcli.errors import SlimError
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel, SlimModel
 
 #: stages drawn in a row where patches leave after more blocks than this
 MOST_STAGES = 4
@@ -42,9 +42,7 @@ class Geometry:
 
 def find_geometry(model: SlimModel) -> Geometry:
     """Read off the model which pixels each patch covers: those that its embedding depends on."""
-    if model.method != "life":
-        raise SlimError(f"the method {model.method} predicts no lives: there is nothing to draw")
-    backbone = model.backbone
+    backbone = predicts_lives(model).backbone
     rows, columns = backbone.grid_size
     height, width = backbone.image_size
     cell = height / rows, width / columns
@@ -64,6 +62,13 @@ def find_geometry(model: SlimModel) -> Geometry:
             cell, top_left = (step[0], step[1]), (start[0], start[1])
     counts = model.schedule.resolve(rows * columns)
     return Geometry((rows, columns), top_left, cell, counts, model.schedule.life_layer)
+
+
+def predicts_lives(model: SlimModel) -> LifeModel:
+    """The model, if it predicts lives; `SlimError` for one of another method."""
+    if not isinstance(model, LifeModel):
+        raise SlimError(f"the method {model.method} predicts no lives: there is nothing to draw")
+    return model
 
 
 @torch.enable_grad()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from slimcli.evaluate import pooled
 from slimcli.layout import lay_out_for_inference
-from slimcli.pictures.geometry import Geometry
+from slimcli.pictures.geometry import Geometry, predicts_lives
 from slimcli.pictures.words import class_name
 from slimcli.progress import Progress
 from slimcli.slimming import SlimModel
@@ -67,18 +67,16 @@ def look(
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Outcome]:
     """Run dense and slimmed model on batches (names, images (B, 3, H, W), classes or None), image by image."""
-    model = model.to(device, dtype).eval()
+    model = predicts_lives(model).to(device, dtype).eval()
     lay_out_for_inference(model)
     has_classes = model.architecture().num_outputs > 0
     for names, images, targets in batches:
-        before = model.mode
         batch = images.to(device, dtype)
-        model.mode = "none"
-        dense = pooled(model.logits(batch))
-        model.mode = "hard"
-        slim = pooled(model.logits(batch))
+        with model.running(mode="none"):
+            dense = pooled(model.logits(batch))
+        with model.running(mode="hard"):
+            slim = pooled(model.logits(batch))
         life = model.life
-        model.mode = before
         if life is None:  # nothing leaves: every patch lives to the end
             life = torch.full((len(names), model.num_patches), float(model.backbone.depth))
         similarity = F.cosine_similarity(dense, slim).tolist()
