@@ -20,9 +20,10 @@ from slimcli.attention import KERNELS
 from slimcli.backbones.base import Backbone, counted
 from slimcli.errors import SlimError
 from slimcli.plugins import find_backbone
+from slimcli.runs import WEIGHTS
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel
-from slimcli.store import WEIGHTS, load_weights, save_model
+from slimcli.store import load_weights, save_model
 
 #: difference between logits that rounding explains, as a share of their largest
 ROUNDING = 2e-4

@@ -20,11 +20,10 @@ from slimcli.errors import SlimError
 from slimcli.files import write_json
 from slimcli.layout import lay_out_for_inference
 from slimcli.progress import Progress, no_progress
+from slimcli.runs import EVALUATIONS
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
 
-#: the measurements of a run that `slim eval` made after it ended
-EVALUATIONS = "evaluations.json"
 #: rounds that speed is of: at least; with fewer full batches topped up to, as long as that many seconds allow
 FEWEST_ROUNDS, ENOUGH_ROUNDS, TOP_UP_SECONDS = 3, 10, 5.0
 

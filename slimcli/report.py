@@ -26,14 +26,13 @@ from slimcli import __version__, pictures, plots, profile
 from slimcli import data as datasets
 from slimcli.device import find_dtype
 from slimcli.errors import SlimError
-from slimcli.evaluate import EVALUATIONS
 from slimcli.files import write_file
 from slimcli.plots import Point
 from slimcli.progress import Progress, no_progress
-from slimcli.store import CONFIG, read_config
+from slimcli.runs import CONFIG, ENVIRONMENT, EVALUATIONS, METRICS, RECIPE, REPORT, SUMMARY
+from slimcli.store import read_config
 from slimcli.targets import choose_data, from_folder
 
-REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
 
 
@@ -85,23 +84,23 @@ def read_run(folder: Path) -> Record:
         folder = folder.resolve()
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     record = Record(folder, folder.name)
-    if not (folder / "recipe.toml").is_file() and not (folder / CONFIG).is_file():
+    if not (folder / RECIPE).is_file() and not (folder / CONFIG).is_file():
         raise SlimError(f"{folder}: is not a run: expected recipe.toml or {CONFIG} in it")
     if (folder / CONFIG).is_file():
         record.config = read_config(folder)
-    record.summary = _read_json(folder / "summary.json", {})
-    record.environment = _read_json(folder / "environment.json", {}) or {
+    record.summary = _read_json(folder / SUMMARY, {})
+    record.environment = _read_json(folder / ENVIRONMENT, {}) or {
         key: record.summary[key] for key in ("device", "threads", "versions") if key in record.summary
     }
     record.evaluations = _read_json(folder / EVALUATIONS, [])
-    if (folder / "recipe.toml").is_file():
-        record.recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
-    if (folder / "metrics.jsonl").is_file():
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    if (folder / RECIPE).is_file():
+        record.recipe = (folder / RECIPE).read_text(encoding="utf-8")
+    if (folder / METRICS).is_file():
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         try:
             record.metrics = [json.loads(line) for line in lines if line.strip()]
         except ValueError as error:
-            raise SlimError(f"{folder / 'metrics.jsonl'}: is damaged: {error}") from error
+            raise SlimError(f"{folder / METRICS}: is damaged: {error}") from error
     return record
 
 
@@ -259,7 +258,7 @@ def _run_page(record: Record, measured: Measured | None) -> dict[str, Any]:
         "commands": {
             "train": record.summary.get("command", "")
             if record.calibrated
-            else f"slim train {shlex.quote(str(record.folder / 'recipe.toml'))}",
+            else f"slim train {shlex.quote(str(record.folder / RECIPE))}",
             "eval": f"slim eval {quoted} --keep-rate 0.9,0.8,0.7,0.5",
             "profile": f"slim profile {quoted} --per-layer",
             "show": f"slim show --run {quoted} --pick changed",

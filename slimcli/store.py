@@ -17,11 +17,10 @@ from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.layout import lay_out_for_inference
 from slimcli.plugins import build_model, find_backbone, find_method
+from slimcli.runs import CONFIG, WEIGHTS
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 LIFE_HEAD = "life_head."
 MODEL = "model."
 

@@ -22,9 +22,10 @@ from slimcli.recipe import (
     builtin_recipes,
     load_recipe,
 )
+from slimcli.runs import CONFIG, LATEST, RECIPE, RUNS, find_run, latest_run
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
-from slimcli.store import CONFIG, load, load_weights, read_config, slimming_config
+from slimcli.store import load, load_weights, read_config, slimming_config
 
 #: names such as hf-hub:owner/model or hf:folder, which a plugin reads: its word, a colon, anything
 NAMED_BY_PLUGIN = re.compile(r"[a-z][a-z0-9_-]+:")
@@ -80,11 +81,12 @@ def _find(text: str | None, overrides: tuple[str, ...], pretrained: bool, img_si
             "--img-size is for a model's name: a run or a recipe has its own size (--set model.img_size=...)"
         )
     if text is None:
-        latest = Path("runs") / "latest"
-        return from_folder(latest.resolve(), str(latest)) if (latest / CONFIG).is_file() else embedded_target()
-    path = Path(text)
+        latest = latest_run()
+        shown = str(RUNS / LATEST)
+        return from_folder(latest, shown) if latest and (latest / CONFIG).is_file() else embedded_target()
+    path = find_run(Path(text))
     if path.is_dir():
-        if not (path / CONFIG).is_file() and (path / "recipe.toml").is_file():
+        if not (path / CONFIG).is_file() and (path / RECIPE).is_file():
             raise SlimError(f"{path}: this run has no model yet: finish an epoch with `slim train --resume {path}`")
         return from_folder(path)
     if path.suffix in (".toml", ".yaml", ".yml") or text in builtin_recipes():
@@ -104,7 +106,7 @@ def from_folder(folder: Path, label: str | None = None) -> Target:
     config = read_config(folder)
     data = DataSection.model_validate(config["data"], strict=False) if config.get("data") else None
     name = label or ("the embedded model" if folder == DIGITS_VIT else str(folder))
-    run = folder if (folder / "recipe.toml").is_file() else None
+    run = folder if (folder / RECIPE).is_file() else None
     return Target(name, load(folder), config, data, run=run)
 
 

@@ -75,14 +75,20 @@ def command(
     if keep_schedule and keep_rates is not None and len(keep_rates) > 1:
         raise SlimError("--keep-schedule takes one keep rate: the head that is fitted serves the others too")
 
+    from slimcli.files import check_writable
+
+    if output is not None:
+        check_writable(output, "folder")
+
     import torch
 
-    from slimcli import calibrate, train
+    from slimcli import calibrate
     from slimcli import data as datasets
     from slimcli.cli.display import Display, across
     from slimcli.device import find_device, find_dtype, versions
     from slimcli.evaluate import agreement, check_classes, evaluate, first_images
-    from slimcli.files import point_latest, write_file, write_json
+    from slimcli.files import write_file, write_json
+    from slimcli.runs import RECIPE, RUNS, SUMMARY, WEIGHTS, new_run_folder, point_latest
     from slimcli.schedule import Schedule
     from slimcli.store import save_model
     from slimcli.targets import calibrated_recipe, choose_data, embedded_target, find_target
@@ -97,6 +103,8 @@ def command(
     if dead is not None or found.recipe is None:
         found.model.configure({"dead": dead or "heir"})
     model = found.model
+    if output is None:
+        check_writable(found.recipe.output if found.recipe else RUNS, "folder")
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
     dtype = find_dtype(chosen_precision, where)
     section = choose_data(found, data, None, limit, batch_size)
@@ -142,7 +150,7 @@ def command(
     report = calibrate.comparison(untaught, taught)
 
     recipe = calibrated_recipe(found, section, model, chosen_precision, several)
-    folder = output or train.new_run_folder(recipe, "-calibrated")
+    folder = output or new_run_folder(recipe.output, f"{recipe.name}-calibrated")
     config = {
         **found.config,
         "preprocessing": prepare,
@@ -150,8 +158,8 @@ def command(
         "data": recipe.data.model_dump(mode="json", exclude_none=True),
     }
     save_model(folder, model, config)
-    recipe.model.weights = (folder / "model.safetensors").resolve()
-    write_file(folder / "recipe.toml", recipe.to_toml().encode())
+    recipe.model.weights = (folder / WEIGHTS).resolve()
+    write_file(folder / RECIPE, recipe.to_toml().encode())
 
     document = {
         "model": found.model_name,
@@ -169,14 +177,13 @@ def command(
         **{key: value for key, value in report.items() if key in ("before", "after")},
         "rows": rows,
     }
-    write_json(folder / "summary.json", document)
-    if output is None:
-        point_latest(folder)
+    write_json(folder / SUMMARY, document)
+    warning = point_latest(folder) if output is None else None
+    if warning is not None:
+        display.warn(warning)
     _print_report(display, done, report)
     across(display, rows, f"on {len(show)} validation images")
-    display.line(
-        f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / 'recipe.toml'}"
-    )
+    display.line(f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / RECIPE}")
     display.document(document)
 
 

@@ -70,11 +70,13 @@ def command(
     update = {key: value for key, value in (("val_limit", limit), ("batch_size", batch_size)) if value is not None}
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=update)})
 
-    from slimcli import compare, train
+    from slimcli import compare
     from slimcli.cli.display import Display, number
     from slimcli.device import find_device
-    from slimcli.files import write_json
+    from slimcli.files import check_writable, write_json
+    from slimcli.runs import new_run_folder
 
+    check_writable(output or loaded.output, "folder")
     display = Display(as_json)
     where = find_device(device)
     if output is None:
@@ -93,7 +95,7 @@ def command(
     )
     compare.check(comparison)
     if output is None:
-        comparison.folder = train.new_run_folder(loaded, "-compare")
+        comparison.folder = new_run_folder(loaded.output, f"{loaded.name}-compare")
     compare.open_folder(comparison, resume)
     try:
         with display.progress() as progress:

@@ -16,6 +16,7 @@ from slimcli.cli.options import (
     keep_rate_option,
     set_option,
 )
+from slimcli.errors import SlimError
 
 
 @click.command("eval")
@@ -100,6 +101,11 @@ def command(
         "rows": rows,
     }
     if found.run is not None:
-        add_evaluation(found.run, {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        display.line("kept in the run's evaluations.json; `slim report` draws all its points")
+        kept = {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        try:
+            add_evaluation(found.run, kept)
+            display.line("kept in the run's evaluations.json; `slim report` draws all its points")
+        except SlimError as error:
+            # the figures are on the screen: a run that cannot be written to is no reason to fail
+            display.warn(f"not kept for the run's report: {error}")
     display.document(document)

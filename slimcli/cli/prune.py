@@ -62,6 +62,9 @@ def command(
         raise SlimError(
             f"{output}: is there already: choose another folder, or --force to replace what slim wrote in it"
         )
+    from slimcli.files import check_writable
+
+    check_writable(output, "folder")
 
     from slimcli import data as datasets
     from slimcli import profile

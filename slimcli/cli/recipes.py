@@ -31,7 +31,7 @@ def command(
       slim recipes my.toml --check                   validate one
     """
     from slimcli.cli.display import Display
-    from slimcli.files import write_file
+    from slimcli.files import check_writable, write_file
     from slimcli.recipe import find_recipe, load_recipe, summary_lines
 
     display = Display(as_json)
@@ -52,6 +52,7 @@ def command(
             copy_to = copy_to / path.name
         if copy_to.exists() and not force:
             raise SlimError(f"{copy_to}: is there already: choose another name, or --force to overwrite it")
+        check_writable(copy_to, "file")
         write_file(copy_to, path.read_bytes())
         display.line(f"{copy_to} written: edit it, then `slim train {copy_to}`")
         display.document({"recipe": str(path), "copied_to": str(copy_to)})

@@ -74,11 +74,13 @@ def command(
     from slimcli import pictures
     from slimcli.cli.display import Display
     from slimcli.device import find_device, find_dtype
+    from slimcli.files import check_writable
     from slimcli.recipe import DataSection
     from slimcli.targets import choose_data, find_target
 
     display = Display(as_json)
     form = pictures.choose_format(output, form)
+    check_writable(output or Path(f"images-lives.{form}"), "file")
     paths = pictures.find_images(images) if images else []
     if output is not None and any(path.is_file() and output.absolute() == path.absolute() for path in paths):
         raise SlimError(f"-o {output}: is one of the images: choose another name")

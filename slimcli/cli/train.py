@@ -39,11 +39,12 @@ def command(
     every process.
     """
     from slimcli.recipe import load_recipe
+    from slimcli.runs import RECIPE, SUMMARY, find_run
 
     if precision is not None:
         overrides = (*overrides, f'precision="{precision}"')
     run: Path | None = None
-    if resume and not Path(resume).is_dir():
+    if resume and not find_run(Path(resume)).is_dir():
         if recipe is not None:
             raise SlimError(f"--resume {resume}: no such run folder")
         recipe, resume = resume, ""
@@ -52,10 +53,11 @@ def command(
             raise SlimError(
                 f"--resume {resume} goes on with the run's own recipe: leave RECIPE, --set and --precision out"
             )
-        run = Path(resume).resolve() if Path(resume).is_symlink() else Path(resume)
-        recipe = str(run / "recipe.toml")
+        run = find_run(Path(resume))
+        run = run.resolve() if run.is_symlink() else run
+        recipe = str(run / RECIPE)
         if not Path(recipe).is_file():
-            raise SlimError(f"{run}: is not a run: expected recipe.toml in it")
+            raise SlimError(f"{run}: is not a run: expected {RECIPE} in it")
     if recipe is None:
         raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
     loaded = load_recipe(recipe, overrides)
@@ -69,7 +71,7 @@ def command(
         return
     if resume == "":
         run = train.unfinished_run(loaded)
-    if run is not None and (run / train.SUMMARY).is_file():
+    if run is not None and (run / SUMMARY).is_file():
         raise SlimError(f"{run}: this run has ended: `slim eval {run}` shows its figures")
 
     import os

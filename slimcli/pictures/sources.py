@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slimcli import data as datasets
 from slimcli.errors import DataError, SlimError
+from slimcli.runs import CONFIG
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
@@ -28,7 +29,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if _is_image(file)]
             if not inside:
-                hint = f"; to use the model in it: --run {source}" if (path / "config.json").is_file() else ""
+                hint = f"; to use the model in it: --run {source}" if (path / CONFIG).is_file() else ""
                 raise SlimError(f"{source}: this folder holds no image{hint}")
             found += inside
         elif has_magic(source) and not path.exists():
