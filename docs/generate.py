@@ -1,12 +1,13 @@
 """Writes the reference pages from the code: an mkdocs hook.
 
-A page asks for it with a line `<!-- generated: commands -->`; what stands there is made when the site is built, so that it
-cannot go stale.
+A page asks for it with a line `<!-- generated: commands -->`. What stands there is made when the site is built,
+so it cannot go stale.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -16,12 +17,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import click
 
 ROOT = Path(__file__).parent.parent
-MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- generated: (\w+)(?: (\w+))? -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls this for every page before it is rendered."""
-    return MARKER.sub(lambda match: GENERATORS[match[1]](), markdown)
+    return MARKER.sub(lambda match: GENERATORS[match[1]](*filter(None, [match[2]])), markdown)
 
 
 def walk_commands(
@@ -58,9 +59,12 @@ def fields() -> str:
     """Every field of a recipe: type, default and meaning, from the schema."""
     from slimcli.recipe import Recipe
 
+    meanings = documented_meanings()
+
     def table(section: Any, heading: str) -> Iterator[str]:
         below = []
-        yield f"## {heading}\n\n{_prose(section.__doc__ or '')}\n\n| field | takes | default | meaning |\n|---|---|---|---|"
+        yield f"## {heading}\n\n{_prose(section.__doc__ or '')}\n"
+        yield "| field | takes | default | meaning |\n|---|---|---|---|"
         for name, field in section.model_fields.items():
             inner = next((part for part in (field.annotation, *get_args(field.annotation)) if is_section(part)), None)
             if inner is not None:
@@ -73,12 +77,25 @@ def fields() -> str:
                 value = field.get_default(call_default_factory=True)
                 default = "" if value in (None, "", {}, []) else f"`{_value(value)}`"
             takes = describe(Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation)
-            yield f"| `{name}` | {_cell(takes)} | {default} | {_prose(field.description or '')} |"
+            meaning = _prose(field.description) if field.description else meanings.get((heading, name), "")
+            yield f"| `{name}` | {_cell(takes)} | {default} | {meaning} |"
         yield ""
         for inner, title in below:
             yield from table(inner, title)
 
     return "\n".join(table(Recipe, "Top level"))
+
+
+def documented_meanings() -> dict[tuple[str, str], str]:
+    """What docs/recipes.md says of each field, by heading and name: for fields that the schema says nothing about."""
+    meanings, heading = {}, ""
+    for line in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            heading = line[3:]
+        elif row := re.match(r"\| ((?:`\w+`(?:, )?)+) \|.*?\| (.*) \|$", line):
+            for name in re.findall(r"\w+", row[1]):
+                meanings[heading, name] = row[2]
+    return {key: re.sub(r"\]\((?!http)", "](../", meaning) for key, meaning in meanings.items()}
 
 
 def is_section(annotation: Any) -> bool:
@@ -125,9 +142,18 @@ def public() -> str:
         value = getattr(slimcli, name)
         module = getattr(value, "__module__", None)
         home = module if module and hasattr(importlib.import_module(module), name) else "slimcli"
-        if isinstance(value, type) or callable(value):
+        if name != "hookimpl" and callable(value):  # the hooks have a page of their own
             parts.append(f"::: {home}.{name}\n")
     return "\n".join(parts)
+
+
+def hook(name: str) -> str:
+    """The signature of a hook and what its docstring says."""
+    from slimcli import hookspecs
+
+    function = getattr(hookspecs, name)
+    signature = str(inspect.signature(function)).replace("'", "")
+    return f"```python\n{name}{signature}\n```\n\n{_paragraphs(inspect.getdoc(function) or '')}\n"
 
 
 def changes() -> str:
@@ -161,9 +187,10 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-GENERATORS: dict[str, Callable[[], str]] = {
+GENERATORS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "fields": fields,
     "public": public,
+    "hook": hook,
     "changes": changes,
 }
