@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from timm.data.dataset import IterableImageDataset
 from torch import Tensor
 
 from slimcli import data as datasets
@@ -27,7 +25,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if _is_image(file)]
+            inside = datasets.find_images(path)
             if not inside:
                 hint = f"; to use the model in it: --run {source}" if (path / CONFIG).is_file() else ""
                 raise SlimError(f"{source}: this folder holds no image{hint}")
@@ -47,8 +45,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    known = Image.registered_extensions().get(path.suffix.lower())
-    return known in Image.OPEN and path.is_file() and not path.name.startswith(".")
+    return datasets.is_image_name(path.name) and path.is_file() and not path.name.startswith(".")
 
 
 def image_batches(
@@ -70,7 +67,7 @@ def image_batches(
 
 
 def data_batches(
-    images: datasets.ImageSamples | IterableImageDataset,
+    images: datasets.ImageSamples | datasets.StreamedImages,
     prepare: dict[str, Any],
     batch_size: int,
     device: torch.device,
