@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from slimcli import values
 from slimcli.errors import SlimError
-from slimcli.recipe_file import Location, parse
+from slimcli.recipe_file import Location, parse, plain
 from slimcli.values import (
     Alpha,
     AnyPath,
@@ -194,7 +194,7 @@ class StageSection(Section):
 class OptimizerSection(Section):
     """timm's optimizers."""
 
-    opt: Name = "adamw"
+    opt: Annotated[str, AfterValidator(values.optimizer_name)] = "adamw"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     eps: Annotated[float, Field(gt=0)] | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -204,9 +204,11 @@ class OptimizerSection(Section):
     grad_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
 
     @model_validator(mode="after")
-    def timm_has_it(self) -> OptimizerSection:
+    def takes_these_options(self) -> OptimizerSection:
         options = {key: getattr(self, key) for key in ("betas", "eps") if getattr(self, key) is not None}
-        values.optimizer(self.opt, {"momentum": self.momentum, **options})
+        if self.momentum != OptimizerSection.model_fields["momentum"].default:
+            options["momentum"] = self.momentum
+        values.optimizer_options(self.opt, options)
         return self
 
 
@@ -298,11 +300,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), check_files: bo
 def validate(raw: Any, source: str, sources: dict[Location, str] | None = None, check_files: bool = True) -> Recipe:
     """Validate a parsed recipe. `sources` says where each field stands, for the errors."""
     sources = sources or {}
+    raw = plain(raw, lambda place: _where(place, source, sources))
     try:
         recipe = Recipe.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         found = [_explain(item, source, sources) for item in error.errors()]
-        raise SlimError("\n".join(dict.fromkeys(found))) from None
+        raise SlimError("\n".join(_joined(found))) from None
     if check_files:
         for place, file in ((("model", "weights"), recipe.model.weights), (("data", "root"), recipe.data.root)):
             if file is not None and not file.exists():
@@ -333,10 +336,21 @@ def _explain(item: Any, source: str, sources: dict[Location, str]) -> str:
         near = difflib.get_close_matches(str(found), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{where}: {fields}: found {found!r}, expected {context['expected']}{hint}"
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {fields}: found {found!r}, expected letters, digits, '.', '_', '-', not '.' first"
     if kind == "value_error":
         return f"{where}: {fields or 'recipe'}: {context['error']}"
     message = item["msg"].replace("Input should be", "expected").replace("Field required", "is missing")
     return f"{where}: {fields or 'recipe'}: found {found!r}, {message[0].lower()}{message[1:]}"
+
+
+def _joined(lines: Iterable[str]) -> list[str]:
+    """The lines, each once; what the members of a union say of one value is one line."""
+    told: dict[str, list[str]] = {}
+    for line in lines:
+        found, _, expected = line.partition(", expected ")
+        told.setdefault(found, []).append(expected)
+    return [", expected ".join(filter(None, (found, " or ".join(dict.fromkeys(said))))) for found, said in told.items()]
 
 
 def _where(place: Location, source: str, sources: dict[Location, str]) -> str:
@@ -363,7 +377,7 @@ def _is_section(annotation: Any) -> bool:
 def _apply_override(raw: Any, override: str) -> Location:
     """Set one field of a parsed recipe from `path.to.field=value`; return its place."""
     name, equals, text = override.partition("=")
-    place: Location = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
+    place: Location = tuple(int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.strip().split("."))
     if not equals or not all(str(part) for part in place):
         raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
     target = raw
@@ -386,7 +400,7 @@ def _value(text: str) -> Any:
     """A value as TOML writes it; what is not TOML is taken as a plain string."""
     try:
         return tomli.loads(f"value = {text.strip()}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also of a number with thousands of digits
         return text
 
 

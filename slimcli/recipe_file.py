@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +22,41 @@ def parse(path: Path, text: str) -> tuple[Any, dict[Location, int]]:
     """The values of a recipe's text and the line of each, as far as it is found. `SlimError` if it is not valid."""
     is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
-        raw, lines = _parse_yaml(path, text) if is_yaml else _parse_toml(path, text)
-        return _plain(path, raw, lines), lines
+        return _parse_yaml(path, text) if is_yaml else _parse_toml(path, text)
     except RecursionError:
         raise SlimError(f"{path}: is nested too deeply for a recipe") from None
 
 
-def _plain(path: Path, raw: Any, lines: dict[Location, int]) -> Any:
+def plain(raw: Any, where: Callable[[Location], str]) -> Any:
     """The same values, if they are what a recipe is made of; dates, sets and bytes are refused where they stand."""
     counted = 0
+
+    def refuse(place: Location, what: str) -> SlimError:
+        return SlimError(f"{where(place)}: {'.'.join(map(str, place)) or 'recipe'}: {what}")
 
     def walk(value: Any, place: Location) -> Any:
         nonlocal counted
         counted += 1
         if counted > MOST_VALUES or len(place) > DEEPEST:
-            raise SlimError(f"{path}: is too large or nested too deeply for a recipe")
+            raise refuse(place[:1], "is too large or nested too deeply for a recipe")
         if isinstance(value, dict):
             for key in value:
                 if not isinstance(key, str):
-                    raise SlimError(f"{_at(place)}: found the name {key!r}, expected text: put it in quotes")
-            return {key: walk(below, (*place, key)) for key, below in value.items()}
+                    raise refuse(place, f"found the name {key!r}, expected text: put it in quotes")
+            return {walk(key, place): walk(below, (*place, key)) for key, below in value.items()}
         if isinstance(value, (list, tuple)):
             return [walk(below, (*place, index)) for index, below in enumerate(value)]
         if isinstance(value, str):
             try:
                 value.encode()
             except UnicodeEncodeError:
-                raise SlimError(f"{_at(place)}: holds half a character (a surrogate), which is no text") from None
+                raise refuse(place, "holds half a character (a surrogate), which is no text") from None
             return value
         if value is None or isinstance(value, (bool, int, float)):
             return value
         dated = isinstance(value, (datetime.date, datetime.time))
         what = "a date or time" if dated else type(value).__name__
-        raise SlimError(f"{_at(place)}: found {what}, expected text, a number, true or false: put it in quotes")
-
-    def _at(place: Location) -> str:
-        line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
-        fields = ".".join(str(part) for part in place) or "recipe"
-        return f"{path}:{line}: {fields}" if line else f"{path}: {fields}"
+        raise refuse(place, f"found {what}, expected text, a number, true or false: put it in quotes")
 
     return walk(raw, ())
 
@@ -137,7 +135,8 @@ def _parse_yaml(path: Path, text: str) -> tuple[Any, dict[Location, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise SlimError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or next(iter(str(error).splitlines()), "")
+        raise SlimError(f"{where}: not valid YAML: {reason}") from None
     except (ValueError, TypeError, OverflowError, AttributeError, LookupError) as error:
         # PyYAML's constructors of dates and of numbers let Python's own errors through
         raise SlimError(f"{path}: not valid YAML: {error}") from None

@@ -31,7 +31,7 @@ Deviation = Annotated[float, Field(ge=1e-4, le=10)]
 
 #: arguments that would load weights or code rather than build an architecture
 NOT_ARCHITECTURE = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-#: optimizers that need no look into timm
+#: optimizers that need no look into timm: betas and eps, no momentum
 USUAL_OPTIMIZERS = ("adamw",)
 
 _NUMBER = r"\d+(\.\d+)?"
@@ -98,25 +98,39 @@ def constructor_arguments(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
-def optimizer(opt: str, options: Mapping[str, Any]) -> None:
-    """`ValueError` unless timm has an optimizer of this name that takes these options and needs one backward pass."""
-    if opt in USUAL_OPTIMIZERS:
-        return
+def optimizer_name(value: str) -> str:
+    """One of timm's optimizers that needs one backward pass a step."""
+    if value in USUAL_OPTIMIZERS:
+        return value
     import difflib
 
-    import torch
-    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+    from timm.optim import get_optimizer_info, list_optimizers
 
     names = list_optimizers()
-    base = opt.lower().removeprefix("lookahead_")
+    base = value.lower().removeprefix("lookahead_")
     if base not in names:
         near = difflib.get_close_matches(base, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "expected one of timm's, such as adamw, sgd or lamb"
-        raise ValueError(f"found {opt!r}, which timm has not: {hint}")
+        raise ValueError(f"found {value!r}, which timm has not: {hint}")
     if get_optimizer_info(base).second_order:
-        raise ValueError(f"{opt!r} needs second derivatives, which training does not compute: expected another")
+        raise ValueError(f"found {value!r}, which needs second derivatives: training does not compute them")
+    return value
+
+
+def optimizer_options(opt: str, options: Mapping[str, Any]) -> None:
+    """`ValueError` unless timm's optimizer of this name takes all of these options: betas, eps, momentum."""
+    if opt in USUAL_OPTIMIZERS and "momentum" not in options:
+        return
+    import torch
+    from timm.optim import create_optimizer_v2, get_optimizer_info
+
+    info = get_optimizer_info(opt.lower().removeprefix("lookahead_"))
+    unused = [name for name in options if not getattr(info, f"has_{name}")]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)}: opt = {opt!r} does not use it: leave it out")
     try:
         create_optimizer_v2([torch.nn.Parameter(torch.zeros(1))], opt=opt, lr=1e-3, weight_decay=0.05, **options)
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it needs a package that is not installed"
-        raise ValueError(f"timm cannot make {opt!r} with {dict(options)}: {reason}") from None
+        said = ", ".join(f"{key} = {value}" for key, value in options.items())
+        raise ValueError(f"timm cannot make opt = {opt!r} with {said}: {reason}") from None
