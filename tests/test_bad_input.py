@@ -36,7 +36,7 @@ def test_an_impossible_keep_rate(refused, command, rate):
         (["train", "quickstart", "--set", "model.args.depht=3"], "timm cannot build 'digits_vit' with depht=3"),
         (["train", "quickstart", "--set", "slimming.drop_layers=[4,12]"], "drop layer 12 is not possible"),
         (["train", "quickstart", "--set", "data.batch_size=2000"], "do not fill one batch"),
-        (["train", "quickstart", "--set", "optimizer.opt=magic"], "optimizer.opt = 'magic'"),
+        (["train", "quickstart", "--set", "optimizer.opt=magic"], "optimizer.opt: found 'magic', which timm has not"),
         (["train", "quickstart", "--set", "model.num_classes=7"], "the data has 10 classes and the model 7"),
         (["eval", "--device", "tpu"], "'tpu' is not one of"),
         (["eval", "--data", "nowhere"], "--data nowhere: no such folder"),
