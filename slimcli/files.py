@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from slimcli.documents import json_text
 from slimcli.errors import SlimError
 
 #: what file systems without rights or without a flush (exFAT, SMB, FUSE) answer to asking for them
@@ -82,7 +82,7 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(path, (json_text(content) + "\n").encode())
 
 
 def write_error(path: Path, error: Exception) -> SlimError:

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from slimcli import data as datasets
 from slimcli.device import environment, find_device, find_dtype, make_accelerator
+from slimcli.documents import json_text
 from slimcli.errors import Interrupted, SlimError
 from slimcli.evaluate import Scores, check_classes, check_classifier, describe, evaluate, pooled
 from slimcli.files import check_writable, write_file, write_json
@@ -76,7 +77,7 @@ class Run:
         if self.tracker is not None:
             self.tracker.add(row, step)
         if self.writes:
-            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            text = "".join(json_text(row, indent=None) + "\n" for row in self.rows)
             write_file(self.folder / METRICS, text.encode())
 
     def save(self, model: SlimModel, score: float) -> None:

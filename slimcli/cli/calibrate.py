@@ -88,6 +88,7 @@ def command(
     from slimcli.device import find_device, find_dtype, versions
     from slimcli.evaluate import agreement, check_classes, evaluate, first_images
     from slimcli.files import write_file, write_json
+    from slimcli.progress import Step, Steps
     from slimcli.runs import RECIPE, RUNS, SUMMARY, WEIGHTS, new_run_folder, point_latest
     from slimcli.schedule import Schedule
     from slimcli.store import save_model
@@ -122,10 +123,23 @@ def command(
     weights = {name: value.clone() for name, value in model.model.state_dict().items()}
     with display.progress() as progress:
         model.to(where, dtype)
+        fits = calibrate.plan((0,) if keep_schedule else layers, keep_schedule, count)
+        weight = sum(step.weight for step in fits)
+        work = Steps(
+            progress,
+            [
+                *([Step("measuring speed", 0.3 * weight)] if target_speedup is not None else []),
+                Step("comparing an untaught life head", 0.1 * weight),
+                Step("calibrating", weight, len(fits)),
+                Step("comparing the fitted life head", 0.1 * weight),
+                Step("evaluating", 0.3 * weight),
+            ],
+            numbered=True,
+        )
         if target_speedup is not None:
-            target_flops = (
-                calibrate.cost_for_speedup(model, target_speedup, section.batch_size, where, dtype, progress) / 1e9
-            )
+            with work.step() as part:
+                cost = calibrate.cost_for_speedup(model, target_speedup, section.batch_size, where, dtype, part)
+            target_flops = cost / 1e9
         several = sorted(set(keep_rates or ()), reverse=True)
         # at 1 the model is dense: nothing to search, but something to train
         searched = [rate for rate in several if rate < 1] or several
@@ -139,12 +153,19 @@ def command(
             goal = calibrate.Cost(model.multiply_adds() if rate is None else model.usual_cost(rate))
         teach_loader = datasets.eval_loader(datasets.shuffled(teach), prepare, batch, workers, where)
         fit_on, check_on = calibrate.split(list(first_images(teach_loader, count + check_count)), count)
-        untaught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
+        with work.step():
+            untaught = agreement(
+                model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype
+            )
         others = [calibrate.Cost(model.usual_cost(rate)) for rate in searched[1:]]
-        done = calibrate.calibrate(model, goal, fit_on, check_on, count, where, dtype, progress, others)
-        taught = agreement(model, first_images(_loader(show, prepare, batch, workers, where), limit), where, dtype)
+        with work.step() as part:
+            done = calibrate.calibrate(model, goal, fit_on, check_on, count, where, dtype, part, others)
+        with work.step():
+            batches = first_images(_loader(show, prepare, batch, workers, where), limit)
+            taught = agreement(model, batches, where, dtype)
         shown = several if len(several) > 1 else None
-        rows = evaluate(model, _loader(show, prepare, batch, workers, where), shown, where, dtype, progress)
+        with work.step() as part:
+            rows = evaluate(model, _loader(show, prepare, batch, workers, where), shown, where, dtype, part)
     model.float()
     model.model.load_state_dict(weights)
     report = calibrate.comparison(untaught, taught)

@@ -111,5 +111,7 @@ def command(
     measured |= {"precision": chosen_precision, "batch_size": batch, "note": note, "rows": rows}
     bake(output, model, config, measured, DTYPES[weights_dtype])
     across(display, rows, note)
+    if any(row.timing_reliable is False for row in rows):
+        display.warn(f"speed was not measured reliably: {output / 'README.md'} leaves it out")
     display.line(f"{output} is ready: slimcli.load({str(output)!r})")
     display.document({"output": str(output), "model": found.model_name, **measured})
