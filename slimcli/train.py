@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from slimcli import data as datasets
+from slimcli.classifier import match_classifier
 from slimcli.device import environment, find_device, find_dtype, make_accelerator
 from slimcli.documents import json_text
 from slimcli.errors import Interrupted, SlimError
@@ -168,17 +169,13 @@ def train(
     device = accelerator.device
     set_seed(recipe.seed)
 
-    train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
-    val_set = datasets.open_dataset(recipe.data, train=False)
+    train_set, val_set = datasets.open_splits(recipe.data, recipe.seed)
     if recipe.data.cache:
         for images in (train_set, val_set):
             datasets.keep_decoded(images, recipe.data, progress)
-    class_names = getattr(train_set, "class_names", None)
-    if class_names != getattr(val_set, "class_names", None):
-        raise SlimError(
-            f"the classes of {recipe.data.train_split!r} and {recipe.data.val_split!r} differ: they must be the same"
-        )
-    target = from_recipe(recipe, recipe.name, class_names)
+    target = from_recipe(recipe, recipe.name, train_set.class_names)
+    train_set, val_set = match_classifier(target, train_set, val_set, log)
+    class_names = train_set.class_names
     model = target.model.to(device)
     if not target.has_classifier:
         log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
@@ -190,6 +187,8 @@ def train(
     batch_size = recipe.data.batch_size
     learn_from = datasets.train_loader(train_set, prepare, recipe.augmentation, batch_size, workers, device)
     check_on = datasets.eval_loader(val_set, prepare, batch_size, workers, device)
+    for line in dict.fromkeys((*train_set.notes, *val_set.notes)):
+        log(line)
     if not isinstance(train_set, IterableImageDataset):
         learn_from, check_on = accelerator.prepare(learn_from, check_on)
 
@@ -659,10 +658,10 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What training would do: the model, what learns in each stage, the schedule and the cost. Trains nothing."""
     check_writable(recipe.output, "folder")
     check_tracker(recipe.tracker)
-    train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
-    class_names = getattr(train_set, "class_names", None)
-    target = from_recipe(recipe, recipe.name, class_names)
-    _teacher(target, recipe, class_names)
+    train_set, val_set = datasets.open_splits(recipe.data, recipe.seed)
+    target = from_recipe(recipe, recipe.name, train_set.class_names)
+    train_set, _ = match_classifier(target, train_set, val_set)
+    _teacher(target, recipe, train_set.class_names)
     images = len(train_set)
     stages = []
     for stage in recipe.stages:

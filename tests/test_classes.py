@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from conftest import document
 from PIL import Image
 
 from slimcli.data import ImageSamples, match_classes, read_class_map
 from slimcli.errors import SlimError
+from slimcli.runs import CONFIG, WEIGHTS
 
 
 def one_a_class(*names):
@@ -113,3 +115,50 @@ def test_a_class_map_is_read_from_the_command_line_or_from_a_file(tmp_path):
 def test_a_class_map_that_cannot_be_meant_is_refused(text, line):
     with pytest.raises(SlimError, match=line):
         read_class_map(text)
+
+
+@pytest.fixture
+def of_photographs(slim, tiny_recipe, photographs, tmp_path):
+    """The words that train on the photographs, and a run that did."""
+    words = ["--set", "data.name=", "--set", f"data.root={photographs}", "--set", "data.batch_size=8"]
+    words += ["--set", "stages.1.epochs=1"]
+    assert slim("train", tiny_recipe, *words).exit_code == 0
+    return words, (tmp_path / "runs" / "latest").resolve()
+
+
+def renamed(run, names):
+    """Call the classes of a run otherwise; what its weights are called."""
+    config = json.loads((run / CONFIG).read_text())
+    (run / CONFIG).write_text(json.dumps({**config, "class_names": names}))
+    return f"model.weights={run / WEIGHTS}"
+
+
+def test_evaluation_compares_the_names_of_classes(slim, refused, of_photographs, photographs):
+    _, run = of_photographs
+    top1 = document(slim("eval", run, "--json"))["rows"][0]["top1"]
+    (photographs / "val" / "dog").rename(photographs / "val" / "puppy")
+    line = refused("eval", run)
+    assert "does not have: puppy (it has cat, dog)" in line and "--class-map puppy=..." in line
+    result = slim("eval", run, "--json", "--class-map", "puppy=dog")
+    assert document(result)["rows"][0]["top1"] == top1
+    assert "class_map (puppy=dog)" in result.stderr
+
+
+def test_training_on_from_weights_keeps_their_classes(slim, tiny_recipe, of_photographs, tmp_path):
+    words, run = of_photographs
+    result = slim("train", tiny_recipe, *words, "--set", renamed(run, ["dog", "cat"]))
+    assert result.exit_code == 0, result.output
+    assert "mapped to the model's by name" in result.stdout
+    config = json.loads((tmp_path / "runs" / "latest" / CONFIG).read_text())
+    assert config["class_names"] == ["dog", "cat"]
+
+
+def test_training_on_from_weights_of_other_classes_starts_the_classifier_anew(
+    slim, tiny_recipe, of_photographs, tmp_path
+):
+    words, run = of_photographs
+    result = slim("train", tiny_recipe, *words, "--set", renamed(run, ["ant", "bee"]))
+    assert result.exit_code == 0, result.output
+    assert "is of other classes (ant, bee): its classifier is left out" in result.stdout
+    config = json.loads((tmp_path / "runs" / "latest" / CONFIG).read_text())
+    assert config["class_names"] == ["cat", "dog"]

@@ -6,6 +6,7 @@ from slimcli.data.loaders import eval_loader, eval_transform, num_workers, prepr
 from slimcli.data.opening import DIGITS, has_split, keep_decoded, open_dataset, shuffled
 from slimcli.data.read import as_rgb, is_image_name, read_image
 from slimcli.data.samples import DecodedImages, ImageSamples, StreamedImages
+from slimcli.data.splits import open_splits
 
 __all__ = [
     "DIGITS",
@@ -22,6 +23,7 @@ __all__ = [
     "match_classes",
     "num_workers",
     "open_dataset",
+    "open_splits",
     "preprocessing",
     "read_class_map",
     "read_image",

@@ -72,7 +72,7 @@ def match_classes(
     if model_names is None:
         model_names = _imagenet_names(names, num_outputs)
     indices = _indices(names, model_names, num_outputs, dict(class_map or {}))
-    if indices == list(range(num_outputs)):
+    if not class_map and indices == list(range(num_outputs)):
         return samples, None
     mapped = copy.copy(samples)
     mapped.target_transform = TargetMap(indices)

@@ -284,7 +284,7 @@ def _members(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, i
         else:
             lost.append("/".join(parts))
     folders |= {parts[:depth] for parts in members for depth in range(1, len(parts))}
-    notes = [f"{path}: skipped {_counted(lost, 'links to what is not in it')}"] if lost else []
+    notes = [f"{path}: skipped {_counted(lost, 'that links to what is not in it')}"] if lost else []
     return members, folders, notes
 
 
