@@ -5,7 +5,7 @@ import os
 import tarfile
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -195,7 +195,6 @@ TREES = st.lists(st.tuples(st.lists(NAMES, max_size=3), FILES).map(lambda pair: 
 
 
 @given(TREES)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_tree_has_the_classes_of_its_first_level(tree):
     files = [parts for parts in tree if not any(is_hidden(part) for part in parts[:-1])]
     expected = {parts[0] for parts in files if len(parts) > 1}

@@ -5,7 +5,7 @@ import pickle
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -53,7 +53,6 @@ def written(mode, form, orientation, width, height):
     st.integers(2, 12).map(lambda half: 2 * half),
     st.integers(2, 24),
 )
-@settings(max_examples=150, deadline=None)
 def test_any_image_is_read_upright_and_rgb(mode, form, orientation, width, height):
     made = written(mode, form, orientation, width, height)
     if made is None:
@@ -76,7 +75,6 @@ def test_any_image_is_read_upright_and_rgb(mode, form, orientation, width, heigh
     st.binary(max_size=200),
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF", b"BM", b"II*\0"]),
 )
-@settings(max_examples=200, deadline=None)
 def test_bytes_that_are_no_image_are_an_error_that_names_them(content, start):
     try:
         image = read_image(io.BytesIO(start + content), "photo.png")
