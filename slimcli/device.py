@@ -44,7 +44,7 @@ def make_accelerator(
 ) -> Accelerator:
     """Accelerate set up for training: device, mixed precision, processes, tracker, and shuffling by the seed."""
     find_dtype(precision, device)
-    if not torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         # a second training in one Python process may want another precision
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(

@@ -1,6 +1,7 @@
 """What holds for every recipe, schedule and augmentation, not for the examples that somebody thought of.
 
-A minute in all, with the profile `quick`; by hand for longer: `pytest -n 0 tests/test_properties.py --hypothesis-profile long`.
+A minute in all, with the profile `quick`; by hand for longer:
+`pytest -n 0 tests/test_properties.py --hypothesis-profile long`.
 """
 
 import itertools
@@ -14,13 +15,14 @@ import numpy
 import pytest
 import tomli_w
 import yaml
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
 from slimcli import data as datasets
-from slimcli import values
+from slimcli import train, values
+from slimcli.data.augmentation import keep_one_bit
 from slimcli.errors import SlimError
 from slimcli.recipe import Recipe, load_recipe, validate
 from slimcli.schedule import Schedule, life_moments
@@ -157,10 +159,7 @@ def test_anything_in_any_field_of_a_file_is_accepted_or_refused_with_its_line(pl
     assert written_and_read(recipe) == recipe
 
 
-@given(
-    st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode(errors="replace"))),
-    st.booleans(),
-)
+@given(st.binary(max_size=60) | TEXT.map(str.encode), st.booleans())
 @example(b"a: &a [*a]", True)
 @example(b"? [1, 2]\n: 3", True)
 @example(b"x: 2024-13-45", True)
@@ -198,14 +197,16 @@ def test_a_policy_of_augmentation_that_is_let_through_can_be_applied(policy):
     random.seed(0)
     numpy.random.seed(0)
     transform = create_transform((3, 16, 16), is_training=True, auto_augment=policy)
+    keep_one_bit(transform)
     for _ in range(3):
         assert transform(Image.new("RGB", (20, 24), (10, 200, 90))).shape == (3, 16, 16)
 
 
-@given(
-    depth=st.integers(0, 6), life_layer=st.integers(-1, 7), patches=st.integers(1, 300),
-    drops=st.lists(st.tuples(st.integers(-1, 7), st.floats()), max_size=4), counts=st.none() | st.lists(st.integers(-1, 9)),
-)  # fmt: skip
+DROPS = st.lists(st.tuples(st.integers(-1, 7), st.floats()), max_size=4)
+COUNTS = st.none() | st.lists(st.integers(-1, 9))
+
+
+@given(st.integers(0, 6), st.integers(-1, 7), st.integers(1, 300), DROPS, COUNTS)
 def test_a_schedule_that_can_be_made_never_grows_and_keeps_a_patch(depth, life_layer, patches, drops, counts):
     try:
         schedule = Schedule(depth, life_layer, tuple(drops), tuple(counts) if counts is not None else None)
@@ -226,3 +227,33 @@ def test_a_schedule_that_can_be_made_never_grows_and_keeps_a_patch(depth, life_l
 def test_an_image_of_any_mode_and_size_becomes_rgb(size, mode):
     image = datasets.as_rgb(Image.new(mode, size))
     assert (image.mode, image.size) == ("RGB", size)
+
+
+SAMPLED = [place for place in FIELDS if place[0] in ("optimizer", "augmentation", "slimming", "stages")]
+
+
+@settings(max_examples=max(12, settings().max_examples // 20))
+@given(st.lists(st.sampled_from(sorted(SAMPLED, key=str)), min_size=1, max_size=3, unique=True), st.data())
+def test_a_small_recipe_that_is_valid_trains_a_step_or_is_refused_plainly(places, data):
+    raw = SMALL
+    for place in places:
+        raw = merged(raw, place, data.draw(of_schema(FIELDS[place])))
+    try:
+        recipe = validate(raw, "this recipe", check_files=False)
+        for stage in recipe.stages:
+            stage.epochs = 1
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+            recipe.output = Path(folder)
+            # the figures that end a run are not what is asked about here
+            patched.setattr(train, "_summarise", lambda *_args, **_options: {})
+            train.train(recipe, "cpu")
+    except SlimError as error:
+        assert str(error)
+
+
+def merged(raw, place, value):
+    if not place:
+        return value
+    inside = raw[place[0]] if not isinstance(raw, dict) else raw.get(place[0], {})
+    changed = merged(inside, place[1:], value)
+    return [changed, *raw[1:]] if isinstance(raw, list) else {**raw, place[0]: changed}

@@ -185,3 +185,59 @@ def test_a_stage_that_contradicts_itself_is_refused(tmp_path, stage, wrong):
     )
     with pytest.raises(SlimError, match=wrong):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("augmentation.auto_augment=nonsense", "found 'nonsense', expected rand, augmix, original"),
+        ("augmentation.scale=[0.9,0.2]", "augmentation.scale: found [0.9, 0.2], expected the lower number first"),
+        ("data.std=[0,1,1]", "data.std.0: found 0, expected greater than"),
+        ("data.crop_pct=50", "data.crop_pct: found 50, expected less than or equal to 1"),
+        ("data.interpolation=random", "data.interpolation: found 'random', expected 'nearest'"),
+        ("data.root=", "data.root: is empty"),
+        ("data.workers=many", "data.workers: found 'many', expected a valid integer or 'auto'"),
+        ("model.name=", "model.name: is empty"),
+        ("model.args.in_chans=1", "images are read as RGB, grey ones too: expected 3"),
+        ("model.args.checkpoint_path=x", "checkpoint_path: not for building a model"),
+        ("optimizer.opt=adamv", "optimizer.opt: found 'adamv', which timm has not: did you mean"),
+        ("optimizer.opt=adahessian", "second derivatives"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas.1: found 1, expected less than 1"),
+        ("optimizer.momentum=0.5", "momentum: opt = 'adamw' does not use it"),
+        ("slimming.drop_layers=[]", "slimming.drop_layers: found []"),
+        ("name=2024-01-01", "name: found a date or time"),
+        ("name=../x", "name: found '../x', expected letters, digits"),
+    ],
+)
+def test_a_value_that_could_not_work_is_refused_where_it_stands(tmp_path, override, line):
+    message = refusal(tmp_path, GOOD, overrides=(override,))
+    assert line in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: mine\nname: other\n", "mine.yaml:2: not valid here: 'name' is there already, in line 1"),
+        ("seed: 010\n", "mine.yaml:1: not valid here: 010 may mean two numbers"),
+        ("seed: 1:30\n", "mine.yaml:1: not valid here: 1:30 may mean two numbers"),
+        ("name: 2024-01-01\n", "mine.yaml:1: name: found a date or time"),
+        ("1: x\n", "found the name 1, expected text"),
+        ("a: &a [*a]\n", "too large or nested too deeply"),
+    ],
+)
+def test_yaml_that_may_mean_something_else_is_refused(tmp_path, text, line):
+    assert line in refusal(tmp_path, text, "mine.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = write(tmp_path, "")
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_recipe(path).name == "mine"
+
+
+def test_a_strangers_model_folder_cannot_make_timm_load_something(tmp_path):
+    from slimcli.plugins import build_model
+
+    with pytest.raises(SlimError, match="pretrained_cfg: not for building a model"):
+        build_model("vit_tiny_patch16_224", pretrained_cfg={"file": "/somewhere"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import sys
 from typing import Any
@@ -16,6 +17,8 @@ from slimcli.errors import Interrupted, SlimError
 # torch's profiler and allocator otherwise write lines of their own over ours
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# a home that cannot be written to makes matplotlib advise at length; it works all the same
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 COMMANDS = {
     "calibrate": "A working slimmed model before any training, in about two minutes.",

@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import create_loader, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from slimcli.data.augmentation import keep_one_bit
 from slimcli.data.samples import DecodedImages, ImageSamples
 from slimcli.errors import SlimError
 from slimcli.recipe import AugmentationSection, DataSection
@@ -138,6 +139,7 @@ def train_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
+    keep_one_bit(dataset.transform)  # type: ignore[attr-defined]
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:
         raise SlimError(f"{len(dataset)} training images do not fill one batch: make data.batch_size smaller")  # type: ignore[arg-type]
     return loader
