@@ -50,7 +50,7 @@ def commands() -> str:
         rows = [record for parameter in command.get_params(context) if (record := parameter.get_help_record(context))]
         if rows and name != "slim":
             parts.append("| option | |\n|---|---|")
-            parts.extend(f"| `{_cell(names)}` | {_prose(text)} |" for names, text in rows)
+            parts.extend(f"| {_code(names)} | {_prose(text)} |" for names, text in rows)
             parts.append("")
     return "\n".join(parts)
 
@@ -126,7 +126,8 @@ def _limits(item: Any) -> Iterator[str]:
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most", "min_length": "length at least"}
     for name, word in words.items():
         if getattr(item, name, None) is not None:
-            yield f"{word} {getattr(item, name):g}"
+            limit = getattr(item, name)
+            yield f"{word} {limit}" if isinstance(limit, int) else f"{word} {limit:g}"
     if getattr(item, "pattern", None):
         yield f"`{item.pattern}`"
     for inner in getattr(item, "metadata", ()):
@@ -177,6 +178,11 @@ def _prose(text: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Code for a table, in which a | between backquotes would keep its backslash."""
+    return f"<code>{text.replace('&', '&amp;').replace('<', '&lt;').replace('|', '&#124;')}</code>"
 
 
 def _value(value: Any) -> str:
