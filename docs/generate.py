@@ -115,7 +115,8 @@ def describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args if arg is not type(None))
     if origin is tuple:
-        return f"[{'; '.join(describe(arg) for arg in args)}]"
+        parts = [describe(arg) for arg in args]
+        return f"[{len(parts)} of: {parts[0]}]" if len(set(parts)) == 1 else f"[{'; '.join(parts)}]"
     if origin is list:
         return f"list of: {describe(args[0])}"
     names = {str: "text", Path: "path", int: "integer", float: "number", bool: "true or false"}
