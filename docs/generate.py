@@ -50,7 +50,7 @@ def commands() -> str:
         rows = [record for parameter in command.get_params(context) if (record := parameter.get_help_record(context))]
         if rows and name != "slim":
             parts.append("| option | |\n|---|---|")
-            parts.extend(f"| `{_cell(names)}` | {_prose(text)} |" for names, text in rows)
+            parts.extend(f"| {_code(names)} | {_prose(text)} |" for names, text in rows)
             parts.append("")
     return "\n".join(parts)
 
@@ -115,7 +115,8 @@ def describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args if arg is not type(None))
     if origin is tuple:
-        return f"[{'; '.join(describe(arg) for arg in args)}]"
+        parts = [describe(arg) for arg in args]
+        return f"[{len(parts)} of: {parts[0]}]" if len(set(parts)) == 1 else f"[{'; '.join(parts)}]"
     if origin is list:
         return f"list of: {describe(args[0])}"
     names = {str: "text", Path: "path", int: "integer", float: "number", bool: "true or false"}
@@ -126,7 +127,8 @@ def _limits(item: Any) -> Iterator[str]:
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most", "min_length": "length at least"}
     for name, word in words.items():
         if getattr(item, name, None) is not None:
-            yield f"{word} {getattr(item, name):g}"
+            limit = getattr(item, name)
+            yield f"{word} {limit}" if isinstance(limit, int) else f"{word} {limit:g}"
     if getattr(item, "pattern", None):
         yield f"`{item.pattern}`"
     for inner in getattr(item, "metadata", ()):
@@ -177,6 +179,11 @@ def _prose(text: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Code for a table, in which a | between backquotes would keep its backslash."""
+    return f"<code>{text.replace('&', '&amp;').replace('<', '&lt;').replace('|', '&#124;')}</code>"
 
 
 def _value(value: Any) -> str:

@@ -80,7 +80,7 @@ def commands(shell: str) -> Iterator[list[str]]:
 
 
 def slim_arguments(words: list[str]) -> list[str] | None:
-    """What a command hands to slim: `slim ...`, `.venv/bin/slim ...`, `torchrun ... -m slimcli ...`; None if nothing."""
+    """What a command hands to slim (`slim ...`, `.venv/bin/slim ...`, `torchrun -m slimcli ...`); None if nothing."""
     if words[0] == "slim" or words[0].endswith("/slim"):
         return words[1:]
     return words[words.index("slimcli") + 1 :] if "slimcli" in words and "-m" in words else None

@@ -1,8 +1,8 @@
 """Every shell and Python block of README.md and docs/, run on small models and images.
 
-A page runs in a folder of its own in which `my.toml`, `photos`, `photo.jpg`, `deployed` and some runs lie. What is not slim's
-(`pip install`, `torchrun`, the benchmarks), what is marked `<!-- parse only: why -->` and the lab's experiments are held
-against click, argparse, the files and the extras that they name, but not run.
+A page runs in a folder of its own in which `my.toml`, `photos`, `photo.jpg`, `deployed` and some runs lie. What is
+not slim's (`pip install`, `torchrun`, the benchmarks), what is marked `<!-- parse only: why -->` and the lab's
+experiments are not run, but held against click, argparse, and the files and extras that they name.
 """
 
 import argparse
