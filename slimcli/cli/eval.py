@@ -8,6 +8,7 @@ import click
 
 from slimcli.cli.options import (
     batch_size_option,
+    class_map_option,
     command_line,
     common_options,
     data_option,
@@ -21,6 +22,7 @@ from slimcli.cli.options import (
 @click.argument("target", required=False)
 @keep_rate_option("One or several.  [default: the model's own schedule]")
 @data_option
+@class_map_option
 @click.option("--split", help="Folder or .tar inside --data.  [default: the recipe's val_split]")
 @click.option("--limit", type=click.IntRange(min=1), help="Use this many images, spread evenly over the split.")
 @batch_size_option
@@ -31,6 +33,7 @@ def command(
     target: str | None,
     keep_rates: list[float] | None,
     data: str | None,
+    class_map: str | None,
     split: str | None,
     limit: int | None,
     batch_size: int | None,
@@ -48,7 +51,7 @@ def command(
     from slimcli import data as datasets
     from slimcli.cli.display import Display, across
     from slimcli.device import find_device, find_dtype, versions
-    from slimcli.evaluate import add_evaluation, check_classes, evaluate
+    from slimcli.evaluate import add_evaluation, evaluate
     from slimcli.targets import choose_data, find_target
 
     display = Display(as_json)
@@ -57,8 +60,11 @@ def command(
     section = choose_data(found, data, split, limit, batch_size)
     chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
     dtype = find_dtype(chosen_precision, where)
+    named = datasets.read_class_map(class_map) if class_map is not None else None
     images = datasets.open_dataset(section, train=False)
-    check_classes(found.model, getattr(images, "class_names", None))
+    images, note = datasets.match_classes(
+        images, found.config.get("class_names"), found.model.architecture().num_outputs, named
+    )
     prepare = datasets.preprocessing(found.preprocessing, section)
     workers = datasets.num_workers(section, images, where)
     loader = datasets.eval_loader(images, prepare, section.batch_size, workers, where)
@@ -66,6 +72,8 @@ def command(
         display.warn(f"{found.label} has no trained life head: run `slim calibrate` or `slim train` first")
     if not found.has_classifier:
         display.warn(f"the weights of {found.label} have no classifier for these classes: it is untrained")
+    for line in (*getattr(images, "notes", ()), *([note] if note else ())):
+        display.warn(line)
     with display.progress() as progress:
         rows = evaluate(found.model, loader, keep_rates, where, dtype, progress)
 

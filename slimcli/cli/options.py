@@ -79,6 +79,11 @@ set_option = click.option(
 data_option = click.option(
     "--data", metavar="PATH", help="Folder or .tar of images in class folders, or digits.  [default: the target's own]"
 )
+class_map_option = click.option(
+    "--class-map",
+    metavar="FILE|A=B,...",
+    help="The model's class for classes of the data that have other names: puppy=dog, or a .json, .toml or .csv file.",
+)
 dead_option = click.option(
     "--dead",
     type=click.Choice(["discard", "heir"]),

@@ -18,6 +18,8 @@ from timm.data import create_dataset, create_loader, create_transform
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from slimcli.data.classes import match_classes as match_classes
+from slimcli.data.classes import read_class_map as read_class_map
 from slimcli.errors import DataError, SlimError
 from slimcli.plugins import open_plugin_dataset
 from slimcli.progress import Progress, no_progress
@@ -78,6 +80,10 @@ class ImageSamples(Dataset[tuple[Any, int]]):
         self.read, self.name, self.size = read, name, size
         self.class_names = class_names
         self.transform: Callable[[Any], Any] | None = None
+        #: from the data's class numbers to those of a model; see `match_classes`
+        self.target_transform: Callable[[int], int] | None = None
+        #: what whoever asked for these images should know, such as files that were skipped
+        self.notes: list[str] = []
         self.seed: int | None = None
         # shared, so that worker processes which outlive an epoch see it change
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -129,6 +135,8 @@ class ImageSamples(Dataset[tuple[Any, int]]):
     def __getitem__(self, place: int) -> tuple[Any, int]:
         index = self.indices[place]
         image, target = self._decode(index)
+        if self.target_transform is not None:
+            target = self.target_transform(target)
         if self.transform is None:
             return image, target
         if self.seed is None:

@@ -1,0 +1,115 @@
+"""Classes of the data and of the model are matched by name."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from slimcli.data import ImageSamples, match_classes, read_class_map
+from slimcli.errors import SlimError
+
+
+def one_a_class(*names):
+    """One sample of every class, in order."""
+    return ImageSamples(lambda index: (Image.new("RGB", (2, 2)), index), str, len(names), list(names))
+
+
+def targets(samples):
+    return [samples[index][1] for index in range(len(samples))]
+
+
+def test_the_same_classes_stay_as_they_are():
+    samples = one_a_class("cat", "dog")
+    assert match_classes(samples, ["cat", "dog"], 2) == (samples, None)
+    assert match_classes(samples, None, 2) == (samples, None)
+    # a model without a classifier has no classes to match
+    assert match_classes(samples, None, 0) == (samples, None)
+
+
+def test_another_order_is_mapped_by_name():
+    given = one_a_class("cat", "dog", "fox")
+    samples, note = match_classes(given, ["fox", "cat", "dog"], 3)
+    assert targets(samples) == [1, 2, 0]
+    assert samples.class_names == ["fox", "cat", "dog"]
+    assert "by name" in note
+    assert targets(given) == [0, 1, 2]
+
+
+def test_some_of_the_model_s_classes_are_mapped_by_name():
+    samples, note = match_classes(one_a_class("dog", "fox"), ["cat", "dog", "fox"], 3)
+    assert targets(samples) == [1, 2]
+    assert note.startswith("the data has 2 of the model's 3 classes")
+
+
+def test_classes_that_the_model_does_not_have_are_named():
+    with pytest.raises(SlimError, match=r"does not have: ant, bee \(it has cat, dog.*--class-map ant=") as error:
+        match_classes(one_a_class("ant", "bee"), ["cat", "dog"], 2)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(SlimError, match=r"Dog \(it has cat, dog; did you mean dog\?\)"):
+        match_classes(one_a_class("Dog", "cat"), ["cat", "dog"], 2)
+
+
+def test_a_class_map_says_what_is_meant():
+    samples, note = match_classes(
+        one_a_class("kitten", "puppy", "cat"), ["cat", "dog"], 2, {"kitten": "cat", "puppy": "dog"}
+    )
+    assert targets(samples) == [0, 1, 0]
+    assert "kitten=cat" in note
+
+
+@pytest.mark.parametrize(
+    ("class_map", "line"),
+    [
+        ({"pupy": "dog"}, r"the data has no class pupy.*mean puppy"),
+        ({"puppy": "dgo"}, r"the model has no class dgo.*dog"),
+    ],
+)
+def test_a_class_map_of_unknown_names_is_refused(class_map, line):
+    with pytest.raises(SlimError, match=line):
+        match_classes(one_a_class("cat", "puppy"), ["cat", "dog"], 2, class_map)
+
+
+def test_names_are_compared_as_they_are_read():
+    # the same letters, as macOS and as Linux write them
+    samples, _ = match_classes(one_a_class("u\u0308n\u0131"), ["\u00fcn\u0131", "x"], 2)
+    assert targets(samples) == [0]
+
+
+def test_a_model_without_names_needs_as_many_classes():
+    with pytest.raises(SlimError, match="the data has 2 classes and the model 3"):
+        match_classes(one_a_class("cat", "dog"), None, 3)
+    samples, _ = match_classes(one_a_class("cat", "dog"), None, 3, {"cat": "2", "dog": "0"})
+    assert targets(samples) == [2, 0]
+    with pytest.raises(SlimError, match=r"0 to 2, found 3"):
+        match_classes(one_a_class("cat", "dog"), None, 3, {"cat": "3", "dog": "0"})
+
+
+def test_folders_of_imagenet_find_their_outputs():
+    samples, note = match_classes(one_a_class("n01443537", "n02123045"), None, 1000)
+    assert targets(samples) == [1, 281]
+    assert "2 of the model's 1000" in note
+
+
+def test_a_class_map_is_read_from_the_command_line_or_from_a_file(tmp_path):
+    expected = {"puppy": "dog", "kitten": "cat"}
+    assert read_class_map("puppy=dog, kitten=cat") == expected
+    for name, text in (
+        ("map.json", json.dumps(expected)),
+        ("map.toml", 'puppy = "dog"\nkitten = "cat"\n'),
+        ("map.csv", "data,model\npuppy,dog\nkitten,cat\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_class_map(str(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("puppy", "puppy: expected the data's name = the model's name"),
+        ("puppy=dog,puppy=cat", "puppy is mapped twice"),
+        ("gone.json", "gone.json: cannot be read"),
+    ],
+)
+def test_a_class_map_that_cannot_be_meant_is_refused(text, line):
+    with pytest.raises(SlimError, match=line):
+        read_class_map(text)
