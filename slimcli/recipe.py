@@ -301,9 +301,7 @@ def validate(raw: Any, source: str, sources: dict[Location, str] | None = None, 
     return recipe
 
 
-def require_files(
-    recipe: Recipe, source: str, sources: dict[Location, str], fields: Iterable[str] = FILES
-) -> None:
+def require_files(recipe: Recipe, source: str, sources: dict[Location, str], fields: Iterable[str] = FILES) -> None:
     """`SlimError` unless the files that these fields name exist."""
     for name in fields:
         section, key = name.split(".")

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from slimcli.errors import SlimError
 from slimcli.recipe import (
+    DataSection,
     Location,
+    ModelSection,
     Recipe,
     apply_override,
     builtin_recipes,
@@ -118,7 +120,7 @@ def resolve(
             raise SlimError(f"{text} and --weights {weights} are both weights: choose one")
         if not Path(text).is_file():
             raise SlimError(f"{text}: no such weights file")
-        text, weights = None, Path(text)
+        weights, text = Path(text), None
         if model is None:
             raise SlimError(f"{weights}: of which model are these weights? --model NAME says it, or a recipe's [model]")
     if model is not None:
@@ -178,7 +180,7 @@ def kind_of(text: str) -> Kind:
     path = Path(text)
     if path.is_dir():
         return "run" if (path / "recipe.toml").is_file() else "folder"
-    if path.suffix in RECIPES or text in builtin_recipes():
+    if path.suffix in RECIPES or text in builtin_recipes() or path.is_file():
         return "recipe"
     if (path.suffix or "/" in text) and not NAMED_BY_PLUGIN.match(text):
         # a pretrained tag follows the name of a model of timm's
@@ -204,7 +206,8 @@ def _start(
         use_latest = not embedded and (latest / CONFIG).is_file()
         text, label = (str(latest.resolve()), str(latest)) if use_latest else (str(DIGITS_VIT), "the embedded model")
     kind, path = kind_of(text), Path(text)
-    empty = Recipe.model_construct()
+    # takes its place in `resolve`, once all that was set is in it
+    empty = Recipe.model_construct(name=label or text, model=ModelSection(name=""), data=DataSection())
     if kind == "recipe":
         raw, sources = read_recipe(path)
         return Resolved(empty, kind, str(path)), raw, sources

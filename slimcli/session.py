@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from slimcli import data as datasets
 from slimcli.data import has_split
 from slimcli.device import find_device, find_dtype, versions
 from slimcli.errors import SlimError
-from slimcli.evaluate import check_classes
 from slimcli.recipe import DataSection, Recipe
 from slimcli.resolve import Resolved, resolve
 from slimcli.slimming import SlimModel
@@ -44,6 +43,7 @@ class Request:
     split: str | None = None
     limit: int | None = None
     batch_size: int | None = None
+    class_map: str | None = None
     #: whether a model's name stands for pretrained weights
     pretrained: bool = True
     #: whether no target means slim's own model, also where there is a latest run
@@ -64,6 +64,8 @@ class Session:
     device: torch.device
     #: the target's own data with what was asked for instead; None where there is none
     section: DataSection | None
+    #: what a user should know of the images that were opened
+    notes: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> SlimModel:
@@ -105,10 +107,19 @@ class Session:
         return datasets.preprocessing(self.target.preprocessing, self.section or DataSection())
 
     def images(self, train: bool = False, **changes: Any) -> Any:
-        """The validation images, or those to train on, of `data` with `changes`; `SlimError` for other classes."""
+        """The validation images, or those to train on, of `data` with `changes`: the former with the model's classes.
+
+        Raises:
+            SlimError: where the data has classes that the model does not have.
+        """
         images = datasets.open_dataset(self.data.model_copy(update=changes), train=train)
-        if not train:
-            check_classes(self.model, getattr(images, "class_names", None))
+        self.notes += [line for line in getattr(images, "notes", ()) if line not in self.notes]
+        if train:
+            return images
+        named = datasets.read_class_map(self.request.class_map) if self.request.class_map is not None else None
+        outputs = self.model.architecture().num_outputs
+        images, note = datasets.match_classes(images, self.target.class_names, outputs, named)
+        self.notes += [note] if note and note not in self.notes else []
         return images
 
     def loader(self, images: Any, batch_size: int | None = None) -> DataLoader[Any]:
@@ -173,8 +184,18 @@ def open_session(request: Request) -> Session:
     )
     find_dtype(resolved.recipe.precision, device)
     section = choose_data(resolved, request.data, request.split, request.limit, request.batch_size)
-    target = build_target(resolved, section if request.reads_data and request.pretrained else None)
+    with torch.random.fork_rng(devices=[]):
+        # what was never taught is random, and the same every time
+        torch.manual_seed(0)
+        target = build_target(resolved, section if request.reads_data and request.pretrained else None)
     return Session(request, resolved, target, device, section)
+
+
+def session_of(recipe: Recipe, device: torch.device, command: str = "compare") -> Session:
+    """The session of a recipe that is at hand: its model, with the classes counted in its data, on that data."""
+    resolved = Resolved(recipe, "recipe", recipe.name)
+    target = build_target(resolved, recipe.data)
+    return Session(Request(command, pretrained=recipe.model.pretrained), resolved, target, device, recipe.data)
 
 
 def _names_data(request: Request) -> bool:
@@ -197,7 +218,11 @@ def choose_data(
     Raises:
         SlimError: for an option beside a field that says the same, and one that would have no effect.
     """
-    options = {"data.root": ("--data", path), "data.name": ("--data", path), "data.val_split": ("--split", split)}
+    options: dict[str, tuple[str, Any]] = {
+        "data.root": ("--data", path),
+        "data.name": ("--data", path),
+        "data.val_split": ("--split", split),
+    }
     options |= {"data.val_limit": ("--limit", limit), "data.batch_size": ("--batch-size", batch_size)}
     for name, (flag, value) in options.items():
         if value is not None and resolved.is_given(name):
@@ -218,9 +243,9 @@ def choose_data(
                 update[key] = "."
         section = before.model_copy(update=update)
     if section is None:
-        for flag, value in (("--split", split), ("--limit", limit)):
-            if value is not None:
-                raise SlimError(f"{flag} {value}: {resolved.label} comes without data: name it with --data PATH")
+        for flag, asked in (("--split", split), ("--limit", limit)):
+            if asked is not None:
+                raise SlimError(f"{flag} {asked}: {resolved.label} comes without data: name it with --data PATH")
         return None
     if split is not None and (section.name == "digits" or (section.root is not None and section.root.is_file())):
         raise SlimError(f"--split {split}: {section.name or section.root} has no folders to choose from")

@@ -157,9 +157,7 @@ def _image_size(
     return known[0] * (height // rows), known[1] * (width // columns)
 
 
-def from_recipe(
-    recipe: Recipe, label: str, class_names: list[str] | None = None, same_grid: bool = False
-) -> Target:
+def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None, same_grid: bool = False) -> Target:
     """A recipe's model with its weights. The classes are counted in the data where the recipe does not say.
 
     With `same_grid` the weights are known to be for the model's own grid of patches.

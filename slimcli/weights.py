@@ -109,7 +109,9 @@ def _find_state(content: Any, place: str = "") -> tuple[str, dict[str, Tensor]]:
     return place, {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def without_prefix(read: WeightsFile, expected: Collection[str], own: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def without_prefix(
+    read: WeightsFile, expected: Collection[str], own: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A file's tensors by the names of the dense model, and those of what its method learns (`own`, with a dot).
 
     The prefix that wrappers put before every name (`module.`, `model.`, `backbone.`, nested or not) is the one under
