@@ -174,7 +174,7 @@ def batch_size(session: Session) -> int:
 
 
 def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tuple[list[Any], list[Any], int]:
-    """Batches of training images to fit on, as many as fit in memory, others to check on, and how many the first are."""
+    """Batches of training images to fit on, as many as memory holds; others to check on; how many the first are."""
     layers = calibrate.candidate_life_layers(session.model.backbone.depth)
     count = calibrate.images_that_fit(session.model.backbone, wanted, len(layers))
     total = count + max(FEWEST_CHECKED, min(checked, count))

@@ -33,7 +33,7 @@ RECIPES = (".toml", ".yaml", ".yml")
 #: forms of a schedule: one that is set takes the place of what the target had
 SCHEDULES = ("drop_layers", "drops", "patches_per_layer")
 #: fields of [slimming] that only life regression reads
-LIFE_ONLY = ("dead", "redundancy", "merge_importance", "size_bias")
+LIFE_ONLY = tuple(f"slimming.{name}" for name in ("dead", "redundancy", "merge_importance", "size_bias"))
 
 _TRAINING = ("stages", "optimizer", "augmentation", "tracker", "checkpoint_minutes", "data.cache", "data.cache_gib")
 _OF_A_RUN = ("name", "description", "seed", "output", *_TRAINING)
@@ -88,7 +88,7 @@ class Resolved:
 
     def is_given(self, name: str) -> bool:
         """Whether the field called `name` (`data.batch_size`) was set beside the target."""
-        return tuple(name.split(".")) in self.given
+        return any(name == ".".join(map(str, place)) for place in self.given)
 
 
 def resolve(
@@ -146,9 +146,11 @@ def resolve(
         validate(raw, found.label)
     given: dict[Location, str] = {}
     for override in overrides:
-        place = apply_override(raw, override, SCHEDULES if found.kind != "recipe" else ())
+        twice = any(place[0] == "slimming" and place[-1] in (*SCHEDULES, "keep_rate") for place in given)
+        place = apply_override(raw, override, () if twice else SCHEDULES)
         sources = {known: source for known, source in sources.items() if known[: len(place)] != place}
-        given[place] = sources[place] = f"--set {override}"
+        sources[place] = f"--set {override}"
+        given |= dict.fromkeys(leaves(place, _at(raw, place)), f"--set {override}")
     for place, (flag, value) in options.items():
         if value is None:
             continue
@@ -165,7 +167,7 @@ def resolve(
     # what stands in a file of slim's own was valid when it was written
     found.recipe = validate(raw, found.label, sources, check_files=False)
     found.given = given
-    _refuse_without_effect(found, raw, command)
+    _refuse_without_effect(found, command)
     require_files(found.recipe, found.label, sources, check)
     return found
 
@@ -257,27 +259,26 @@ def leaves(place: Location, value: Any) -> Iterator[Location]:
         yield place
 
 
-def _refuse_without_effect(found: Resolved, raw: dict[str, Any], command: str) -> None:
+def _refuse_without_effect(found: Resolved, command: str) -> None:
     """`SlimError` for what was set and the command does not use, or the target decides itself."""
     for place, source in found.given.items():
-        value: Any = raw
-        for part in place:
-            value = value[part]
-        for leaf in leaves(place, value):
-            name = ".".join(map(str, leaf))
-            reason = DECIDED[found.kind].get(name)
-            if reason is not None:
-                raise SlimError(f"{source}: {name} cannot be set here: {reason}")
-            if _begins(name, WITHOUT_EFFECT[command]):
-                users = [f"`slim {other}`" for other in WITHOUT_EFFECT if not _begins(name, WITHOUT_EFFECT[other])]
-                raise SlimError(
-                    f"{source}: {name} has no effect in `slim {command}`: it is for {' and '.join(users) or 'none'}"
-                )
-            method = found.recipe.slimming.method
-            if leaf[0] == "slimming" and leaf[-1] in LIFE_ONLY and method != "life":
-                default = "discard" if leaf[-1] == "dead" else None
-                if getattr(found.recipe.slimming, str(leaf[-1])) != default:
-                    raise SlimError(f"{source}: {name} is for the method life: {method} has a rule of its own")
+        name = ".".join(map(str, place))
+        reason = DECIDED[found.kind].get(name)
+        if reason is not None:
+            raise SlimError(f"{source}: {name} cannot be set here: {reason}")
+        if _begins(name, WITHOUT_EFFECT[command]):
+            users = [f"`slim {other}`" for other in WITHOUT_EFFECT if not _begins(name, WITHOUT_EFFECT[other])]
+            raise SlimError(f"{source}: {name} has no effect in `slim {command}`: it is for {', '.join(users)}")
+        section = found.recipe.slimming
+        discards = name == "slimming.dead" and section.dead == "discard"
+        if name in LIFE_ONLY and section.method != "life" and not discards:
+            raise SlimError(f"{source}: {name} is for the method life: {section.method} has a rule of its own")
+
+
+def _at(raw: Any, place: Location) -> Any:
+    for part in place:
+        raw = raw[part]
+    return raw
 
 
 def _begins(name: str, beginnings: Sequence[str]) -> bool:

@@ -222,8 +222,9 @@ def choose_data(
         "data.root": ("--data", path),
         "data.name": ("--data", path),
         "data.val_split": ("--split", split),
+        "data.val_limit": ("--limit", limit),
+        "data.batch_size": ("--batch-size", batch_size),
     }
-    options |= {"data.val_limit": ("--limit", limit), "data.batch_size": ("--batch-size", batch_size)}
     for name, (flag, value) in options.items():
         if value is not None and resolved.is_given(name):
             source = resolved.given[tuple(name.split("."))]

@@ -181,6 +181,8 @@ def train(
         )
     target = from_recipe(recipe, recipe.name, class_names)
     model = target.model.to(device)
+    for line in target.notes:
+        log(line)
     if not target.has_classifier:
         log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
     teacher = _teacher(target, recipe, class_names)
