@@ -40,6 +40,10 @@ VALUES: dict[str, Any] = {
 }
 
 
+#: what must be set beside a field for it to mean anything
+BESIDE = {"stages.0.backbone_lr": ["stages.0.learns=both"]}
+
+
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> list[tuple[str, Any]]:
     """Name and annotation of every field of the schema that is no section."""
     found = []
@@ -94,16 +98,16 @@ def at(recipe: Recipe, name: str) -> Any:
 
 @pytest.mark.parametrize("name", [name for name, _ in fields()])
 def test_a_field_applies_in_a_command_or_is_refused_by_name(targets, name):
-    field = dict(fields())[name]
+    values = candidates(name, dict(fields())[name])
     applied = 0
     for command, unused in WITHOUT_EFFECT.items():
         for kind, target in targets.items():
             without = any(name == beginning or name.startswith(f"{beginning}.") for beginning in unused)
             outcomes = []
-            for value in candidates(name, field):
+            for value in values:
                 words = f"{name}={toml(value)}"
                 try:
-                    found = resolve(target, command, [words])
+                    found = resolve(target, command, [*BESIDE.get(name, ()), words])
                 except SlimError as error:
                     assert f"--set {words}: " in str(error) or name.rpartition(".")[2] in str(error), error
                     outcomes.append(str(error))
@@ -115,6 +119,7 @@ def test_a_field_applies_in_a_command_or_is_refused_by_name(targets, name):
                 assert kept == value or str(kept) == str(value)
                 assert found.is_given(name)
                 applied += 1
+                values = [value, *(other for other in values if other != value)]
                 break
             else:
                 # a stage's fields need a stage, which names and folders come without
