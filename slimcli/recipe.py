@@ -434,11 +434,12 @@ def apply_override(raw: Any, override: str, exclusive: Sequence[str] = ()) -> Lo
     if not equals or not all(str(part) for part in place):
         raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
     target = raw
-    for part, following in itertools.pairwise(place):
+    missing = f"--set {override}: the recipe has no"
+    for depth, (part, following) in enumerate(itertools.pairwise(place), 1):
         try:
             target = target[part] if isinstance(part, int) else target.setdefault(part, [] if following == 0 else {})
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise SlimError(f"--set {override}: the recipe has no {part!r} to set this in") from None
+            raise SlimError(f"{missing} {'.'.join(map(str, place[:depth]))} to set this in") from None
     if place[-1] in exclusive and isinstance(target, dict):
         for other in (*exclusive, *(() if place[-1] == "drop_layers" else ("keep_rate",))):
             target.pop(other, None)
@@ -448,7 +449,7 @@ def apply_override(raw: Any, override: str, exclusive: Sequence[str] = ()) -> Lo
         else:
             target[place[-1]] = _value(text)
     except (IndexError, TypeError):
-        raise SlimError(f"--set {override}: the recipe has no {place[-1]!r} to set this in") from None
+        raise SlimError(f"{missing} {'.'.join(map(str, place))} to set this in") from None
     return place
 
 

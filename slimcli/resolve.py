@@ -147,7 +147,12 @@ def resolve(
     given: dict[Location, str] = {}
     for override in overrides:
         twice = any(place[0] == "slimming" and place[-1] in (*SCHEDULES, "keep_rate") for place in given)
-        place = apply_override(raw, override, () if twice else SCHEDULES)
+        try:
+            place = apply_override(raw, override, () if twice else SCHEDULES)
+        except SlimError:
+            # a field of a section that the target does not have, and the command has no use for either
+            _refuse_unused(override.partition("=")[0].strip(), f"--set {override}", command)
+            raise
         sources = {known: source for known, source in sources.items() if known[: len(place)] != place}
         sources[place] = f"--set {override}"
         given |= dict.fromkeys(leaves(place, _at(raw, place)), f"--set {override}")
@@ -266,13 +271,17 @@ def _refuse_without_effect(found: Resolved, command: str) -> None:
         reason = DECIDED[found.kind].get(name)
         if reason is not None:
             raise SlimError(f"{source}: {name} cannot be set here: {reason}")
-        if _begins(name, WITHOUT_EFFECT[command]):
-            users = [f"`slim {other}`" for other in WITHOUT_EFFECT if not _begins(name, WITHOUT_EFFECT[other])]
-            raise SlimError(f"{source}: {name} has no effect in `slim {command}`: it is for {', '.join(users)}")
+        _refuse_unused(name, source, command)
         section = found.recipe.slimming
         discards = name == "slimming.dead" and section.dead == "discard"
         if name in LIFE_ONLY and section.method != "life" and not discards:
             raise SlimError(f"{source}: {name} is for the method life: {section.method} has a rule of its own")
+
+
+def _refuse_unused(name: str, source: str, command: str) -> None:
+    if _begins(name, WITHOUT_EFFECT[command]):
+        users = [f"`slim {other}`" for other in WITHOUT_EFFECT if not _begins(name, WITHOUT_EFFECT[other])]
+        raise SlimError(f"{source}: {name} has no effect in `slim {command}`: it is for {', '.join(users)}")
 
 
 def _at(raw: Any, place: Location) -> Any:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,16 +149,17 @@ class Session:
         """What a reader of figures must know: parts of the model that were never taught."""
         found = list(self.target.notes)
         if not self.target.has_life_head:
-            found.append(f"{self.target.label} has no trained life head: run `slim calibrate {_quoted(self)}` first")
+            found.append(f"{self.target.label} has no trained life head: run `{self._calibrate_command()}` first")
         if not self.target.has_classifier:
             found.append(f"the weights of {self.target.label} have no classifier for these classes: it is untrained")
         return found
 
-
-def _quoted(session: Session) -> str:
-    import shlex
-
-    return shlex.quote(session.request.target or session.request.model or session.target.label)
+    def _calibrate_command(self) -> str:
+        request, words = self.request, ["slim", "calibrate"]
+        words += [request.target or self.resolved.label] if request.model is None or request.target else []
+        for flag, value in (("--model", request.model), ("--weights", request.weights)):
+            words += [flag, str(value)] if value is not None else []
+        return shlex.join(words)
 
 
 def open_session(request: Request) -> Session:

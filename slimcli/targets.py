@@ -93,8 +93,10 @@ def build_target(found: Resolved, counted_in: DataSection | None = None) -> Targ
         )
         target.config["has_life_head"] = target.has_life_head
         target.run = found.folder if found.kind == "run" else None
-    if recipe.model.weights is not None and not own_weights and found.kind != "name":
-        target.label = f"{found.label} with {recipe.model.weights}"
+    if recipe.model.weights is not None and not own_weights:
+        target.label = (
+            str(recipe.model.weights) if found.kind == "name" else f"{found.label} with {recipe.model.weights}"
+        )
     return target
 
 
