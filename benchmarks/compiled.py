@@ -18,7 +18,7 @@ from slimcli.layout import lay_out_for_inference
 from slimcli.plugins import build_model
 from slimcli.profile import random_images
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel, slim
+from slimcli.slimming import LifeModel, slim
 
 COLUMNS = {
     "batch": "batch",
@@ -33,9 +33,9 @@ COLUMNS = {
 }
 
 
-def variant(model: SlimModel, schedule: Schedule | None, exact_savings: bool, dead: str) -> SlimModel:
+def variant(model: LifeModel, schedule: Schedule | None, exact_savings: bool, dead: str) -> LifeModel:
     """A model of its own with the schedule; it shares the weights."""
-    own = SlimModel(model.model, schedule or model.schedule, dead=dead).eval()
+    own = LifeModel(model.backbone, schedule or model.schedule, dead=dead).eval()
     own.life_head = model.life_head
     own.mode = "none" if schedule is None else "hard"
     own.exact_savings = exact_savings

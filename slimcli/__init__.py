@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from slimcli.conformance import check_backbone, conformance_tests
     from slimcli.life import LifeHead
     from slimcli.methods.base import Method
-    from slimcli.slimming import SlimModel, slim
+    from slimcli.methods.life import LifeModel
+    from slimcli.methods.slim_model import SlimModel
+    from slimcli.slimming import slim
     from slimcli.store import load
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "Architecture",
     "Backbone",
     "LifeHead",
+    "LifeModel",
     "Method",
     "Schedule",
     "SlimError",
@@ -46,13 +49,14 @@ __all__ = [
 _LAZY = {
     "Backbone": "slimcli.backbones.base",
     "LifeHead": "slimcli.life",
+    "LifeModel": "slimcli.methods.life",
     "Method": "slimcli.methods.base",
     "attend": "slimcli.attention",
     "biased_attention": "slimcli.attention",
     "check_backbone": "slimcli.conformance",
     "conformance_tests": "slimcli.conformance",
     "pool_mean": "slimcli.backbones.base",
-    "SlimModel": "slimcli.slimming",
+    "SlimModel": "slimcli.methods.slim_model",
     "slim": "slimcli.slimming",
     "load": "slimcli.store",
 }

@@ -19,9 +19,9 @@ from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
 from slimcli.layout import lay_out_for_inference
 from slimcli.life import HEAD_CHANNELS, LifeHead, normalise_life
 from slimcli.profile import random_images
-from slimcli.progress import Progress, no_progress
+from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.schedule import Planning, Schedule, default_drop_layers, default_life_layer, falling_counts
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel, SlimModel
 
 #: memory that what is remembered of the images may take, for all candidate life layers together
 REMEMBERED_BYTES = 2 * 2**30
@@ -41,6 +41,8 @@ REDUNDANCIES = (2.0, 3.5, 6.0)
 MERGES = ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7))
 #: batches of 32 images that the life head is taught with: as many as there are images, within these bounds
 STEPS = (200, 1000)
+#: what an image that is observed, and one that a search is made with, takes beside one of these batches
+OBSERVING, SEARCHING = 0.2, 0.3
 #: the share of them that it is taught with to compare life layers
 BRIEF = 0.2
 
@@ -272,7 +274,6 @@ def cost_for_speedup(
 @torch.inference_mode()
 def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, device: torch.device) -> float:
     """Dense seconds over slimmed seconds on `images`, the median of interleaved rounds."""
-    before = model.mode, model.schedule
     model.eval()
     variants = [Variant(None), Variant(schedule)]
 
@@ -280,8 +281,8 @@ def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, devic
         variant.set(model)
         return model.logits(images)
 
-    times = measure.interleave([partial(run, variant) for variant in variants], device, 5, 1.0)
-    model.mode, model.schedule = before
+    with model.running():
+        times = measure.interleave([partial(run, variant) for variant in variants], device, 5, 1.0)
     return measure.speedup(*times)
 
 
@@ -294,7 +295,7 @@ class Rule:
     merge_importance: float = 0.7
     size_bias: float = 0.7
 
-    def set(self, model: SlimModel) -> None:
+    def set(self, model: LifeModel) -> None:
         """Have `model` follow it."""
         model.redundancy = self.redundancy
         model.merge_importance, model.size_bias = self.merge_importance, self.size_bias
@@ -359,7 +360,7 @@ def calibrate(
     fall that is to serve `others`, lower costs, too is judged at all of them.
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
-    if model.method != "life":
+    if not isinstance(model, LifeModel):
         raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model.model)
@@ -376,10 +377,15 @@ def calibrate(
         if goal.multiply_adds >= model.cost(None):
             goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
     layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
-    observed = observe(model, fit_on, layers, device, dtype, progress, num_images)
-    steps = min(max(num_images, STEPS[0]), STEPS[1])
+    work = Steps(progress, plan(layers, isinstance(goal, Schedule), num_images), numbered=True)
+    with work.step() as part:
+        observed = observe(model, fit_on, layers, device, dtype, part, num_images)
+    steps = fit_steps(num_images)
     brief = round(BRIEF * steps) if len(layers) > 1 else steps
-    fitted = {layer: _fit(model, observed, layer, brief, device, progress) for layer in layers}
+    fitted = {}
+    for layer in layers:
+        with work.step() as part:
+            fitted[layer] = _fit(model, observed, layer, brief, device, part)
     checked = check(model, check_on, layers, device, dtype)
 
     def attempt(schedule: Schedule, rule: Rule) -> Tried | None:
@@ -401,11 +407,14 @@ def calibrate(
     if isinstance(goal, Schedule):
         chosen = goal
     else:
-        compared = search(model, goal, layers, attempt, progress)
+        with work.step() as part:
+            compared = search(model, goal, layers, attempt, part)
         chosen = compared[0].schedule
-        fitted[chosen.life_layer] = _fit(model, observed, chosen.life_layer, steps, device, progress)
+        with work.step() as part:
+            fitted[chosen.life_layer] = _fit(model, observed, chosen.life_layer, steps, device, part)
     del observed
-    tried = choose_rule(chosen, model.dead, attempt, progress)
+    with work.step() as part:
+        tried = choose_rule(chosen, model.dead, attempt, part)
     plain = attempt(goal, PLAIN) if isinstance(goal, Schedule) else None
     if plain is not None:
         tried.append(plain)
@@ -423,11 +432,30 @@ def calibrate(
     return Calibration(fitted, tried, paper)
 
 
+def fit_steps(num_images: int) -> int:
+    """Batches that the life head is taught with."""
+    return min(max(num_images, STEPS[0]), STEPS[1])
+
+
+def plan(layers: Sequence[int], keeps_schedule: bool, num_images: int) -> list[Step]:
+    """The steps of a calibration, and about how long each takes beside a batch that the life head is taught with."""
+    steps = fit_steps(num_images)
+    searched = not keeps_schedule
+    brief = round(BRIEF * steps) if searched and len(layers) > 1 else steps
+    return [
+        Step("observing the dense model", OBSERVING * num_images),
+        *(Step(f"fitting the life head of block {layer}", brief) for layer in layers),
+        *([Step("searching how patches should leave", SEARCHING * num_images)] if searched else []),
+        *([Step("fitting the life head that was chosen", steps)] if searched else []),
+        Step("searching who should leave first", SEARCHING * num_images),
+    ]
+
+
 def _apart(candidate: Tried) -> float:
     return candidate.apart
 
 
-def paper_schedule(model: SlimModel, goal: Cost) -> Schedule | None:
+def paper_schedule(model: LifeModel, goal: Cost) -> Schedule | None:
     """The paper's three drops at the highest keep rate that costs no more; None where there is none.
 
     Costs are of `model` as it is: exact savings count where they are on.
@@ -502,7 +530,7 @@ def head_widths(model: SlimModel) -> tuple[int, int]:
 
 
 def _fit(
-    model: SlimModel,
+    model: LifeModel,
     observed: Observed,
     layer: int,
     steps: int,

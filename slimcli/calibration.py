@@ -17,8 +17,10 @@ from slimcli import data as datasets
 from slimcli.errors import SlimError
 from slimcli.evaluate import agreement, evaluate, first_images
 from slimcli.files import write_file, write_json
-from slimcli.progress import Progress, no_progress
+from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.recipe import Recipe, SlimmingSection, StageSection
+from slimcli.rows import Row
+from slimcli.runs import RECIPE, SUMMARY, WEIGHTS, new_run_folder
 from slimcli.schedule import Schedule
 from slimcli.session import Session
 from slimcli.slimming import SlimModel
@@ -81,7 +83,7 @@ class Calibrated:
     #: agreement with the dense model before and after, as `calibrate.comparison` has it
     report: dict[str, Any]
     #: rows of `evaluate`: the dense model, then the calibrated one
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     class_names: list[str] | None
     notes: list[str] = field(default_factory=list)
 
@@ -110,12 +112,10 @@ class Calibrated:
             "has_life_head": True,
         }
         save_model(folder, self.session.model, config)
-        model = self.recipe.model.model_copy(
-            update={"weights": (folder / "model.safetensors").resolve(), "weights_grid": None}
-        )
+        model = self.recipe.model.model_copy(update={"weights": (folder / WEIGHTS).resolve(), "weights_grid": None})
         text = self.recipe.model_copy(update={"model": model}).to_toml()
-        write_file(folder / "recipe.toml", text.encode())
-        write_json(folder / "summary.json", document)
+        write_file(folder / RECIPE, text.encode())
+        write_json(folder / SUMMARY, document)
 
 
 def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress: Progress = no_progress) -> Calibrated:
@@ -133,18 +133,26 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
     # what is saved are the weights as they came, not rounded to what the arithmetic runs in
     weights = {name: value.clone() for name, value in model.model.state_dict().items()}
     model.to(device, dtype)
-    aim, others = _aim(session, goal, batch, progress)
+    work = Steps(progress, _steps(session, goal, count), numbered=True)
+    cost = None
+    if goal.speedup is not None:
+        with work.step() as part:
+            cost = calibrate.cost_for_speedup(model, goal.speedup, batch, device, dtype, part)
+    aim, others = _aim(session, goal, cost)
 
     def agreed() -> calibrate.Agreement:
         return agreement(model, first_images(session.loader(shown, batch), len(shown)), device, dtype)
 
-    untaught = agreed()
-    with torch.random.fork_rng(devices=[]):
+    with work.step():
+        untaught = agreed()
+    with work.step() as part, torch.random.fork_rng(devices=[]):
         torch.manual_seed(session.recipe.seed)
-        found = calibrate.calibrate(model, aim, fit_on, check_on, count, device, dtype, progress, others)
-    taught = agreed()
+        found = calibrate.calibrate(model, aim, fit_on, check_on, count, device, dtype, part, others)
+    with work.step():
+        taught = agreed()
     rates = goal.several if len(goal.several) > 1 else None
-    rows = evaluate(model, session.loader(shown, batch), rates, device, dtype, progress)
+    with work.step() as part:
+        rows = evaluate(model, session.loader(shown, batch), rates, device, dtype, part)
     model.float()
     model.model.load_state_dict(weights)
     session.target.has_life_head = True
@@ -162,9 +170,7 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
 
 def new_folder(recipe: Recipe) -> Path:
     """A folder for a calibration by a recipe, `NAME-calibrated-TIME` under its output."""
-    from slimcli.train import new_run_folder
-
-    return new_run_folder(recipe, "-calibrated")
+    return new_run_folder(recipe.output, f"{recipe.name}-calibrated")
 
 
 def batch_size(session: Session) -> int:
@@ -185,8 +191,22 @@ def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tu
     return fit_on, check_on, sum(len(targets) for _, targets in fit_on)
 
 
+def _steps(session: Session, goal: Goal, count: int) -> list[Step]:
+    """The steps of a calibration, and about how long each takes."""
+    layers = (0,) if goal.keep_schedule else calibrate.candidate_life_layers(session.model.backbone.depth)
+    fits = calibrate.plan(layers, goal.keep_schedule, count)
+    weight = sum(step.weight for step in fits)
+    return [
+        *([Step("measuring speed", 0.3 * weight)] if goal.speedup is not None else []),
+        Step("comparing an untaught life head", 0.1 * weight),
+        Step("calibrating", weight, len(fits)),
+        Step("comparing the fitted life head", 0.1 * weight),
+        Step("evaluating", 0.3 * weight),
+    ]
+
+
 def _aim(
-    session: Session, goal: Goal, batch: int, progress: Progress
+    session: Session, goal: Goal, cost_of_speedup: float | None
 ) -> tuple[calibrate.Cost | Schedule, list[calibrate.Cost]]:
     """What is searched for: a schedule or a cost, and the lower costs that the found fall is to serve too."""
     model, searched = session.model, goal.searched
@@ -195,9 +215,8 @@ def _aim(
         return (model.at_keep_rate(searched[0]) if searched else model.schedule), others
     if goal.flops is not None:
         return calibrate.Cost(goal.flops * 1e9), others
-    if goal.speedup is not None:
-        cost = calibrate.cost_for_speedup(model, goal.speedup, batch, session.device, session.dtype, progress)
-        return calibrate.Cost(cost), others
+    if cost_of_speedup is not None:
+        return calibrate.Cost(cost_of_speedup), others
     rate = searched[0] if searched else model.schedule.keep_rate
     return calibrate.Cost(model.multiply_adds() if rate is None else model.usual_cost(rate)), others
 
@@ -242,7 +261,7 @@ def next_recipe(session: Session, keep_rates: Sequence[float] = ()) -> Recipe:
     stages = target.recipe.stages
     if all(stage.mode == "none" for stage in stages):
         stages = default_stages(model)
-    elif model.dead == "heir":
+    elif model.has_heirs:
         stages = backbone_stages(stages)
     return target.recipe.model_copy(
         update={
@@ -258,7 +277,7 @@ def next_recipe(session: Session, keep_rates: Sequence[float] = ()) -> Recipe:
 def default_stages(model: SlimModel) -> list[StageSection]:
     """Stages for a target that comes without any."""
     loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs else "cosine"
-    if model.dead == "heir":
+    if model.has_heirs:
         return [StageSection(learns="backbone", mode="hard", loss=loss, lr=2e-5, epochs=2, ema=0.995)]
     return [
         StageSection(learns="life", mode="soft", loss=loss, lr=1e-3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -11,31 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from slimcli import calibrate, train
 from slimcli.calibration import images_to_fit
+from slimcli.compare_stages import backbone_stage as backbone_stage
+from slimcli.compare_stages import slimming_section, total_epochs
+from slimcli.compare_stages import stages_for as stages_for
+from slimcli.compare_table import Line, against_dense, draw, markdown
 from slimcli.device import environment
 from slimcli.errors import SlimError
 from slimcli.evaluate import evaluate
 from slimcli.files import write_file, write_json
-from slimcli.methods.base import Method, rival
+from slimcli.methods.base import Method
+from slimcli.pictures import encode
 from slimcli.plugins import find_method
 from slimcli.progress import Progress, no_progress
-from slimcli.recipe import Recipe, SlimmingSection, StageSection
-from slimcli.schedule import Schedule
+from slimcli.recipe import Recipe
+from slimcli.rows import Row, read_rows
 from slimcli.session import Session, session_of
-from slimcli.show import encode
-from slimcli.slimming import SlimModel
-from slimcli.store import configure, slimming_config
+from slimcli.slimming import SlimModel, rival
+from slimcli.store import slimming_config
 
 SETTINGS, RESULT, TABLE, PLOT = "settings.json", "compare.json", "compare.md", "compare"
 #: images that a life head is fitted on where the recipe's weights bring none, and those that check the fit
 FIT_IMAGES, CHECK_IMAGES, FIT_BATCH = 512, 128, 32
-MARKERS = "os^DvPX<>"
-#: what of a schedule stands in [slimming]; a cell replaces all of it
-SCHEDULE_FIELDS = {"life_layer", "drop_layers", "keep_rate", "drops", "patches_per_layer", "method", "dead"}
 
 
 @dataclass(frozen=True)
@@ -116,33 +114,35 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     session = session_of(recipe, comparison.device)
     target = session.target
     session.images()
-    for line in (*target.notes, *session.notes):
-        comparison.log(line)
+    for note in (*target.notes, *session.notes):
+        comparison.log(note)
     if not target.has_classifier:
         comparison.log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
     # a method that cannot run the model, or cannot cost so little, is refused before anything is measured
     plan = {cell: scheduled(cell, target.model) for cell in comparison.cells() if cell.method != "dense"}
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, comparison.settings())
-    rows = []
+    lines: list[Line] = []
     cells = comparison.cells()
     for number, cell in enumerate(cells, 1):
         path = folder / "cells" / f"{cell.name}.json"
-        row = _read(path)
-        if row is None:
+        kept = _read(path)
+        if kept is None:
             progress = _labelled(comparison.progress, f"{number}/{len(cells)} {cell.name}")
             start = time.perf_counter()
             found = _trained(cell, plan, comparison, progress) if cell.trained else None
-            found = found or _untrained(cell, plan, session, comparison, progress)
-            asked = {"method": cell.method, "title": cell.title, "keep_rate": cell.keep_rate, "trained": cell.trained}
-            row = {**found, "setting": _setting(cell, plan), **asked, "seconds": round(time.perf_counter() - start, 1)}
-            write_json(path, row)
-            comparison.log(f"{cell.name}: {_said(row)}")
+            row, run = found or (_untrained(cell, plan, session, progress), None)
+            seconds = round(time.perf_counter() - start, 1)
+            line = Line(
+                row.also(method=cell.method, keep_rate=cell.keep_rate),
+                cell.title, cell.trained, _setting(cell, plan), run, seconds,
+            )  # fmt: skip
+            write_json(path, line)
+            comparison.log(f"{cell.name}: {line.said}")
         else:
-            comparison.log(f"{cell.name}: {_said(row)} (kept)")
-        rows.append(row)
-    for row in rows:
-        row.update(_against_dense(row, rows))
+            line = Line.from_json(kept)
+            comparison.log(f"{cell.name}: {line.said} (kept)")
+        lines.append(line)
     document = {
         "recipe": recipe.name,
         "model": recipe.model.name,
@@ -150,7 +150,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "batch_size": recipe.data.batch_size,
         "epochs": total_epochs(recipe, comparison.epochs),
         **environment(comparison.device),
-        "rows": rows,
+        "rows": against_dense(lines),
     }
     write_json(folder / RESULT, document)
     write_file(folder / TABLE, markdown(document).encode())
@@ -163,7 +163,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
 def scheduled(cell: Cell, model: SlimModel) -> SlimModel:
     """The cell's method on the dense model of `model`, set to cost what the keep rate stands for."""
     if cell.method == model.method:
-        return _copy_with(model, model.schedule if cell.keep_rate is None else model.at_keep_rate(cell.keep_rate))
+        return model.with_schedule(model.schedule if cell.keep_rate is None else model.at_keep_rate(cell.keep_rate))
     found = rival(cell.method, model)
     found.schedule = found.schedule_for_cost(allowed(cell, model))
     return found
@@ -174,23 +174,13 @@ def allowed(cell: Cell, model: SlimModel) -> int:
     return model.cost(model.schedule) if cell.keep_rate is None else model.usual_cost(cell.keep_rate)
 
 
-def _copy_with(model: SlimModel, schedule: Schedule) -> SlimModel:
-    """`model` under another schedule: the same modules, none of them copied."""
-    other = type(model)(model.model, schedule, model.temperature, model.backbone, model.dead)
-    setattr(other, model.selector_name, model.selector)
-    configure(other, slimming_config(model))
-    return other
-
-
 def _setting(cell: Cell, plan: dict[Cell, SlimModel]) -> dict[str, Any]:
     """How a method came to its cost: its keep rate at which layers, or its patches in every block."""
     config = slimming_config(plan[cell]) if cell in plan else {}
     return {key: config[key] for key in ("keep_rate", "drop_layers", "drops", "patches_per_layer") if key in config}
 
 
-def _untrained(
-    cell: Cell, plan: dict[Cell, SlimModel], session: Session, comparison: Comparison, progress: Progress
-) -> dict[str, Any]:
+def _untrained(cell: Cell, plan: dict[Cell, SlimModel], session: Session, progress: Progress) -> Row:
     """The figures of a cell without any training; a life head that was never taught is calibrated first."""
     target, device, dtype = session.target, session.device, session.dtype
     loader = session.loader(session.images())
@@ -201,12 +191,12 @@ def _untrained(
         cost = calibrate.Cost(allowed(cell, target.model))
         fit_on, check_on, count = images_to_fit(session, FIT_IMAGES, CHECK_IMAGES, FIT_BATCH)
         calibrate.calibrate(target.model, cost, fit_on, check_on, count, device, dtype, progress)
-        plan[cell] = _copy_with(target.model, target.model.schedule)
+        plan[cell] = target.model.with_schedule(target.model.schedule)
     return evaluate(plan[cell], loader, None, device, dtype, progress)[1]
 
 
-def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> dict[str, Any]:
-    """The figures of a cell after training; a training that was interrupted goes on."""
+def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> tuple[Row, str]:
+    """The figures of a cell after training, and its run; a training that was interrupted goes on."""
     recipe = comparison.recipe
     section = recipe.slimming if cell.method == "dense" else slimming_section(recipe, plan[cell])
     own = recipe.model_copy(
@@ -221,7 +211,7 @@ def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, pr
     run, summary = train.train(
         own, comparison.device.type, _unfinished(own), progress, lambda line: log(f"{cell.name}: {line}")
     )
-    return {**summary["rows"][-1], "run": str(run)}
+    return read_rows(summary["rows"])[-1], str(run)
 
 
 def _unfinished(recipe: Recipe) -> Path | None:
@@ -229,54 +219,6 @@ def _unfinished(recipe: Recipe) -> Path | None:
         return train.unfinished_run(recipe)
     except SlimError:
         return None
-
-
-def slimming_section(recipe: Recipe, model: SlimModel) -> SlimmingSection:
-    """The recipe's [slimming] with the method and the schedule of `model`."""
-    given = recipe.slimming.model_dump(exclude_none=True, exclude=SCHEDULE_FIELDS)
-    return SlimmingSection.model_validate({**given, **slimming_config(model)}, strict=False)
-
-
-def backbone_stage(recipe: Recipe) -> StageSection:
-    """The last stage that teaches the backbone: its learning rate and losses are every method's."""
-    stages = [stage for stage in recipe.stages if stage.learns != "life"]
-    if not stages:
-        raise SlimError(f"{recipe.name} has no stage that teaches the backbone: there is nothing to compare trained")
-    return stages[-1]
-
-
-def total_epochs(recipe: Recipe, epochs: int | None) -> int:
-    """Epochs that every method is trained for."""
-    return 0 if epochs is None else epochs or sum(stage.epochs for stage in recipe.stages)
-
-
-def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSection]:
-    """How a method spends the epochs: life regression by the recipe's stages, every other in one stage.
-
-    Rules that learn nothing train the backbone with patches gone, as in inference; one with a mode `soft` of its own
-    trains that and the backbone together; the dense model trains as it is.
-    """
-    stage, total = backbone_stage(recipe), total_epochs(recipe, epochs)
-    lr = stage.backbone_lr or stage.lr
-    one = {"name": None, "epochs": total, "lr": lr, "backbone_lr": None}
-    if method == "dense":
-        return [stage.model_copy(update={**one, "learns": "backbone", "mode": "none", "keep_rates": None})]
-    kind = find_method(method)
-    if issubclass(kind, Method):
-        if "soft" not in kind.modes:
-            return [stage.model_copy(update={**one, "learns": "backbone", "mode": "hard"})]
-        head_lr = next((s.lr for s in recipe.stages if s.learns != "backbone"), lr)
-        return [
-            stage.model_copy(update={**one, "lr": head_lr, "backbone_lr": lr, "learns": "both", "mode": "soft"}),
-        ]
-    if not epochs:
-        return list(recipe.stages)
-    count = len(recipe.stages)
-    if epochs < count:
-        raise SlimError(f"--epochs {epochs}: {recipe.name} has {count} stages, and each needs an epoch at least")
-    # what is over goes to the last stages
-    shares = [epochs // count + (index >= count - epochs % count) for index in range(count)]
-    return [s.model_copy(update={"epochs": n}) for s, n in zip(recipe.stages, shares, strict=True)]
 
 
 def open_folder(comparison: Comparison, resume: bool) -> None:
@@ -325,99 +267,3 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _labelled(progress: Progress, name: str) -> Progress:
     return lambda label, done, total: progress(f"{name} {label}", done, total)
-
-
-def score_of(row: dict[str, Any]) -> float:
-    """Top-1 in percent, or 100 times the cosine of the features where there is no classifier."""
-    return float(row["top1"]) if "top1" in row else 100 * float(row["similarity"])
-
-
-def _said(row: dict[str, Any]) -> str:
-    name = "top-1" if "top1" in row else "cosine x 100"
-    return f"{name} {score_of(row):.2f}, {row['gmacs']:.4g} G, speed-up {row['speedup']:.2f}"
-
-
-def _against_dense(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Points lost against the dense model given the same epochs, and the share of the arithmetic's gain in time."""
-    dense = [other for other in rows if other["method"] == "dense"][-1]
-    arithmetic = dense["gmacs"] / row["gmacs"]
-    lost = score_of(dense) - score_of(row)
-    return {"lost": round(lost, 3), "realised": round(row["speedup"] / arithmetic, 4)}
-
-
-def setting_text(row: dict[str, Any]) -> str:
-    """How a method came to its cost, in a few words."""
-    setting = row.get("setting") or {}
-    if "keep_rate" in setting:
-        return f"keep {setting['keep_rate']:.4g} after {', '.join(map(str, setting['drop_layers']))}"
-    if "drops" in setting:
-        return "keep " + ", ".join(f"{rate:.4g} after {layer}" for layer, rate in setting["drops"])
-    if "patches_per_layer" in setting:
-        counts = setting["patches_per_layer"]
-        falls = sorted({a - b for a, b in itertools.pairwise(counts)})
-        return f"{falls[0]} to {falls[-1]} fewer after each block"
-    return "-"
-
-
-def markdown(document: dict[str, Any]) -> str:
-    """The table, with what it was measured on."""
-    rows = document["rows"]
-    score = "Top-1 (%)" if "top1" in rows[0] else "Cosine x 100"
-    epochs = document["epochs"]
-    how = f"each trained for {epochs} epochs" if epochs else "nothing trained"
-    lines = [
-        f"# {document['recipe']}: {document['model']}, {how}",
-        "",
-        f"| Method | Keep rate | Setting | G multiply-adds | {score} | Lost | img/s | Speed-up | Of ideal |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        rate = "-" if row["method"] == "dense" else "own" if row["keep_rate"] is None else f"{row['keep_rate']:g}"
-        lines.append(
-            f"| {row['title']} | {rate} | {setting_text(row)} | {row['gmacs']:.4f} | {score_of(row):.2f} | "
-            f"{row['lost']:.2f} | {row['images_per_second']:.1f} | {row['speedup']:.2f} | {row['realised']:.2f} |"
-        )
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    lines += [
-        "",
-        f"{rows[0]['images']} images, {document['precision']}, batch {document['batch_size']}, "
-        f"{document['device_name']}, {document['threads']} threads; {versions}; commit {document['git_commit']}.",
-        "Every method costs at most what three drops with discarding cost at the keep rate. Speed-up is over the dense "
-        "model, measured in turn on the same batches; of ideal: speed-up over the ratio of multiply-adds.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def draw(document: dict[str, Any]) -> Figure:
-    """Accuracy against multiply-adds, and against throughput with the dense model's as 1."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    rows = document["rows"]
-    _points(left, rows, lambda row: row["gmacs"])
-    _points(right, rows, lambda row: row["speedup"])
-    left.set_xlabel("G multiply-adds an image")
-    right.set_xlabel("throughput, dense = 1")
-    left.set_ylabel("top-1 (%)" if "top1" in rows[0] else "cosine with dense x 100")
-    right.legend(frameon=False, fontsize=9)
-    epochs = document["epochs"]
-    figure.suptitle(f"{document['model']}: {f'{epochs} epochs each' if epochs else 'nothing trained'}", fontsize=11)
-    return figure
-
-
-def _points(axes: Axes, rows: Sequence[dict[str, Any]], place: Callable[[dict[str, Any]], float]) -> None:
-    """One line a method, its keep rates joined; the dense models as stars."""
-    titles = list(dict.fromkeys(row["title"] for row in rows))
-    colours = itertools.cycle(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"])
-    markers = itertools.cycle(MARKERS)
-    for title in titles:
-        own = sorted((row for row in rows if row["title"] == title), key=place)
-        dense = own[0]["method"] == "dense"
-        style: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 12} if dense else {}
-        if dense and own[0]["trained"]:
-            style["markerfacecolor"] = "white"
-        if not dense:
-            style = {"color": next(colours), "marker": next(markers), "markersize": 6}
-        axes.plot([place(row) for row in own], [score_of(row) for row in own], label=title, linewidth=1.2, **style)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -20,9 +20,10 @@ from slimcli.attention import KERNELS
 from slimcli.backbones.base import Backbone, counted
 from slimcli.errors import SlimError
 from slimcli.plugins import find_backbone
+from slimcli.runs import WEIGHTS
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel
-from slimcli.store import WEIGHTS, load_weights, save_model
+from slimcli.slimming import LifeModel
+from slimcli.store import load_weights, save_model
 
 #: difference between logits that rounding explains, as a share of their largest
 ROUNDING = 2e-4
@@ -96,7 +97,7 @@ class Subject:
         drops = tuple((layer, 0.6) for layer in range(1, depth))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.slim = SlimModel(self.dense, Schedule(depth, 1, drops), backbone=self.backbone).eval()
+            self.slim = LifeModel(self.backbone, Schedule(depth, 1, drops)).eval()
         generator = torch.Generator().manual_seed(1)
         channels = self.backbone.preprocessing()["input_size"][0]
         height, width = self.backbone.image_size
@@ -254,7 +255,7 @@ def save_and_load(subject: Subject) -> None:
         with torch.no_grad():
             for parameter in dense.parameters():
                 parameter.zero_()
-        fresh = SlimModel(dense, subject.slim.schedule, backbone=type(subject.backbone)(dense)).eval()
+        fresh = LifeModel(type(subject.backbone)(dense), subject.slim.schedule).eval()
         try:
             load_weights(fresh, Path(folder) / WEIGHTS)
         except SlimError as error:

@@ -12,104 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from slimcli import measure
 from slimcli.errors import SlimError
 from slimcli.files import write_json
 from slimcli.layout import lay_out_for_inference
-from slimcli.progress import Progress, no_progress
+from slimcli.progress import Progress, Step, Steps, no_progress
+from slimcli.rows import Row
+from slimcli.runs import EVALUATIONS
 from slimcli.schedule import Schedule
+from slimcli.scores import Accuracy as Accuracy
+from slimcli.scores import Scores as Scores
+from slimcli.scores import Similarity as Similarity
+from slimcli.scores import pooled as pooled
+from slimcli.scores import predictions
 from slimcli.slimming import SlimModel
 
-#: the measurements of a run that `slim eval` made after it ended
-EVALUATIONS = "evaluations.json"
-#: rounds that speed is of: at least; with fewer full batches topped up to, as long as that many seconds allow
-FEWEST_ROUNDS, ENOUGH_ROUNDS, TOP_UP_SECONDS = 3, 10, 5.0
-
-
-@dataclass
-class Accuracy:
-    """Running sums of top-1, top-5 and cross-entropy over batches."""
-
-    count: int = 0
-    top1: int = 0
-    top5: int = 0
-    loss: float = 0.0
-    agree: int = 0
-
-    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
-        """Add a batch: logits (B, C), classes (B,), and the predictions (B,) to compare with, if any."""
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == targets[:, None]
-        self.count += targets.shape[0]
-        self.top1 += int(hits[:, 0].sum())
-        self.top5 += int(hits.sum())
-        self.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        if reference is not None:
-            self.agree += int((best[:, 0] == reference).sum())
-
-    def row(self) -> dict[str, float]:
-        """Percentages of `count` images, and the mean loss."""
-        share = 100 / max(self.count, 1)
-        return {
-            "top1": round(self.top1 * share, 3),
-            "top5": round(self.top5 * share, 3),
-            "loss": round(self.loss / max(self.count, 1), 5),
-        }
-
-
-@dataclass
-class Similarity:
-    """Running sum of the cosine between a model's features and the dense model's: what stands for accuracy where
-    there is no classifier.
-    """
-
-    count: int = 0
-    cosine: float = 0.0
-
-    def add(self, features: Tensor, reference: Tensor) -> None:
-        """Add a batch: features (B, D) and those of the dense model."""
-        self.count += features.shape[0]
-        self.cosine += float(F.cosine_similarity(features, reference).sum())
-
-    def row(self) -> dict[str, float]:
-        """The mean over `count` images."""
-        return {"similarity": round(self.cosine / max(self.count, 1), 5)}
-
-
-@dataclass
-class Scores:
-    """What a validation measured: accuracy of a model with a classifier, similarity where there is a dense model to
-    compare with, or both.
-    """
-
-    accuracy: Accuracy = field(default_factory=Accuracy)
-    similarity: Similarity = field(default_factory=Similarity)
-
-    @property
-    def count(self) -> int:
-        return max(self.accuracy.count, self.similarity.count)
-
-    @property
-    def score(self) -> float:
-        """What is to be high: top-1 in percent, or without a classifier the similarity."""
-        row = self.row()
-        return row.get("top1", row.get("similarity", 0.0))
-
-    def row(self) -> dict[str, float]:
-        """The rows of both, as far as they were measured."""
-        return {
-            **(self.accuracy.row() if self.accuracy.count else {}),
-            **(self.similarity.row() if self.similarity.count else {}),
-        }
-
-
-def pooled(output: Tensor) -> Tensor:
-    """A model's outputs (B, C) in float32; the tokens (B, n, D) of one that does not pool are averaged."""
-    return output.float().mean(dim=1) if output.dim() == 3 else output.float()
+#: rounds that speed is of at least, and the seconds that more are made for until the speed-ups are known narrowly
+FEWEST_ROUNDS, MOST_SECONDS = 3, 5.0
 
 
 @dataclass
@@ -123,7 +44,6 @@ class Variant:
     #: the schedule that a rival's is compared with
     like: Schedule | None = None
     scores: Scores = field(default_factory=Scores)
-    seconds: list[float] = field(default_factory=list)
 
     def set(self, model: SlimModel) -> None:
         model.mode = "none" if self.schedule is None else "hard"
@@ -132,22 +52,22 @@ class Variant:
             model.schedule = self.schedule
 
 
-def describe(model: SlimModel, schedule: Schedule | None, exact_savings: bool = False) -> dict[str, Any]:
+def describe(model: SlimModel, schedule: Schedule | None, exact_savings: bool = False) -> Row:
     """What can be said of a variant without running it: keep rate, schedule, cost, parameters."""
     architecture = model.architecture()
     counts = model.patches_used(schedule) if schedule else None
     dense = sum(p.numel() for p in model.model.parameters())
     head = sum(p.numel() for p in model.selector.parameters()) if schedule else 0
     cost = model.cost(schedule) - (model.savings(schedule) if exact_savings else 0)
-    return {
-        "dense": schedule is None,
-        "method": model.method if schedule else None,
-        "keep_rate": model.keep_rate_of(schedule, cost) if schedule else None,
-        "exact_savings": exact_savings,
-        "schedule": list(counts or (architecture.num_patches,) * architecture.depth),
-        "gmacs": round(cost / 1e9, 4),
-        "params_millions": round((dense + head) / 1e6, 4),
-    }
+    return Row(
+        dense=schedule is None,
+        method=model.method if schedule else None,
+        keep_rate=model.keep_rate_of(schedule, cost) if schedule else None,
+        exact_savings=exact_savings,
+        schedule=tuple(counts or (architecture.num_patches,) * architecture.depth),
+        gmacs=round(cost / 1e9, 4),
+        params_millions=round((dense + head) / 1e6, 4),
+    )
 
 
 def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Schedule | None]:
@@ -181,70 +101,71 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows for the dense model and each keep rate: accuracy on all images of `loader`, cost, and speed.
 
     Of a model without a classifier, `similarity` to the dense model's features takes the place of accuracy; a
     backbone that `compares_embeddings` has both.
-    The variants run in turn on every batch; speed is the median over the full batches and the speed-up the median
-    of the ratios within a batch. Small sets are topped up with more rounds on the last full batch, ten in all or
-    what five seconds allow.
+    Speed is measured afterwards, on one batch, when no process loads images any more: the variants run in turn, three
+    rounds at least and for up to five seconds until the ratios are known narrowly. The speed-up is the median of the
+    ratios within a round, and `timing_reliable` says whether to believe it.
     """
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model)
-    before = model.mode, model.schedule, model.exact_savings
     # the dense model runs as its library runs it, whatever the slimmed one leaves out
     variants = [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
+    steps = Steps(progress, [Step("evaluating", 4.0), Step("timing", 1.0)])
+    with model.running():
+        with steps.step() as part:
+            batch = _score(model, loader, variants, device, dtype, part)
+        runs = [partial(_run, model, variant, batch) for variant in variants]
+        with steps.step() as part:
+            timing = measure.take_turns(runs, device, FEWEST_ROUNDS, 0.0, MOST_SECONDS, progress=part)
+    return [
+        describe(model, variant.schedule, variant.exact_savings).also(
+            images=variant.scores.count,
+            images_per_second=round(batch.shape[0] / statistics.median(timing.seconds[index]), 2),
+            **variant.scores.row(),
+            **timing.figures(index),
+        )
+        for index, variant in enumerate(variants)
+    ]
+
+
+def _score(
+    model: SlimModel,
+    loader: DataLoader[Any],
+    variants: Sequence[Variant],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Tensor:
+    """Run every variant over all images; return one full batch."""
     has_classes = model.architecture().num_outputs > 0
-    timed: Tensor | None = None
-    warm = False
+    full: Tensor | None = None
     total = len(loader)
     for index, (images, targets) in enumerate(loader):
         progress("evaluating", index, total)
+        if images.shape[0] == 0:
+            continue
         images, targets = images.to(device, dtype), targets.to(device)
-        full = timed is None or images.shape[0] == timed.shape[0]
-        if full and not warm:
-            for variant in variants:
-                variant.set(model)
-                model.logits(images)
-            warm = True
-        reference: Tensor | None = None
+        features: Tensor | None = None
+        predicted: Tensor | None = None
         for variant in variants:
             variant.set(model)
-            output, took = measure.timed(partial(model.logits, images), device)
+            output = model.logits(images)
             if has_classes:
-                variant.scores.accuracy.add(output, targets)
+                variant.scores.accuracy.add(output, targets, predicted)
+                predicted = predictions(output) if predicted is None else predicted
             if not has_classes or model.backbone.compares_embeddings:
-                features = pooled(model.embedding(images) if has_classes else output)
-                reference = features if reference is None else reference
-                variant.scores.similarity.add(features, reference)
-            if full:
-                variant.seconds.append(took)
-        timed = images if full else timed
-    progress("evaluating", total, total)
-    if timed is None:
+                found = pooled(model.embedding(images) if has_classes else output)
+                features = found if features is None else features
+                variant.scores.similarity.add(found, features)
+        full = images if full is None else full
+    progress("evaluating", 1, 1)
+    if full is None:
         raise SlimError("there are no images to evaluate on")
-
-    have = len(variants[0].seconds)
-    if have < ENOUGH_ROUNDS:
-        runs = [partial(_run, model, variant, timed) for variant in variants]
-        fewest, most = max(FEWEST_ROUNDS - have, 1), ENOUGH_ROUNDS - have
-        more = measure.interleave(runs, device, fewest, TOP_UP_SECONDS, most, progress, "timing")
-        for variant, seconds in zip(variants, more, strict=True):
-            variant.seconds += seconds
-    model.mode, model.schedule, model.exact_savings = before
-    rows = []
-    for variant in variants:
-        rows.append(
-            {
-                **describe(model, variant.schedule, variant.exact_savings),
-                "images": variant.scores.count,
-                **variant.scores.row(),
-                "images_per_second": round(timed.shape[0] / statistics.median(variant.seconds), 2),
-                "speedup": round(measure.speedup(variants[0].seconds, variant.seconds), 4),
-            }
-        )
-    return rows
+    return full
 
 
 def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
@@ -270,28 +191,27 @@ def agreement(
 
     Without a classifier: the mean cosine of their features, times 100.
     """
-    mode = model.mode
-    if not model.architecture().num_outputs:
-        same, near = Similarity(), Similarity()
-        for images, _targets in batches:
-            images = images.to(device, dtype)
+    has_classes = model.architecture().num_outputs > 0
+    dense: Accuracy | Similarity = Accuracy() if has_classes else Similarity()
+    slim: Accuracy | Similarity = Accuracy() if has_classes else Similarity()
+    with model.running():
+        for images, targets in batches:
+            images, targets = images.to(device, dtype), targets.to(device)
             model.mode = "none"
-            features = pooled(model.logits(images))
-            same.add(features, features)
+            reference = model.logits(images)
             model.mode = "hard"
-            near.add(pooled(model.logits(images)), features)
-        model.mode = mode
-        return 100 * near.row()["similarity"], same, near
-    dense, slim = Accuracy(), Accuracy()
-    for images, targets in batches:
-        images, targets = images.to(device, dtype), targets.to(device)
-        model.mode = "none"
-        logits = model.logits(images)
-        dense.add(logits, targets)
-        model.mode = "hard"
-        slim.add(model.logits(images), targets, logits.argmax(dim=1))
-    model.mode = mode
-    return 100 * slim.agree / max(slim.count, 1), dense, slim
+            output = model.logits(images)
+            if isinstance(dense, Accuracy) and isinstance(slim, Accuracy):
+                dense.add(reference, targets)
+                slim.add(output, targets, predictions(reference))
+            elif isinstance(dense, Similarity) and isinstance(slim, Similarity):
+                dense.add(pooled(reference), pooled(reference))
+                slim.add(pooled(output), pooled(reference))
+    if not slim.count:
+        raise SlimError("there are no images to compare the dense and the slimmed model on")
+    if isinstance(slim, Accuracy):
+        return 100 * slim.agree / slim.count, dense, slim
+    return 100 * slim.cosine / slim.count, dense, slim
 
 
 def first_images(loader: DataLoader[Any], count: int) -> Iterator[tuple[Tensor, Tensor]]:

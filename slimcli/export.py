@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from slimcli import __version__
 from slimcli.files import write_file
+from slimcli.rows import MEASURES, Row, interval_text, read_rows, timing_notes
+from slimcli.rows import measured as measured_of
 from slimcli.slimming import SlimModel
 from slimcli.store import save_model
 
@@ -18,6 +21,7 @@ def bake(folder: Path, model: SlimModel, config: dict[str, Any], measured: dict[
 
     `measured` holds rows of `evaluate` or `profile` and the machine they were taken on.
     """
+    measured = _trusted(measured)
     kept = {key: value for key, value in config.items() if key in ("model", "preprocessing", "class_names", "data")}
     # a folder on this machine means nothing where the model goes
     if kept.get("data", {}).get("root"):
@@ -28,7 +32,7 @@ def bake(folder: Path, model: SlimModel, config: dict[str, Any], measured: dict[
 
 def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any]) -> str:
     """The model card, in Markdown."""
-    schedule = model.schedule
+    schedule, rows = model.schedule, read_rows(_trusted(measured)["rows"])
     names = config.get("class_names")
     size = " x ".join(str(length) for length in config["preprocessing"]["input_size"][1:])
     lines = [
@@ -46,11 +50,11 @@ def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any
         "",
         "## Measured",
         "",
-        *_table(measured["rows"]),
+        *_table(rows),
         "",
         f"On {measured['device_name']} ({measured['device']}, {measured['threads']} threads, {measured['precision']}, "
         f"batch {measured['batch_size']}), dense and slimmed in turn, medians; torch {measured['versions']['torch']}, "
-        f"timm {measured['versions']['timm']}. {measured.get('note', '')}".rstrip(),
+        f"timm {measured['versions']['timm']}. {' '.join([measured.get('note', ''), *_said(rows)])}".rstrip(),
         "",
     ]
     if names:
@@ -59,26 +63,41 @@ def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any
 
 
 def _rule(model: SlimModel) -> str:
-    made = f"made with slim {__version__}"
-    if model.method != "life":
-        return f"the method {model.method}, {made}"
-    return f"life regression, {made}. Lives are predicted after block {model.schedule.life_layer}"
+    return f"{model.rule()}, made with slim {__version__}"
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    titles = {
-        "top1": "top-1 %",
-        "top5": "top-5 %",
-        "similarity": "cosine with dense",
-        "gmacs": "multiply-adds G",
-        "params_millions": "parameters M",
-        "images_per_second": "img/s",
-        "speedup": "speed-up",
-    }
-    shown = [key for key in titles if all(key in row for row in rows)]
-    table = ["| model | " + " | ".join(titles[key] for key in shown) + " |", "|---|" + "---|" * len(shown)]
-    for index, row in enumerate(rows):
-        rate = row["keep_rate"]
-        name = "dense" if index == 0 else f"slim, keep rate {rate:g}" if rate is not None else "slim"
-        table.append(f"| {name} | " + " | ".join(f"{row[key]:g}" for key in shown) + " |")
+def _trusted(measured: dict[str, Any]) -> dict[str, Any]:
+    """`measured` without timings that are not to be trusted: what is written beside a model is quoted for years."""
+    rows = read_rows(measured["rows"])
+    if any(row.timing_reliable is False for row in rows):
+        nothing = {key: None for key, measure in MEASURES.items() if measure.timed}
+        rows = [row.also(**nothing, speedup_interval=None) for row in rows]
+    return {**measured, "rows": rows}
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    keys = ("top1", "top5", "similarity", "top1_difference", "gmacs", "params_millions", "images_per_second", "speedup")
+    shown = measured_of(rows, keys)
+    table = ["| model | " + " | ".join(measure.title for measure in shown) + " |", "|---|" + "---|" * len(shown)]
+    for row in rows:
+        name = row.name if row.dense else "slim" if row.keep_rate is None else f"slim, keep rate {row.name}"
+        cells = [measure.text(row, error=True) for measure in shown]
+        if shown and shown[-1].key == "speedup" and row.speedup_interval is not None and not row.dense:
+            cells[-1] += f" ({interval_text(row)})"
+        table.append(f"| {name} | " + " | ".join(cells) + " |")
     return table
+
+
+def _said(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table should know of its figures."""
+    said = []
+    if any(row.top1_se or row.similarity_se for row in rows):
+        said.append("After ± stand standard errors.")
+    if any(row.speedup_interval for row in rows):
+        said.append("Speed-up: the median of paired rounds, with its 95 % interval.")
+    problems = timing_notes(rows)
+    if problems:
+        # what to do about it is for who made the card, not for who reads it
+        reasons = "; ".join(problem.partition(":")[0] for problem in problems)
+        said.append(f"Speed was not measured reliably and is left out: {reasons}.")
+    return said

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from slimcli.backbones.base import Backbone
-    from slimcli.slimming import SlimModel
+    from slimcli.methods.slim_model import SlimModel
 
 hookspec = pluggy.HookspecMarker("slim")
 hookimpl = pluggy.HookimplMarker("slim")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,6 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from slimcli.device import synchronise
 from slimcli.layout import packed_bytes
 from slimcli.progress import Progress, no_progress
+from slimcli.timing import Timing, Watch, narrow
+from slimcli.timing import speedup as speedup
+
+#: fewer rounds than these have no 95 % interval
+ROUNDS_OF_AN_INTERVAL = 6
+#: rounds after which no more are made
+MOST_ROUNDS = 5000
 
 T = TypeVar("T")
 
@@ -39,25 +45,46 @@ def interleave(
 
     One warm-up call each comes first. Rounds go on until there are `min_rounds` and `min_seconds` have passed.
     """
+    return take_turns(runs, device, min_rounds, min_seconds, min_seconds, max_rounds, progress, label).seconds
+
+
+def take_turns(
+    runs: Sequence[Callable[[], object]],
+    device: torch.device,
+    min_rounds: int,
+    min_seconds: float,
+    max_seconds: float,
+    max_rounds: int = MOST_ROUNDS,
+    progress: Progress = no_progress,
+    label: str = "timing",
+) -> Timing:
+    """Time all runs in turn, round after round, and watch the machine meanwhile.
+
+    One warm-up call each comes first. There are `min_rounds` at least, `max_rounds` at most, and in between rounds
+    for `min_seconds`, and for up to `max_seconds` until the speed-ups over the first run are known narrowly.
+    """
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
+    watch = Watch(device.type == "cpu")
     start = time.perf_counter()
+    check_at = max(min_rounds, ROUNDS_OF_AN_INTERVAL)
     for done in range(max_rounds):
         passed = time.perf_counter() - start
-        if done >= min_rounds and passed >= min_seconds:
-            break
-        share = min(done / min_rounds, passed / min_seconds if min_seconds else 1.0)
+        if done >= min_rounds:
+            if passed >= max_seconds:
+                break
+            # seldom: sorting all rounds takes time of its own
+            if passed >= min_seconds and done >= check_at:
+                if narrow(times):
+                    break
+                check_at = done + max(1, done // 8)
+        share = min(done / max(min_rounds, 1), passed / max_seconds if max_seconds else 1.0)
         progress(label, min(share, 1.0), 1.0)
         for run, found in zip(runs, times, strict=True):
             found.append(timed(run, device)[1])
     progress(label, 1.0, 1.0)
-    return times
-
-
-def speedup(dense: Sequence[float], slim: Sequence[float]) -> float:
-    """Median over the rounds of dense seconds / slim seconds, paired within each round."""
-    return statistics.median(a / b for a, b in zip(dense, slim, strict=True))
+    return Timing(times, watch.load())
 
 
 def percentile(values: Sequence[float], share: float) -> float:

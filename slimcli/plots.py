@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
+from slimcli.rows import MEASURES, Row
 from slimcli.schedule import life_moments
 
 # Colours that stand in the drawing until the page's own take their place.
@@ -37,20 +38,15 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Point:
-    """A measured model: dense (`keep_rate` None and `dense`) or slimmed. `score` is top-1 in % or a cosine."""
+    """A measured model, dense or slimmed, and the series that it belongs to."""
 
     series: str
-    dense: bool
-    keep_rate: float | None
-    score: float
-    gmacs: float
-    speedup: float
-    images_per_second: float
+    row: Row
 
     @property
     def title(self) -> str:
         """The keep rate, or what stands for it."""
-        return "dense" if self.dense else f"{self.keep_rate:g}" if self.keep_rate is not None else "own"
+        return self.row.name
 
 
 @contextmanager
@@ -117,55 +113,70 @@ def _inline(svg: str, title: str, described: str) -> Markup:
     return Markup(opening + role) + words + Markup(rest)
 
 
-def training_loss(runs: Mapping[str, Metrics]) -> Markup:
-    """Training loss over the epochs of all stages, of runs by their name."""
+def training_loss(runs: Mapping[str, Metrics]) -> Markup | None:
+    """Training loss over the epochs of all stages, of runs by their name; None where there is none."""
+    curves = _curves(runs, "loss", ("step", "epoch"))
 
     def draw(axes: Axes) -> str:
         words = []
-        for number, (name, metrics) in enumerate(runs.items()):
-            places, losses = _curve(metrics, "loss", ("step", "epoch"))
+        for number, (name, (places, losses)) in enumerate(curves.items()):
             colour, dash = SERIES[number % 6], DASHES[number % 6]
             axes.plot(places, losses, linewidth=1.6, color=colour, linestyle=dash, label=name)
             words.append(f"{name}: from {losses[0]:.3f} to {losses[-1]:.3f}")
         axes.margins(y=0.2)
-        axes.set(xlabel="epoch", ylabel="cross-entropy")
-        _mark_stages(axes, runs)
+        axes.set(xlabel="epoch", ylabel="loss")
+        _mark_stages(axes, {name: runs[name] for name in curves})
         return "Mean loss since the start of the epoch. " + "; ".join(words) + "."
 
-    return _plot(draw, "Training loss")
+    return _plot(draw, "Training loss") if curves else None
 
 
-def validation(runs: Mapping[str, Metrics]) -> Markup:
-    """Validation top-1 after each epoch, of runs by their name."""
+def validation(runs: Mapping[str, Metrics]) -> Markup | None:
+    """Validation top-1 after each epoch, or without a classifier the cosine, of runs by their name."""
+    key = next((key for key in ("top1", "similarity") if _curves(runs, f"val_{key}", ("epoch",))), None)
+    if key is None:
+        return None
+    measure, curves = MEASURES[key], _curves(runs, f"val_{key}", ("epoch",))
+    name_of = "Top-1" if key == "top1" else measure.title
+
+    def said(value: float) -> str:
+        return f"{value:.{measure.digits}f}{measure.unit}"
 
     def draw(axes: Axes) -> str:
         words = []
-        for number, (name, metrics) in enumerate(runs.items()):
+        for number, (name, (places, scores)) in enumerate(curves.items()):
             colour, marker, dash = SERIES[number % 6], MARKERS[number % 6], DASHES[number % 6]
-            places, scores = _curve(metrics, "val_top1", ("epoch",))
             axes.plot(places, scores, color=colour, marker=marker, linestyle=dash, linewidth=1.6, label=name)
-            start = next((row["top1"] for row in metrics if row.get("event") == "start"), None)
-            if start is not None and len(runs) == 1:
+            start = next((row.get(key) for row in runs[name] if row.get("event") == "start"), None)
+            # a cosine of the dense model with itself is 1, and would flatten the curve
+            if start is not None and len(curves) == 1 and key == "top1":
                 axes.axhline(start, color=INK, linestyle=(0, (2, 2)), linewidth=1)
                 axes.annotate(
-                    f"dense as given {start:.2f} %", (1, start), xycoords=("axes fraction", "data"), ha="right",
+                    f"dense as given {said(start)}", (1, start), xycoords=("axes fraction", "data"), ha="right",
                     xytext=(0, 3), textcoords="offset points", size=9,
                 )  # fmt: skip
-            words.append(f"{name}: from {scores[0]:.2f} to {scores[-1]:.2f} %, best {max(scores):.2f} %")
+            words.append(f"{name}: from {said(scores[0])} to {said(scores[-1])}, best {said(max(scores))}")
         axes.margins(y=0.25)
-        axes.set(xlabel="epoch", ylabel="top-1 (%)")
-        _mark_stages(axes, runs)
-        return "Top-1 on the validation images after each epoch. " + "; ".join(words) + "."
+        axes.set(xlabel="epoch", ylabel="top-1 (%)" if key == "top1" else "cosine")
+        _mark_stages(axes, {name: runs[name] for name in curves})
+        return f"{name_of} on the validation images after each epoch. " + "; ".join(words) + "."
 
-    return _plot(draw, "Validation top-1")
+    return _plot(draw, "Validation top-1" if key == "top1" else "Validation cosine with dense")
+
+
+def _curves(runs: Mapping[str, Metrics], key: str, events: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
+    """A quantity of metrics.jsonl over the epochs of all stages, of the runs that have it."""
+    found = {name: _curve(metrics, key, events) for name, metrics in runs.items()}
+    return {name: curve for name, curve in found.items() if curve[0]}
 
 
 def _curve(metrics: Metrics, key: str, events: Sequence[str]) -> tuple[list[float], list[float]]:
     """A quantity of metrics.jsonl over the epochs of all stages, one after the other."""
-    batches = max((row["batch"] for row in metrics if "batch" in row), default=1)
+    batches = max((row["batch"] for row in metrics if "batch" in row), default=1) or 1
     before = _epochs_before(metrics)
-    rows = [row for row in metrics if row.get("event") in events and key in row]
-    return [before[row["stage"]] + row["epoch"] - 1 + row["batch"] / batches for row in rows], [r[key] for r in rows]
+    rows = [row for row in metrics if row.get("event") in events and row.get(key) is not None]
+    places = [before[row["stage"]] + row["epoch"] - 1 + row["batch"] / batches for row in rows]
+    return places, [row[key] for row in rows]
 
 
 def _epochs_before(metrics: Metrics) -> dict[int, int]:
@@ -204,58 +215,76 @@ def _mark_stages(axes: Axes, runs: Mapping[str, Metrics]) -> None:
         )  # fmt: skip
 
 
-def trade_off(points: Sequence[Point], axis: str) -> Markup:
-    """Measured points: accuracy over `axis`, "gmacs" or "speedup"."""
+def trade_off(points: Sequence[Point], axis: str) -> Markup | None:
+    """Measured points: accuracy over `axis`, "gmacs" or "speedup"; None where nothing was measured of both."""
+    score = next((point.row.score for point in points if point.row.score is not None), None)
+    x_of = MEASURES[axis]
+    placed = [
+        (point, x, y)
+        for point in points
+        if score and (x := x_of.value(point.row)) is not None and (y := score.value(point.row)) is not None
+    ]
+    if score is None or not placed:
+        return None
     cost = axis == "gmacs"
-    is_top1 = max(point.score for point in points) > 1.5
-    measure = "Top-1" if is_top1 else "Cosine with dense"
+    doubted = x_of.timed and any(point.row.timing_reliable is False for point, _, _ in placed)
 
     def draw(axes: Axes) -> str:
-        names = list(dict.fromkeys(point.series for point in points))
+        names = list(dict.fromkeys(point.series for point, _, _ in placed))
         words = []
         for number, name in enumerate(names):
             colour, marker = SERIES[number % 6], MARKERS[number % 6]
             # the first series shows behind a second one at the same place
             size = 11 if number == 0 and len(names) > 1 else 7
-            for point in (point for point in points if point.series == name):
-                x = getattr(point, axis)
-                fill = "none" if point.dense else colour
-                axes.plot(x, point.score, marker, color=colour, markerfacecolor=fill, markersize=size, linestyle="none")
+            for point, x, y in placed:
+                if point.series != name:
+                    continue
+                fill = "none" if point.row.dense else colour
+                axes.plot(x, y, marker, color=colour, markerfacecolor=fill, markersize=size, linestyle="none")
                 unit = "G multiply-adds" if cost else "times as fast as dense"
-                words.append(f"{name}, {point.title}: {point.score:.4g}{' %' if is_top1 else ''} at {x:.3g} {unit}")
+                words.append(f"{name}, {point.title}: {y:.4g}{score.unit} at {x:.3g} {unit}")
             axes.plot([], [], marker, color=colour, linestyle="none", label=name)
-        costs = [point.gmacs for point in points]
-        if cost and max(costs) > 8 * min(costs):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(ScalarFormatter())
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        _scale(axes, [x for _, x, _ in placed] if cost else [])
         axes.margins(x=0.15, y=0.3)
         axes.autoscale_view()
-        _label(axes, points, axis)
+        _label(axes, [(point.title, x, y, point.row.dense) for point, x, y in placed])
+        speed = "speed-up over dense, " + ("not measured reliably" if doubted else "measured")
         axes.set(
-            xlabel="multiply-adds an image (G)" if cost else "speed-up over dense, measured",
-            ylabel="top-1 (%)" if is_top1 else "cosine",
+            xlabel="multiply-adds an image (G)" if cost else speed,
+            ylabel="top-1 (%)" if score.key == "top1" else "cosine",
         )
         if len(names) > 1:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
         return "Measured points, labelled with their keep rate. " + "; ".join(words) + "."
 
-    return _plot(draw, f"{measure} against {'cost' if cost else 'speed'}")
+    name = "Top-1" if score.key == "top1" else score.title
+    return _plot(draw, f"{name} against {'cost' if cost else 'speed'}")
 
 
-def _label(axes: Axes, points: Sequence[Point], axis: str) -> None:
-    """Write the keep rate below or above each point where no other stands; the table has those that found no room."""
+def _scale(axes: Axes, costs: Sequence[float]) -> None:
+    """A logarithmic axis where costs differ much."""
+    if costs and min(costs) > 0 and max(costs) > 8 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Axes, points: Sequence[tuple[str, float, float, bool]]) -> None:
+    """Write the keep rate below or above each point where no other stands; the table has those that found no room.
+
+    Points are (title, x, y, whether dense).
+    """
     share_of_axes = axes.transData + axes.transAxes.inverted()
     placed: list[tuple[str, float, float]] = []
-    for point in points:
-        x, y = share_of_axes.transform((getattr(point, axis), point.score))
-        if any(title == point.title and abs(x - a) < 0.06 and abs(y - b) < 0.15 for title, a, b in placed):
+    for name, place, score, dense in points:
+        x, y = share_of_axes.transform((place, score))
+        if any(title == name and abs(x - a) < 0.06 and abs(y - b) < 0.15 for title, a, b in placed):
             continue
-        for side in (1, -1) if point.dense else (-1, 1):
+        for side in (1, -1) if dense else (-1, 1):
             at = y + 0.08 * side
             if all(abs(x - a) > 0.13 or abs(at - b) > 0.08 for _, a, b in placed):
-                placed.append((point.title, x, at))
-                axes.annotate(point.title, (x, at), xycoords="axes fraction", ha="center", va="center", size=9)
+                placed.append((name, x, at))
+                axes.annotate(name, (x, at), xycoords="axes fraction", ha="center", va="center", size=9)
                 break
 
 

@@ -16,13 +16,14 @@ import pluggy
 
 from slimcli import hookspecs
 from slimcli.errors import SlimError
+from slimcli.values import constructor_arguments
 
 if TYPE_CHECKING:
     import click
     from torch import nn
 
     from slimcli.backbones.base import Backbone
-    from slimcli.slimming import SlimModel
+    from slimcli.methods.slim_model import SlimModel
 
 GROUP = "slim"
 #: plugins of slim's own that are packages beside it, by the word that their models' names begin with
@@ -164,6 +165,10 @@ def find_backbone(model: nn.Module, plugin: str | None = None) -> Backbone:
 
 def build_model(name: str, pretrained: bool = False, plugin: str | None = None, **args: Any) -> nn.Module:
     """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
+    try:
+        constructor_arguments(args)
+    except ValueError as error:
+        raise SlimError(f"the arguments of the model {name!r}: {error}") from None
     what, given = f"the model name {name!r}", {"name": name, "pretrained": pretrained, "args": args}
     model: nn.Module | None = _one("slim_build_model", what, plugin, **given) if plugin is not None else None
     if model is None:

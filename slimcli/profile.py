@@ -18,10 +18,13 @@ from slimcli.device import synchronise
 from slimcli.errors import SlimError
 from slimcli.evaluate import Variant, describe, schedules
 from slimcli.layout import lay_out_for_inference
-from slimcli.methods.base import rival
-from slimcli.progress import Progress, no_progress
-from slimcli.slimming import SlimModel
+from slimcli.progress import Progress, Step, Steps, no_progress
+from slimcli.rows import Row
+from slimcli.slimming import LifeModel, SlimModel, rival
+from slimcli.timing import Timing, Watch
 
+#: how many times the seconds asked for may pass until speed-ups are known narrowly
+LONGER = 3.0
 DEFAULT_BATCH = {"cuda": 128, "mps": 32, "cpu": 16}
 
 
@@ -43,51 +46,54 @@ def profile(
     progress: Progress = no_progress,
     exact_savings: bool = False,
     against: Sequence[str] = (),
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows for the dense model and each keep rate; with `exact_savings` all of them once more with it.
 
     Then rows for the methods called `against` at the same keep rates.
 
     Throughput is the median over interleaved rounds at `batch_size`, latency the p50 and p95 at batch 1, and
     `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
+    Rounds go on for `min_seconds`, and for up to three times as long until the speed-ups are known narrowly.
     """
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model)
-    before = model.mode, model.schedule, model.exact_savings
-    variants = all_variants(model, keep_rates, exact_savings)
-    variants += rivals(model, variants, against, device, dtype)
-    images = random_images(model, batch_size, device, dtype)
-
-    def runs(batch: Tensor) -> list[partial[Tensor]]:
-        return [partial(_forward, model, variant, batch) for variant in variants]
-
-    times = measure.interleave(runs(images), device, 5, min_seconds, progress=progress, label="throughput")
-    latencies = measure.interleave(runs(images[:1]), device, 20, min_seconds / 2, progress=progress, label="latency")
-    rows: list[dict[str, Any]] = []
-    for index, (variant, seconds, latency) in enumerate(zip(variants, times, latencies, strict=True)):
-        progress("memory", index, len(variants))
-        row = describe(variant.rival or model, variant.schedule, variant.exact_savings)
-        if variant.like is not None:
-            row["keep_rate"] = model.keep_rate_of(variant.like)
-        faster = measure.speedup(times[0], seconds)
-        arithmetic = rows[0]["gmacs"] / row["gmacs"] if rows else 1.0
-        rows.append(
-            {
-                **row,
-                "images_per_second": round(batch_size / statistics.median(seconds), 2),
-                "speedup": round(faster, 4),
-                "realised": round(faster / arithmetic, 4),
-                "latency_ms_p50": round(1000 * statistics.median(latency), 3),
-                "latency_ms_p95": round(1000 * measure.percentile(latency, 0.95), 3),
-                "peak_memory_mib": round(
-                    measure.peak_memory_mib(partial(_forward, model, variant, images), variant.rival or model, device),
-                    1,
-                ),
-            }
-        )
-    progress("memory", 1, 1)
-    model.mode, model.schedule, model.exact_savings = before
+    steps = Steps(progress, [Step("throughput", 3.0), Step("latency", 2.0), Step("memory", 1.0)])
+    with model.running():
+        variants = all_variants(model, keep_rates, exact_savings)
+        variants += rivals(model, variants, against, device, dtype)
+        images = random_images(model, batch_size, device, dtype)
+        runs = [partial(_forward, model, variant, images) for variant in variants]
+        singles = [partial(_forward, model, variant, images[:1]) for variant in variants]
+        most = LONGER * min_seconds
+        with steps.step() as part:
+            timing = measure.take_turns(runs, device, 5, min_seconds, most, progress=part, label="throughput")
+        with steps.step() as part:
+            latencies = measure.interleave(singles, device, 20, min_seconds / 2, progress=part, label="latency")
+        rows: list[Row] = []
+        with steps.step() as part:
+            for index, variant in enumerate(variants):
+                part("memory", index, len(variants))
+                memory = measure.peak_memory_mib(runs[index], variant.rival or model, device)
+                row = _described(model, variant).also(peak_memory_mib=round(memory, 1))
+                rows.append(_timed(row, rows[0] if rows else row, timing, latencies[index], index, batch_size))
     return rows
+
+
+def _described(model: SlimModel, variant: Variant) -> Row:
+    row = describe(variant.rival or model, variant.schedule, variant.exact_savings)
+    return row if variant.like is None else row.also(keep_rate=model.keep_rate_of(variant.like))
+
+
+def _timed(row: Row, dense: Row, timing: Timing, latency: Sequence[float], index: int, batch_size: int) -> Row:
+    """`row`, with what was timed of it: the speed-up over `dense`, images a second, latency."""
+    arithmetic = (dense.gmacs or 0.0) / row.gmacs if row.gmacs else 1.0
+    return row.also(
+        images_per_second=round(batch_size / statistics.median(timing.seconds[index]), 2),
+        realised=round(timing.speedup(index) / arithmetic, 4) if arithmetic else None,
+        latency_ms_p50=round(1000 * statistics.median(latency), 3),
+        latency_ms_p95=round(1000 * measure.percentile(latency, 0.95), 3),
+        **timing.figures(index),
+    )
 
 
 def all_variants(model: SlimModel, keep_rates: Sequence[float] | None, exact_savings: bool) -> list[Variant]:
@@ -112,7 +118,7 @@ def attention(model: SlimModel, batch_size: int, device: torch.device, dtype: to
     if recorder.query is None or recorder.key is None:
         return {"inference": "the model's own", "training": "the model's own"}
     query, key = (x.expand(batch_size, -1, -1, -1) for x in (recorder.query, recorder.key))
-    biased = model.dead == "heir"
+    biased = model.has_heirs
     return {
         "inference": str(running(query, key, learns=False, kernel=model.attention, biased=biased)),
         "training": str(running(query, key, learns=True, kernel=model.attention)),
@@ -153,44 +159,49 @@ def per_layer(
 
     What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
     """
-    if model.method != "life":
+    if not isinstance(model, LifeModel):
         raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
     model = model.to(device, dtype).eval()
     lay_out_for_inference(model)
-    before = model.mode, model.schedule, model.exact_savings, model.backbone
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)
-    clock = _BlockClock(model.backbone, device)
+    backbone, clock = model.backbone, _BlockClock(model.backbone, device)
     seconds: list[list[list[float]]] = [[] for _ in variants]
     model.backbone = cast(Backbone, clock)
+    watch = Watch(device.type == "cpu")
     try:
-        for done in range(rounds + 1):
-            progress("per layer", done, rounds + 1)
-            for variant, found in zip(variants, seconds, strict=True):
-                clock.seconds = []
-                variant.set(model)
-                _, whole = measure.timed(partial(model.logits, images), device)
-                if done:
-                    found.append([*clock.seconds, whole - sum(clock.seconds)])
+        with model.running():
+            for done in range(rounds + 1):
+                progress("per layer", done, rounds + 1)
+                for variant, found in zip(variants, seconds, strict=True):
+                    clock.seconds = []
+                    variant.set(model)
+                    _, whole = measure.timed(partial(model.logits, images), device)
+                    if done:
+                        found.append([*clock.seconds, whole - sum(clock.seconds)])
     finally:
-        model.mode, model.schedule, model.exact_savings, model.backbone = before
+        model.backbone = backbone
     progress("per layer", 1, 1)
-    tables = []
-    for variant, found in zip(variants, seconds, strict=True):
-        row = describe(model, variant.schedule, variant.exact_savings)
-        *blocks, other = [statistics.median(column) * 1000 for column in zip(*found, strict=True)]
-        layers = [
-            {
-                "layer": layer,
-                "patches": patches,
-                "gmacs": round(model.block_cost(layer, variant.schedule, variant.exact_savings) / 1e9, 5),
-                "ms": round(ms, 3),
-            }
-            for layer, (patches, ms) in enumerate(zip(row["schedule"], blocks, strict=True), 1)
-        ]
-        named = {key: row[key] for key in ("dense", "keep_rate", "exact_savings")}
-        tables.append({**named, "layers": layers, "other_ms": round(other, 3)})
-    return tables
+    problem = watch.load().problem
+    trust = {"timing_reliable": problem is None, **({"timing_note": problem} if problem else {})}
+    return [{**_layer_table(model, variant, found), **trust} for variant, found in zip(variants, seconds, strict=True)]
+
+
+def _layer_table(model: LifeModel, variant: Variant, seconds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Patches, multiply-adds and the median milliseconds of every block, from the seconds of each round."""
+    row = describe(model, variant.schedule, variant.exact_savings)
+    *blocks, other = [statistics.median(column) * 1000 for column in zip(*seconds, strict=True)]
+    layers = [
+        {
+            "layer": layer,
+            "patches": patches,
+            "gmacs": round(model.block_cost(layer, variant.schedule, variant.exact_savings) / 1e9, 5),
+            "ms": round(ms, 3),
+        }
+        for layer, (patches, ms) in enumerate(zip(row.schedule, blocks, strict=True), 1)
+    ]
+    named = {"dense": row.dense, "keep_rate": row.keep_rate, "exact_savings": row.exact_savings}
+    return {**named, "layers": layers, "other_ms": round(other, 3)}
 
 
 class _BlockClock:

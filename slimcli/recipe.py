@@ -15,15 +15,27 @@ from typing import Annotated, Any, Literal
 
 import tomli
 import tomli_w
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from slimcli import values
 from slimcli.errors import SlimError
+from slimcli.recipe_file import Location, parse, plain
+from slimcli.values import (
+    Alpha,
+    AnyPath,
+    Deviation,
+    Fraction,
+    ImageSize,
+    KeepRate,
+    Mean,
+    Name,
+    PositiveInt,
+    Ratio,
+    Share,
+    Temperature,
+    Weight,
+)
 
-Location = tuple[str | int, ...]
-KeepRate = Annotated[float, Field(gt=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -34,39 +46,41 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The dense model to start from."""
 
-    name: str
-    weights: Path | None = Field(
+    name: Name
+    weights: AnyPath | None = Field(
         None, description="safetensors or a weights-only .pth; of the dense or a slimmed model"
     )
     weights_grid: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="rows and columns of patches that weights are for, where not square and the file does not say"
     )
     pretrained: bool = Field(False, description="fetch the weights that the model's library has for it")
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
-    num_classes: Annotated[int, Field(ge=0)] | None = None
-    args: dict[str, Any] = Field(default_factory=dict, description="more arguments for the model's constructor")
-    backbone: str | None = Field(None, description="the plugin that runs the model, where two of them know it")
+    img_size: ImageSize | tuple[ImageSize, ImageSize] | None = None
+    num_classes: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    args: Annotated[dict[str, Any], AfterValidator(values.constructor_arguments)] = Field(
+        default_factory=dict, description="more arguments for the model's constructor"
+    )
+    backbone: Name | None = Field(None, description="the plugin that runs the model, where two of them know it")
 
 
 class DataSection(Section):
     """Images with classes: whatever timm.data.create_dataset takes, or `digits`."""
 
     name: str = Field("", description="'' for a folder or .tar, 'digits', or timm's hfds/..., wds/..., torch/...")
-    root: Path | None = None
-    train_split: str = "train"
-    val_split: str = "validation"
+    root: AnyPath | None = None
+    train_split: Name = "train"
+    val_split: Name = "validation"
     train_limit: PositiveInt | None = Field(None, description="train on this many images, spread over the classes")
     val_limit: PositiveInt | None = None
     batch_size: PositiveInt = 64
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
     cache: bool = Field(False, description="decode every image once, before training, and keep it in memory")
     cache_gib: Annotated[float, Field(gt=0)] = Field(
         4.0, description="the most that cached images may take, each split"
     )
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"] | None = None
-    crop_pct: Annotated[float, Field(gt=0)] | None = None
+    mean: tuple[Mean, Mean, Mean] | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
 
 
@@ -75,21 +89,21 @@ class SlimmingSection(Section):
 
     method: str = Field("life", description="the rule by which patches leave; `slim plugins` lists them")
     life_layer: PositiveInt | None = None
-    drop_layers: list[PositiveInt] | None = None
+    drop_layers: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     keep_rate: KeepRate = 0.7
     drops: list[tuple[PositiveInt, KeepRate]] | None = Field(None, description="(layer, keep rate) pairs")
     patches_per_layer: list[PositiveInt] | None = Field(None, description="N_1..N_L")
-    temperature: Annotated[float, Field(gt=0)] = 1.5
+    temperature: Temperature = 1.5
     dead: Literal["discard", "heir"] = Field(
         "heir", description="what becomes of a patch whose life is over: gone, or added to the one most like it"
     )
-    redundancy: Annotated[float, Field(ge=0)] = Field(
+    redundancy: Weight = Field(
         0.0, description="weight, beside a patch's importance, of what no more important one says, in who leaves first"
     )
-    merge_importance: Annotated[float, Field(ge=0)] = Field(
+    merge_importance: Weight = Field(
         0.0, description="how much more an important patch weighs in the token that it becomes part of; 0: not at all"
     )
-    size_bias: Annotated[float, Field(ge=0)] = Field(
+    size_bias: Weight = Field(
         1.0, description="a token that stands for n patches counts as n to this power in attention"
     )
     exact_savings: bool = Field(False, description="no queries, projection and MLP for tokens that nothing reads after")
@@ -121,7 +135,7 @@ class StageSection(Section):
         description="cross-entropy; the dense model's predictions, without labels; half of each; "
         "or 1 - cosine to the dense model's image embedding",
     )
-    distill_temperature: Annotated[float, Field(gt=0)] = Field(
+    distill_temperature: Temperature = Field(
         1.0, description="softens both models' predictions in loss = 'distill' and 'both'"
     )
     features: Annotated[float, Field(ge=0)] = Field(
@@ -131,7 +145,7 @@ class StageSection(Section):
     keep_rates: list[KeepRate] | None = Field(
         None, description="train for all of these at once: every step runs the highest, the lowest and one in between"
     )
-    end_temperature: Annotated[float, Field(gt=0)] | None = Field(
+    end_temperature: Temperature | None = Field(
         None, description="the temperature of the soft weights at the end of the stage, reached linearly"
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -183,14 +197,22 @@ class StageSection(Section):
 class OptimizerSection(Section):
     """timm's optimizers."""
 
-    opt: str = "adamw"
-    betas: tuple[float, float] | None = None
+    opt: Annotated[str, AfterValidator(values.optimizer_name)] = "adamw"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     eps: Annotated[float, Field(gt=0)] | None = None
-    momentum: Annotated[float, Field(ge=0)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     accumulation: PositiveInt = Field(1, description="batches whose gradients make one step")
     grad_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+
+    @model_validator(mode="after")
+    def takes_these_options(self) -> OptimizerSection:
+        options = {key: getattr(self, key) for key in ("betas", "eps") if getattr(self, key) is not None}
+        if self.momentum != OptimizerSection.model_fields["momentum"].default:
+            options["momentum"] = self.momentum
+        values.optimizer_options(self.opt, options)
+        return self
 
 
 class AugmentationSection(Section):
@@ -198,15 +220,15 @@ class AugmentationSection(Section):
 
     enabled: bool = True
     crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = None
-    scale: tuple[Fraction, Annotated[float, Field(gt=0)]] = (0.08, 1.0)
-    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.75, 4 / 3)
+    scale: Annotated[tuple[Share, Annotated[float, Field(gt=0, le=4)]], AfterValidator(values.in_order)] = (0.08, 1.0)
+    ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(values.in_order)] = (0.75, 4 / 3)
     hflip: Fraction = 0.5
     vflip: Fraction = 0.0
-    color_jitter: Annotated[float, Field(ge=0)] = 0.0
-    auto_augment: str | None = None
+    color_jitter: Weight = 0.0
+    auto_augment: Annotated[str, AfterValidator(values.auto_augment)] | None = None
     random_erasing: Fraction = 0.0
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Alpha = 0.0
+    cutmix: Alpha = 0.0
     mixup_prob: Fraction = 1.0
     mixup_switch_prob: Fraction = 0.5
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -215,11 +237,11 @@ class AugmentationSection(Section):
 class Recipe(Section):
     """A whole recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     precision: Precision = "float32"
-    output: Path = Path("runs")
+    output: AnyPath = Path("runs")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
         10.0, description="how often to write what resuming needs"
     )
@@ -266,11 +288,10 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[Location, str]]:
     """A recipe's file as plain values, not yet validated, and where each of its fields stands (`file:line`)."""
     path = find_recipe(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SlimError(f"{path}: cannot be read: {error}") from error
-    is_yaml = path.suffix.lower() in (".yaml", ".yml")
-    raw, lines = _parse_yaml(path, text) if is_yaml else _parse_toml(path, text)
+    raw, lines = parse(path, text)
     return raw, {place: f"{path}:{line}" for place, line in lines.items()}
 
 
@@ -291,11 +312,12 @@ FILES = ("model.weights", "data.root")
 def validate(raw: Any, source: str, sources: dict[Location, str] | None = None, check_files: bool = True) -> Recipe:
     """Validate a parsed recipe. `sources` says where each field stands, for the errors."""
     sources = sources or {}
+    raw = plain(raw, lambda place: _where(place, source, sources))
     try:
-        recipe = Recipe.model_validate_json(json.dumps(raw, default=str))
+        recipe = Recipe.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         found = [_explain(item, source, sources) for item in error.errors()]
-        raise SlimError("\n".join(dict.fromkeys(found))) from None
+        raise SlimError("\n".join(_joined(found))) from None
     if check_files:
         require_files(recipe, source, sources)
     return recipe
@@ -333,10 +355,21 @@ def _explain(item: Any, source: str, sources: dict[Location, str]) -> str:
         near = difflib.get_close_matches(str(found), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{where}: {fields}: found {found!r}, expected {context['expected']}{hint}"
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {fields}: found {found!r}, expected letters, digits, '.', '_', '-', not '.' first"
     if kind == "value_error":
         return f"{where}: {fields or 'recipe'}: {context['error']}"
     message = item["msg"].replace("Input should be", "expected").replace("Field required", "is missing")
     return f"{where}: {fields or 'recipe'}: found {found!r}, {message[0].lower()}{message[1:]}"
+
+
+def _joined(lines: Iterable[str]) -> list[str]:
+    """The lines, each once; what the members of a union say of one value is one line."""
+    told: dict[str, list[str]] = {}
+    for line in lines:
+        found, _, expected = line.partition(", expected ")
+        told.setdefault(found, []).append(expected)
+    return [", expected ".join(filter(None, (found, " or ".join(dict.fromkeys(said))))) for found, said in told.items()]
 
 
 def _where(place: Location, source: str, sources: dict[Location, str]) -> str:
@@ -360,77 +393,15 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _parse_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
-    try:
-        raw = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        where = f"{path}:{line[1]}" if line else str(path)
-        raise SlimError(f"{where}: not valid TOML: {error}") from None
-    return raw, _toml_lines(text)
-
-
-def _toml_lines(text: str) -> dict[Location, int]:
-    """Line numbers of tables and keys, as far as a line-by-line reading finds them."""
-    lines: dict[Location, int] = {}
-    table: Location = ()
-    seen: dict[Location, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line):
-            table = tuple(part.strip().strip("\"'") for part in header[2].split("."))
-            if header[1] == "[[":
-                index = seen.get(table, -1) + 1
-                seen[table] = index
-                table = (*table, index)
-            lines.setdefault(table, number)
-        elif key := re.match(r"\s*([A-Za-z0-9_.\"'-]+)\s*=", line):
-            names = tuple(part.strip("\"'") for part in key[1].split("."))
-            lines.setdefault((*table, *names), number)
-    return lines
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in TOML (YAML 1.1 asks for a dot)."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse_yaml(path: Path, text: str) -> tuple[Any, dict[Location, int]]:
-    try:
-        raw = yaml.load(text, Loader=_YamlLoader)
-        root = yaml.compose(text, Loader=_YamlLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise SlimError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    lines: dict[Location, int] = {}
-
-    def walk(node: yaml.Node | None, place: Location) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                below = (*place, key.value)
-                lines[below] = key.start_mark.line + 1
-                walk(value, below)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                below = (*place, index)
-                lines[below] = value.start_mark.line + 1
-                walk(value, below)
-
-    walk(root, ())
-    return raw, lines
-
-
 def apply_override(raw: Any, override: str, exclusive: Sequence[str] = ()) -> Location:
     """Set one field of a parsed recipe from `path.to.field=value`; return its place.
 
     Of fields that are `exclusive` within their section, the one that is set takes the place of the others.
     """
     name, equals, text = override.partition("=")
-    place: Location = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
+    place: Location = tuple(
+        int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.strip().split(".")
+    )
     if not equals or not all(str(part) for part in place):
         raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
     target = raw
@@ -457,7 +428,7 @@ def _value(text: str) -> Any:
     """A value as TOML writes it; what is not TOML is taken as a plain string."""
     try:
         return tomli.loads(f"value = {text.strip()}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also of a number with thousands of digits
         return text
 
 

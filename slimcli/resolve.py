@@ -15,7 +15,6 @@ from typing import Any, Literal
 from slimcli.errors import SlimError
 from slimcli.recipe import (
     DataSection,
-    Location,
     ModelSection,
     Recipe,
     apply_override,
@@ -24,6 +23,8 @@ from slimcli.recipe import (
     require_files,
     validate,
 )
+from slimcli.recipe_file import Location
+from slimcli.runs import CONFIG, LATEST, RECIPE, RUNS, WEIGHTS, find_run, latest_run
 
 #: names such as hf-hub:owner/model or hf:folder, which a plugin reads: its word, a colon, anything; and timm/NAME
 NAMED_BY_PLUGIN = re.compile(r"[a-z][a-z0-9_-]+:|timm/")
@@ -184,9 +185,9 @@ def _is_weights_file(text: str) -> bool:
 
 def kind_of(text: str) -> Kind:
     """What a target is, by its words alone; `SlimError` where it can be nothing."""
-    path = Path(text)
+    path = find_run(Path(text))
     if path.is_dir():
-        return "run" if (path / "recipe.toml").is_file() else "folder"
+        return "run" if (path / RECIPE).is_file() else "folder"
     if path.suffix in RECIPES or text in builtin_recipes() or path.is_file():
         return "recipe"
     if (path.suffix or "/" in text) and not NAMED_BY_PLUGIN.match(text):
@@ -205,14 +206,13 @@ def _start(
 ) -> tuple[Resolved, dict[str, Any], dict[Location, str]]:
     """The target before anything is set beside it: what it is, its recipe as plain values, and where each stands."""
     from slimcli.backbones.timm_vit import DIGITS_VIT
-    from slimcli.store import CONFIG
 
     label = None
     if text is None:
-        latest = Path("runs") / "latest"
-        use_latest = not embedded and (latest / CONFIG).is_file()
-        text, label = (str(latest.resolve()), str(latest)) if use_latest else (str(DIGITS_VIT), "the embedded model")
-    kind, path = kind_of(text), Path(text)
+        latest = None if embedded else latest_run()
+        has_model = latest is not None and (latest / CONFIG).is_file()
+        text, label = (str(latest), str(RUNS / LATEST)) if has_model else (str(DIGITS_VIT), "the embedded model")
+    kind, path = kind_of(text), find_run(Path(text))
     # takes its place in `resolve`, once all that was set is in it
     empty = Recipe.model_construct(name=label or text, model=ModelSection(name=""), data=DataSection())
     if kind == "recipe":
@@ -231,9 +231,9 @@ def _start(
 def _folder(path: Path, default_dead: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config.json of a run or a model folder, and the recipe that it stands for."""
     from slimcli.recipe import load_recipe
-    from slimcli.store import CONFIG, WEIGHTS, read_config
+    from slimcli.store import read_config
 
-    own = path / "recipe.toml"
+    own = path / RECIPE
     if not (path / CONFIG).is_file() and own.is_file():
         raise SlimError(f"{path}: this run has no model yet: finish an epoch with `slim train --resume {path}`")
     config = read_config(path)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from slimcli.errors import SlimError
 
@@ -27,13 +29,65 @@ def default_drop_layers(depth: int, life_layer: int | None = None) -> tuple[int,
     return tuple(sorted(layer for layer in layers if layer >= first))
 
 
-def check_keep_rate(keep_rate: float) -> float:
-    """Return `keep_rate` as a float; raise `SlimError` unless 0 < keep_rate <= 1."""
-    if isinstance(keep_rate, bool) or not isinstance(keep_rate, (int, float)) or not 0 < keep_rate <= 1:
+def plain_number(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's own; anything else as it is.
+
+    One of 32 bits becomes the shortest number that it stands for: 0.55, not 0.550000011920929.
+    """
+    if getattr(value, "ndim", None) != 0 or not callable(getattr(value, "item", None)):
+        return value
+    found = value.item()
+    short = isinstance(found, float) and getattr(value.dtype, "itemsize", 8) == 4
+    return float(f"{found:.7g}") if short else found
+
+
+def check_keep_rate(keep_rate: Any) -> float:
+    """Return `keep_rate`, a number of Python's, numpy's or torch's, as a float; `SlimError` unless in (0, 1]."""
+    value = plain_number(keep_rate)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
         raise SlimError(
             f"keep rate {keep_rate!r} is not possible: expected a number above 0 and at most 1, such as 0.7"
         )
-    return float(keep_rate)
+    return float(value)
+
+
+def check_whole(value: Any, what: str) -> int:
+    """Return a whole number as an int; raise `SlimError`, which calls it `what`, for anything else."""
+    found = plain_number(value)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if isinstance(found, bool) or not isinstance(found, numbers.Integral):
+        raise SlimError(f"{what} {value!r} is not possible: expected a whole number")
+    return int(found)
+
+
+def _items(values: Any, what: str, expected: str) -> list[Any]:
+    """The items of a sequence, an array's too; `SlimError` for what has none."""
+    if isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
+        raise SlimError(f"{what} {values!r} is not possible: expected {expected}")
+    return list(values)
+
+
+def with_keep_rate(schedule: Schedule, value: Any, at_keep_rate: Callable[[float], Schedule] | None = None) -> Schedule:
+    """`schedule` with a keep rate, with (layer, keep rate) pairs, or with explicit patch counts N_1..N_L.
+
+    `at_keep_rate` is what a single keep rate becomes, by default the same drop layers with it.
+    """
+    number = plain_number(value)
+    if number is None or isinstance(number, (numbers.Number, str, bytes)):
+        return (at_keep_rate or schedule.at_keep_rate)(check_keep_rate(number))
+    expected = "a number, (layer, keep rate) pairs, or N_1..N_L"
+    values = _items(value, "keep rate", expected)
+    if not values:
+        raise SlimError(f"keep rate {value!r} is not possible: expected {expected}")
+    if all(isinstance(plain_number(item), numbers.Number) for item in values):
+        counts = tuple(check_whole(item, "patch count") for item in values)
+        return Schedule(schedule.depth, schedule.life_layer, counts=counts)
+    pairs = [_items(item, "keep rate", expected) for item in values]
+    if any(len(pair) != 2 for pair in pairs):
+        raise SlimError(f"keep rate {value!r} is not possible: expected {expected}")
+    drops = sorted((check_whole(layer, "drop layer"), check_keep_rate(rate)) for layer, rate in pairs)
+    return Schedule(schedule.depth, schedule.life_layer, drops=tuple(drops))
 
 
 def patches_per_layer(num_patches: int, depth: int, drops: Sequence[tuple[int, float]]) -> tuple[int, ...]:
@@ -124,14 +178,24 @@ class Schedule:
     counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        # whatever numbers it was made of, it is compared and written as Python's
+        set_once = object.__setattr__
+        set_once(self, "depth", check_whole(self.depth, "depth"))
+        set_once(self, "life_layer", check_whole(self.life_layer, "life layer"))
+        drops = [_items(drop, "drop", "a (layer, keep rate) pair") for drop in _items(self.drops, "drops", "pairs")]
+        if any(len(drop) != 2 for drop in drops):
+            raise SlimError(f"drops {self.drops!r} are not possible: expected (layer, keep rate) pairs")
+        set_once(self, "drops", tuple((check_whole(t, "drop layer"), check_keep_rate(rate)) for t, rate in drops))
+        if self.counts is not None:
+            counts = _items(self.counts, "patch counts", "N_1..N_L")
+            set_once(self, "counts", tuple(check_whole(n, "patch count") for n in counts))
         if not 1 <= self.life_layer < max(self.depth, 2):
             raise SlimError(
                 f"life layer {self.life_layer} is not possible in a model of {self.depth} blocks: "
                 f"expected 1 to {self.depth - 1}"
             )
         layers = [layer for layer, _ in self.drops]
-        for layer, rate in self.drops:
-            check_keep_rate(rate)
+        for layer in layers:
             if not self.life_layer <= layer < self.depth:
                 raise SlimError(
                     f"drop layer {layer} is not possible: patches leave after a block from the life layer "
@@ -157,7 +221,8 @@ class Schedule:
     def uniform(cls, depth: int, keep_rate: float, life_layer: int, drop_layers: Sequence[int]) -> Schedule:
         """The paper's schedule: the same keep rate after every drop layer."""
         rate = check_keep_rate(keep_rate)
-        return cls(depth, life_layer, tuple((int(layer), rate) for layer in sorted(drop_layers)))
+        layers = _items(drop_layers, "drop layers", "whole numbers such as (4, 7, 10)")
+        return cls(depth, life_layer, tuple((t, rate) for t in sorted(check_whole(t, "drop layer") for t in layers)))
 
     @property
     def keep_rate(self) -> float | None:

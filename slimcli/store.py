@@ -16,14 +16,12 @@ from torch import Tensor
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.layout import lay_out_for_inference
-from slimcli.life import LifeHead
 from slimcli.plugins import build_model, find_backbone, find_method
+from slimcli.runs import CONFIG, WEIGHTS
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
 from slimcli.weights import fit_positions, foreign_names, read_weights, without_prefix
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 LIFE_HEAD = "life_head."
 
 
@@ -97,19 +95,7 @@ def _misfits(dense: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
 def slimming_config(model: SlimModel) -> dict[str, Any]:
     """How a model drops patches, as it stands in config.json and in a recipe's [slimming]."""
     schedule = model.schedule
-    config: dict[str, Any] = {
-        "method": model.method,
-        "life_layer": schedule.life_layer,
-        "temperature": model.temperature,
-        "dead": model.dead,
-        "exact_savings": model.exact_savings,
-    }
-    if isinstance(model.selector, LifeHead):
-        config |= {
-            "redundancy": model.redundancy,
-            "merge_importance": model.merge_importance,
-            "size_bias": model.size_bias,
-        }
+    config = {"life_layer": schedule.life_layer, **model.configuration()}
     if schedule.counts is not None:
         config["patches_per_layer"] = list(schedule.counts)
     elif schedule.keep_rate is not None:
@@ -117,15 +103,6 @@ def slimming_config(model: SlimModel) -> dict[str, Any]:
     else:
         config["drops"] = [list(drop) for drop in schedule.drops]
     return config
-
-
-def configure(model: SlimModel, config: dict[str, Any]) -> None:
-    """Set what `slimming_config` says of a model and its constructor does not take."""
-    model.exact_savings = config.get("exact_savings", False)
-    if isinstance(model.selector, LifeHead):
-        model.redundancy = config.get("redundancy", 0.0)
-        model.merge_importance = config.get("merge_importance", 0.0)
-        model.size_bias = config.get("size_bias", 1.0)
 
 
 def schedule_from_config(config: dict[str, Any], depth: int) -> Schedule:
@@ -203,8 +180,8 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     schedule = schedule_from_config(config["slimming"], backbone.depth)
     section = config["slimming"]
     kind = find_method(section.get("method", "life"))
-    model = kind(dense, schedule, section["temperature"], backbone, section.get("dead", "discard"))
-    configure(model, section)
+    model = kind(backbone, schedule, section["temperature"])
+    model.configure(section)
     load_weights(model, folder / WEIGHTS, backbone.grid_size)
     lay_out_for_inference(model)
     return model.eval()

@@ -19,7 +19,7 @@ from slimcli.recipe import DataSection, Recipe
 from slimcli.resolve import Resolved, resolve
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
-from slimcli.store import configure, load_weights
+from slimcli.store import load_weights
 from slimcli.weights import WeightsFile, read_weights, without_prefix
 
 
@@ -200,9 +200,9 @@ def slimmed(dense: Any, recipe: Recipe) -> SlimModel:
     backbone = find_backbone(dense, recipe.model.backbone)
     schedule = recipe_schedule(recipe, backbone)
     kind = find_method(recipe.slimming.method)
-    model = kind(dense, schedule, recipe.slimming.temperature, backbone, recipe.slimming.dead)
+    model = kind(backbone, schedule, recipe.slimming.temperature)
     model.attention = recipe.slimming.attention
-    configure(model, recipe.slimming.model_dump())
+    model.configure(recipe.slimming.model_dump(include={"exact_savings", *kind.settings}))
     return model
 
 

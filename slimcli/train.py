@@ -28,20 +28,18 @@ from torch.utils.data import DataLoader
 
 from slimcli import data as datasets
 from slimcli.device import environment, find_device, find_dtype, make_accelerator
+from slimcli.documents import json_text
 from slimcli.errors import Interrupted, SlimError
 from slimcli.evaluate import Scores, check_classes, check_classifier, describe, evaluate, pooled
-from slimcli.files import point_latest, write_file, write_json
+from slimcli.files import check_writable, write_file, write_json
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe, StageSection, load_recipe
+from slimcli.runs import CHECKPOINT, ENVIRONMENT, LAST, METRICS, RECIPE, SUMMARY, WEIGHTS, new_run_folder, point_latest
 from slimcli.slimming import SlimModel
 from slimcli.store import load_weights, save_model
 from slimcli.targets import Target, from_recipe
 from slimcli.track import Tracker, check_tracker
 
-CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.jsonl"
-RECIPE = "recipe.toml"
-SUMMARY = "summary.json"
 STEP_ROWS_PER_EPOCH = 20
 
 Log = Callable[[str], None]
@@ -79,7 +77,7 @@ class Run:
         if self.tracker is not None:
             self.tracker.add(row, step)
         if self.writes:
-            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            text = "".join(json_text(row, indent=None) + "\n" for row in self.rows)
             write_file(self.folder / METRICS, text.encode())
 
     def save(self, model: SlimModel, score: float) -> None:
@@ -89,7 +87,7 @@ class Run:
             if self.writes:
                 save_model(self.folder, model, self.config)
         if self.writes:
-            save_model(self.folder / "last", model, self.config)
+            save_model(self.folder / LAST, model, self.config)
 
     def checkpoint(
         self, model: SlimModel, optimizer: Any, scaler: Any, epoch_sums: EpochSums, ema: ModelEmaV3 | None = None
@@ -108,7 +106,7 @@ class Run:
             "rows": len(self.rows),
             "best": self.best,
         }
-        write_file(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+        write_file(self.folder / CHECKPOINT, lambda file: torch.save(state, file))
 
     def restore(self) -> dict[str, Any] | None:
         """Read the checkpoint, if there is one, and forget what was noted after it."""
@@ -163,6 +161,7 @@ def train(
     """
     if not recipe.stages:
         raise SlimError(f"recipe {recipe.name} has no [[stages]]: there is nothing to train")
+    check_writable(resume or recipe.output, "folder")
     device = find_device(device_name)
     check_tracker(recipe.tracker)
     accelerator = make_accelerator(device, recipe.precision, recipe.optimizer.accumulation, recipe.seed, recipe.tracker)
@@ -200,9 +199,11 @@ def train(
     state = run.restore() if resume else None
     if state is None:
         if run.writes:
-            point_latest(run.folder)
+            warning = point_latest(run.folder)
+            if warning is not None:
+                log(f"warning: {warning}")
             write_file(run.folder / RECIPE, recipe.to_toml().encode())
-            write_json(run.folder / "environment.json", environment(device))
+            write_json(run.folder / ENVIRONMENT, environment(device))
         start = accuracy(model, "none", check_on, accelerator, progress, teacher)
         run.tracker = Tracker(accelerator, recipe, run.folder, log)
         run.add({"event": "start", **start.row()}, 0)
@@ -562,11 +563,10 @@ def accuracy(
     With a `teacher` also the cosine to its image embeddings; without a classifier that alone.
     """
     model.eval()
-    before, model.mode = model.mode, mode
     found = Scores()
     for batch, (images, targets) in enumerate(loader):
         images = images.to(accelerator.device)
-        with accelerator.autocast():
+        with accelerator.autocast(), model.running(mode=mode):
             if model.architecture().num_outputs:
                 logits = model.logits(images).float()
                 found.accuracy.add(*accelerator.gather_for_metrics((logits, targets.to(accelerator.device))))
@@ -574,7 +574,6 @@ def accuracy(
                 pair = pooled(model.embedding(images)), pooled(teacher.embedding(images))
                 found.similarity.add(*accelerator.gather_for_metrics(pair))
         progress("validating", batch + 1, len(loader))
-    model.mode = before
     return found
 
 
@@ -589,22 +588,6 @@ def model_config(target: Target, prepare: dict[str, Any], class_names: list[str]
             section = section.model_copy(update={"root": section.root.resolve()})
         content["data"] = section.model_dump(mode="json", exclude_none=True)
     return content
-
-
-def new_run_folder(recipe: Recipe, suffix: str = "") -> Path:
-    """A folder `NAME-TIME` that does not exist yet, under the recipe's output."""
-    stem = f"{recipe.name}{suffix}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (stem if i == 0 else f"{stem}-{i}" for i in range(1000))
-    for name in names:
-        folder = recipe.output / name
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise SlimError(f"{folder}: cannot be made: {error.strerror or error}") from error
-    raise SlimError(f"{recipe.output}: has a thousand runs of this second")
 
 
 def unfinished_run(recipe: Recipe) -> Path:
@@ -628,7 +611,7 @@ def unfinished_run(recipe: Recipe) -> Path:
 def _open_run(recipe: Recipe, config: dict[str, Any], resume: Path | None, accelerator: Accelerator) -> Run:
     folder = resume
     if folder is None:
-        made = [str(new_run_folder(recipe)) if accelerator.is_main_process else ""]
+        made = [str(new_run_folder(recipe.output, recipe.name)) if accelerator.is_main_process else ""]
         if accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(made)
         folder = Path(made[0])
@@ -648,7 +631,7 @@ def _summarise(
     """Measure the best model dense against slim on the main process, and write the summary that ends a run."""
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        load_weights(model, run.folder / "model.safetensors")
+        load_weights(model, run.folder / WEIGHTS)
         device = accelerator.device
         dtype = find_dtype(run.recipe.precision, device)
         batch_size = run.recipe.data.batch_size
@@ -676,6 +659,7 @@ def _summarise(
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What training would do: the model, what learns in each stage, the schedule and the cost. Trains nothing."""
+    check_writable(recipe.output, "folder")
     check_tracker(recipe.tracker)
     train_set = datasets.open_dataset(recipe.data, train=True, seed=recipe.seed)
     class_names = getattr(train_set, "class_names", None)

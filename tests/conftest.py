@@ -12,14 +12,24 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 
+from slimcli import evaluate
 from slimcli.cli import main
 
 # tests run side by side: one thread each is faster than two that compete
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# the figures need not be narrow here
+evaluate.MOST_SECONDS = 0.2
+
+# the same examples each time, so that nobody's change fails for a reason that is not its own; `long` looks for new ones
+slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, suppress_health_check=slow)
+settings.register_profile("long", max_examples=3000, deadline=None, suppress_health_check=slow)
+settings.load_profile("quick")
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

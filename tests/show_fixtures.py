@@ -10,17 +10,18 @@ import torch
 from conftest import tiny_vit
 from PIL import Image
 
+from slimcli.plugins import find_backbone
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel
 from slimcli.store import save_model
 
 #: how `tiny_vit` is built again from its name
 TINY_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
 
 
-def tiny_slim(keep_rate: float = 0.5, layers: tuple[int, ...] = (1, 2, 3), **changes: Any) -> SlimModel:
+def tiny_slim(keep_rate: float = 0.5, layers: tuple[int, ...] = (1, 2, 3), **changes: Any) -> LifeModel:
     """A random slimmed ViT whose lives differ from patch to patch."""
-    model = SlimModel(tiny_vit(**changes), Schedule.uniform(4, keep_rate, 1, layers))
+    model = LifeModel(find_backbone(tiny_vit(**changes)), Schedule.uniform(4, keep_rate, 1, layers))
     torch.manual_seed(1)
     # what the image holds decides, not what is the same in all of them: biases, and a random class token
     for name, parameter in model.model.named_parameters():

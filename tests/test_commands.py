@@ -86,7 +86,7 @@ def test_train_dry_run_trains_nothing_and_tells_all(slim, tiny_recipe, tmp_path)
 def test_train_runs_every_kind_of_stage(slim, tiny_recipe, changes):
     result = slim("train", tiny_recipe, *(word for change in changes for word in ("--set", change)))
     assert result.exit_code == 0, result.output
-    assert "Top-1 acc. (%)" in result.stdout
+    assert "Top-1 (%)" in result.stdout
 
 
 def test_eval_without_a_target_takes_the_latest_run(slim, run_folder):
@@ -116,15 +116,18 @@ def test_eval_prints_the_papers_layout_in_a_pipe(slim, run_folder):
     lines = slim("eval", run_folder, "--keep-rate", "1.0,0.9,0.8,0.7").stdout.splitlines()
     assert lines[1].split() == ["Keep", "rate", "dense", "1", "0.9", "0.8", "0.7"]
     assert "slim report" in lines.pop()
-    assert [line.split("  ")[0] for line in lines[2:]] == [
-        "Top-1 acc. (%)",
-        "Top-5 acc. (%)",
+    assert [line.split("  ")[0] for line in lines[2:12]] == [
+        "Top-1 (%)",
+        "Top-5 (%)",
         "Loss",
+        "Top-1 less dense",
         "Multiply-adds (G)",
         "Parameters (M)",
-        "Throughput (img/s)",
+        "Images/s",
         "Speed-up",
+        "",
     ]
+    assert any(line.startswith("standard error of Top-1 (%): ") for line in lines), "too wide to stand in the table"
     assert all(len(line) <= 80 for line in lines[1:])
 
 

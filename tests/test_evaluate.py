@@ -1,4 +1,7 @@
-"""How `slimcli.evaluate` times: as many rounds as a small set allows, and no more than it has time for."""
+"""What `slimcli.evaluate` measures: how long it times, how far scores are known, and what of it can be told apart."""
+
+import json
+import math
 
 import pytest
 import torch
@@ -6,26 +9,111 @@ from conftest import tiny_vit
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimcli import evaluate, measure, slim
+from slimcli.errors import SlimError
+from slimcli.files import write_json
+from slimcli.rows import Row, notes, read_rows
+from slimcli.scores import Accuracy, Similarity
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("images", "seconds", "rounds"),
-    [
-        pytest.param(4, 60.0, 10, id="one batch is topped up"),
-        pytest.param(4, 0.0, 3, id="three at least"),
-        pytest.param(20, 0.0, 6, id="five batches and one more"),
-        pytest.param(44, 60.0, 11, id="eleven batches are not topped up"),
-    ],
-)
-def test_rounds(images, seconds, rounds, monkeypatch):
+def loader(images, batch=4):
+    targets = torch.arange(images) % 10
+    return DataLoader(TensorDataset(torch.randn(images, 3, 32, 32), targets), batch)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_small_set_is_timed_for_as_long_as_there_is_time(seconds, monkeypatch):
     calls = []
     real = measure.timed
     monkeypatch.setattr(measure, "timed", lambda run, device: calls.append(1) or real(run, device))
-    monkeypatch.setattr(evaluate, "TOP_UP_SECONDS", seconds)
+    monkeypatch.setattr(measure, "narrow", lambda times: False)
+    monkeypatch.setattr(evaluate, "MOST_SECONDS", seconds)
+    rows = evaluate.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
+    assert len(calls) == 2 * 3 if seconds == 0 else len(calls) > 2 * 6
+    assert all(row.images == 4 and row.speedup > 0 for row in rows)
+
+
+def test_timing_ends_as_soon_as_the_ratios_are_known(monkeypatch):
+    monkeypatch.setattr(measure, "timed", lambda run, device: (run(), 0.001))
+    monkeypatch.setattr(evaluate, "MOST_SECONDS", 60.0)
+    (dense, row) = evaluate.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
+    assert row.speedup_interval == (1.0, 1.0) and dense.speedup == 1.0
+
+
+def test_scores_have_the_standard_errors_of_the_textbook():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(50, 10), torch.randint(10, (50,))
+    found, whole = Accuracy(), Accuracy()
+    whole.add(logits, targets, logits.flip(1).argmax(dim=1))
+    for part in range(0, 50, 7):
+        found.add(logits[part : part + 7], targets[part : part + 7], logits[part : part + 7].flip(1).argmax(dim=1))
+    row = found.row()
+    assert row == pytest.approx(whole.row(), abs=1e-4)
+    right = (logits.argmax(dim=1) == targets).double()
+    other = (logits.flip(1).argmax(dim=1) == targets).double()
+    share = right.mean().item()
+    assert row["top1_se"] == pytest.approx(100 * math.sqrt(share * (1 - share) / 50), abs=1e-3)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert row["loss_se"] == pytest.approx(losses.std().item() / math.sqrt(50), abs=1e-4)
+    assert row["top1_difference"] == pytest.approx(100 * (right - other).mean().item(), abs=1e-3)
+    paired = (right - other).std(unbiased=False).item() / math.sqrt(50)
+    assert row["top1_difference_se"] == pytest.approx(100 * paired, abs=1e-3)
+    cosines = Similarity()
+    a, b = torch.randn(30, 8), torch.randn(30, 8)
+    cosines.add(a, b)
+    expected = torch.nn.functional.cosine_similarity(a, b).std().item() / math.sqrt(30)
+    assert cosines.row()["similarity_se"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_all_of_few_images_right_is_not_certainty():
+    found = Accuracy()
+    found.add(torch.eye(10)[:5] * 9, torch.arange(5))
+    assert found.row()["top1"] == 100 and found.row()["top1_se"] > 5
+    found = Accuracy()
+    found.add(torch.eye(10)[:1], torch.arange(1))
+    assert "loss_se" not in found.row()
+
+
+def test_the_dense_and_a_slimmed_model_are_compared_image_by_image():
     model = slim(tiny_vit(), 0.5)
-    loader = DataLoader(TensorDataset(torch.randn(images, 3, 32, 32), torch.zeros(images, dtype=torch.long)), 4)
-    rows = evaluate.evaluate(model, loader, [0.5], CPU)
-    assert len(calls) == rounds * len(rows)
-    assert all(row["images"] == images and row["speedup"] > 0 for row in rows)
+    dense, same, half = evaluate.evaluate(model, loader(40, 8), [1.0, 0.3], CPU)
+    assert dense.top1_difference is None
+    assert (same.top1_difference, same.top1_difference_se) == (0.0, 0.0)
+    assert half.top1_difference == pytest.approx(half.top1 - dense.top1, abs=2e-3)
+    assert "not to be told from dense by top-1 on 40 images: 1" in "\n".join(notes([dense, same, half]))
+
+
+def test_no_images_are_refused_plainly():
+    model = slim(tiny_vit(), 0.5)
+    with pytest.raises(SlimError, match="there are no images to evaluate on"):
+        evaluate.evaluate(model, loader(0), [0.5], CPU)
+    with pytest.raises(SlimError, match="there are no images"):
+        evaluate.agreement(model, [], CPU, torch.float32)
+
+
+def test_the_model_is_as_it_was_even_after_a_failure():
+    model = slim(tiny_vit(), 0.5)
+    schedule, mode = model.schedule, model.mode
+    bad = DataLoader(TensorDataset(torch.randn(4, 3, 32, 40), torch.zeros(4, dtype=torch.long)), 4)
+    with pytest.raises(Exception, match=r"."):
+        evaluate.evaluate(model, bad, [0.3], CPU)
+    assert (model.schedule, model.mode) == (schedule, mode)
+
+
+def test_json_holds_no_nan(tmp_path):
+    row = Row(dense=True, loss=float("nan"), top1=float("inf"))
+    write_json(tmp_path / "row.json", {"rows": [row], "nested": [float("-inf"), {"x": torch.tensor(2.0)}]})
+    text = (tmp_path / "row.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found["rows"][0]["loss"] is None and found["nested"] == [None, {"x": 2.0}]
+
+
+def test_rows_of_earlier_versions_are_read_and_written_as_they_were():
+    old = [{"keep_rate": None, "schedule": [4, 4], "gmacs": 1.0}, {"keep_rate": 0.7, "schedule": [4, 2], "gmacs": 0.8}]
+    rows = read_rows(old)
+    assert [row.name for row in rows] == ["dense", "0.7"]
+    assert rows[1].to_json() | {} == {
+        "dense": False, "method": None, "keep_rate": 0.7, "exact_savings": False, "schedule": [4, 2], "gmacs": 0.8,
+        "params_millions": None,
+    }  # fmt: skip

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import document, tiny_vit
 from torch.nn import functional as F
 
 import slimcli
-from slimcli import SlimError, plugins
+from slimcli import LifeModel, Method, SlimError, SlimModel, plugins
 from slimcli.backbones.base import counted
 from slimcli.methods import dynamicvit
 from slimcli.methods.base import facts
@@ -300,7 +301,7 @@ def test_keep_rate_one_returns_the_backbones_logits(name):
 def test_a_setting_for_a_cost_is_found_and_not_exceeded(name, rate):
     dense = slimcli.slim("digits_vit", rate)
     target = dense.multiply_adds()
-    model = plugins.find_method(name)(dense.model, dense.schedule, backbone=dense.backbone)
+    model = plugins.find_method(name)(dense.backbone, dense.schedule)
     model.schedule = model.schedule_for_cost(target)
     assert 0.97 * target < model.multiply_adds() <= target
     with pytest.raises(SlimError, match=f"{name} cannot cost as little as"):
@@ -535,3 +536,56 @@ def test_profile_measures_rivals_in_the_same_run(slim):
 )
 def test_bad_input_is_one_clear_line(refused, words, part):
     assert part in refused(*words)
+
+
+def test_the_documented_method_runs_and_is_measured(monkeypatch):
+    """The example of docs/methods.md, as a plugin's author copies it."""
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    example = page.partition("```python\n")[2].partition("```")[0]
+    defined: dict[str, Any] = {}
+    exec(example, defined)
+    manager = plugins.plugin_manager()
+    manager.register(defined["MyPlugin"](), name="documented")
+    try:
+        model = slim(tiny_vit(), 0.5, life_layer=1, method="norm").eval()
+        x = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            assert model(x).shape == (2, 10)
+            counted_cost, _ = counted(lambda: model.logits(x[:1]))
+        assert abs(model.cost(model.schedule) - counted_cost) < 0.01 * counted_cost
+    finally:
+        manager.unregister(name="documented")
+
+
+def test_the_documented_names_of_a_method_exist():
+    """What docs/methods.md says can be overridden is what the model calls."""
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`(\w+)`", page.partition("What else\ncan be overridden")[2]))
+    names -= {"soft", "hard"}
+    assert {"refusal", "slimmed", "cost"} <= names
+    assert [name for name in sorted(names) if not hasattr(Method, name)] == []
+
+
+def test_a_method_is_abstract_or_final():
+    """No method builds on another one, and no rival has what is life regression's alone."""
+    kinds = [entry.kind for entry in plugins.methods().values()]
+    for kind in kinds:
+        assert not [other for other in kinds if other is not kind and issubclass(kind, other)]
+    with pytest.raises(TypeError, match="abstract"):
+        SlimModel(slim(tiny_vit(), 0.5).backbone, slim(tiny_vit(), 0.5).schedule)
+    random = slim(tiny_vit(), 0.5, method="random")
+    for name in ("dead", "redundancy", "merge_importance", "size_bias", "life", "life_head", "block_cost"):
+        assert not hasattr(random, name), name
+    assert isinstance(random, SlimModel) and not isinstance(random, LifeModel)
+
+
+def test_what_is_run_in_another_way_is_restored_after_an_error():
+    model = slim(tiny_vit(), 0.5, life_layer=1)
+    schedule = model.schedule
+    with pytest.raises(RuntimeError), model.running(mode="none", schedule=schedule.at_keep_rate(0.3)):
+        model.exact_savings, model.returns = True, "both"
+        raise RuntimeError
+    assert (model.mode, model.schedule, model.exact_savings, model.returns) == ("hard", schedule, False, "output")
+    with pytest.raises(SlimError, match="mode 'best'"), model.running(exact_savings=True, mode="best"):
+        pass
+    assert not model.exact_savings

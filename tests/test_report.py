@@ -20,6 +20,8 @@ from slimcli.cli import main
 from slimcli.device import find_device
 from slimcli.errors import SlimError
 from slimcli.plots import Point
+from slimcli.report import record
+from slimcli.rows import Row
 
 CPU = find_device("cpu")
 
@@ -129,9 +131,9 @@ def test_a_second_eval_is_added_and_the_newest_of_a_keep_rate_counts(slim, run_f
     document(slim("eval", run_folder, "--keep-rate", "0.6", "--json"))
     kept = json.loads((run_folder / "evaluations.json").read_text())
     assert len(kept) == 2
-    points = report._points(report.read_run(run_folder))
-    (point,) = [point for point in points if point.keep_rate == 0.6]
-    assert point.images_per_second == kept[1]["rows"][1]["images_per_second"]
+    points = record.points(report.read_run(run_folder))
+    (point,) = [point for point in points if point.row.keep_rate == 0.6]
+    assert point.row.images_per_second == kept[1]["rows"][1]["images_per_second"]
 
 
 def test_eval_leaves_a_folder_made_to_be_deployed_alone(slim, tmp_path):
@@ -218,6 +220,42 @@ def test_a_feature_model_is_reported_by_cosine(slim, tiny_recipe, tmp_path):
     page = Page(tmp_path / "cal" / "report.html")
     assert "Cosine with dense against cost" in page.described["title"]
     assert "Features that slimming moved least" in page.text
+
+
+def test_a_training_without_a_classifier_ends_with_a_report(slim, tiny_recipe, tmp_path):
+    features = tiny_recipe.read_text().replace("num_heads = 2", "num_heads = 2, num_classes = 0")
+    tiny_recipe.write_text(features.replace('mode = "soft"', 'mode = "soft"\nloss = "cosine"'))
+    result = slim("train", tiny_recipe)
+    assert result.exit_code == 0 and "tells the run in pictures" in result.stdout, result.output
+    page = Page(tmp_path / "runs" / "latest" / "report.html")
+    assert "Validation cosine with dense" in page.described["title"]
+    assert "Cosine with dense against cost" in page.described["title"]
+
+
+def test_files_of_earlier_versions_are_reported_with_a_dash_for_what_they_lack(slim, run_folder):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    old = [{key: row[key] for key in ("keep_rate", "schedule", "gmacs", "top1")} for row in summary["rows"]]
+    old[1]["speedup"] = 1.25
+    (run_folder / "summary.json").write_text(json.dumps({**summary, "rows": old}))
+    metrics = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in row.items() if not key.startswith("val_top")} for row in metrics]
+    kept[-1]["loss"] = None
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (run_folder / "evaluations.json").unlink()
+    found = document(slim("report", run_folder, "--limit", 8, "--json"))
+    assert found["left_out"] == []
+    text = Page(run_folder / "report.html").text
+    assert f"{old[1]['top1']:.2f}" in text and "1.25" in text and "dense" in text
+
+
+def test_a_speed_that_is_not_to_be_trusted_says_so_on_the_page(slim, run_folder):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    doubt = {"timing_reliable": False, "timing_note": "other programs kept the cores busy", "speedup": 0.53}
+    summary["rows"][1] |= doubt
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    document(slim("report", run_folder, "--limit", 8, "--json"))
+    text = Page(run_folder / "report.html").text
+    assert "0.53?" in text and "do not trust: other programs kept the cores busy" in text
 
 
 def test_an_unfinished_run_is_told_as_far_as_it_went(slim, run_folder):
@@ -384,7 +422,16 @@ def test_words_in_plots_stay_inside_and_do_not_cover_each_other(browser, trained
 @pytest.mark.parametrize("rates", [(1.0, 0.9, 0.8, 0.7, 0.5), (1.0, 0.99, 0.98, 0.97, 0.96)])
 def test_words_in_plots_stay_inside_whatever_the_figures(browser, tmp_path, scores, rates):
     points = [
-        Point(series, number == 0, None if number == 0 else rate, score, 1.4 * rate, shift / rate, 80.0)
+        Point(
+            series,
+            Row(
+                number == 0,
+                keep_rate=None if number == 0 else rate,
+                gmacs=1.4 * rate,
+                speedup=shift / rate,
+                **{"similarity" if max(scores) < 1.5 and max(scores) > 0 else "top1": score},
+            ),
+        )
         for shift, series in ((1.0, "cpu, bfloat16, batch 64"), (1.01, "100 images, cpu, float32, batch 64"))
         for number, (rate, score) in enumerate(zip(rates, scores, strict=True))
     ]

@@ -16,13 +16,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from show_fixtures import photograph, save_tiny, tiny_slim
 
-from slimcli import show
+from slimcli import pictures
 from slimcli.cli import inline
 from slimcli.data import eval_transform, read_image
 from slimcli.device import find_device
 from slimcli.errors import DataError
+from slimcli.plugins import find_backbone
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel
+from slimcli.slimming import LifeModel
 
 CPU = find_device("cpu")
 
@@ -32,7 +33,7 @@ def looked(model, images=None, targets=None, names=None):
     if images is None:
         images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(3))
     names = names or [f"image {i}" for i in range(len(images))]
-    return list(show.look(model, [(names, images, targets)], CPU)), {
+    return list(pictures.look(model, [(names, images, targets)], CPU)), {
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
     }
@@ -64,7 +65,7 @@ def words(figure):
 )
 def test_the_overlay_sits_on_the_pixels_that_each_patch_covers(changes):
     model = tiny_slim(**changes)
-    geometry = show.find_geometry(model)
+    geometry = pictures.find_geometry(model)
     height, width = model.backbone.image_size
     cells = geometry.cells(height, width)
     assert cells.shape == (height, width)
@@ -85,7 +86,7 @@ def test_the_input_is_shown_as_the_model_sees_it(tmp_path, crop_mode, bars):
     prepare = {**model.backbone.preprocessing(), "crop_pct": 1.0, "crop_mode": crop_mode}
     image = photograph(64, 32)
     (outcome,), _ = looked(model, eval_transform(prepare)(image)[None])
-    seen = show.picture(outcome, prepare)
+    seen = pictures.picture(outcome, prepare)
     assert seen.shape == (32, 32, 3)
     # letterboxed, the photograph is 16 rows high; squashed, all of its width is there; cropped, half of it
     filled = numpy.abs(seen[2].astype(int) - [round(255 * value) for value in prepare["mean"]]).max() <= 1
@@ -97,15 +98,15 @@ def test_the_input_is_shown_as_the_model_sees_it(tmp_path, crop_mode, bars):
 def test_a_picture_keeps_the_patches_that_the_next_block_uses_and_blanks_the_others():
     model = tiny_slim(0.5)
     (outcome, _), prepare = looked(model)
-    geometry = show.find_geometry(model)
+    geometry = pictures.find_geometry(model)
     assert geometry.counts == (16, 8, 4, 2)
-    layers = show.drop_stages(geometry)
+    layers = pictures.drop_stages(geometry)
     assert layers == (1, 2, 3)
-    plain, _, *stages = show.panels(outcome, geometry, prepare, layers)
+    plain, _, *stages = pictures.panels(outcome, geometry, prepare, layers)
     for layer, pixels, count in zip(layers, stages, (8, 4, 2), strict=True):
         longest = set(outcome.life.argsort(descending=True)[:count].tolist())
         cells = geometry.cells(32, 32, pixels.shape[0] // 32)
-        stripes = numpy.isin(pixels, numpy.array(show.GONE)).all(axis=-1)
+        stripes = numpy.isin(pixels, numpy.array(pictures.pixels.GONE)).all(axis=-1)
         for patch in range(16):
             inside = cells == patch
             assert (pixels[inside] == plain[inside]).all() == (patch in longest), layer
@@ -115,9 +116,9 @@ def test_a_picture_keeps_the_patches_that_the_next_block_uses_and_blanks_the_oth
 def test_every_cell_holds_its_life_clamped_to_the_layers_that_can_be():
     model = tiny_slim(0.5)
     (outcome, _), prepare = looked(model)
-    geometry = show.find_geometry(model)
+    geometry = pictures.find_geometry(model)
     assert outcome.life.min() < 1, "nothing would be clamped"
-    figure = show.draw([outcome], geometry, prepare)
+    figure = pictures.draw([outcome], geometry, prepare)
     (life_axes,) = [axes for axes in figure.axes if axes.texts]
     assert len(life_axes.texts) == 16
     for text in life_axes.texts:
@@ -129,7 +130,7 @@ def test_every_cell_holds_its_life_clamped_to_the_layers_that_can_be():
 def test_a_grid_too_fine_for_numbers_gets_a_colour_bar():
     model = tiny_slim(img_size=64, patch_size=2)
     (outcome,), prepare = looked(model, torch.randn(1, 3, 64, 64))
-    figure = show.draw([outcome], show.find_geometry(model), prepare)
+    figure = pictures.draw([outcome], pictures.find_geometry(model), prepare)
     assert not any(axes.texts for axes in figure.axes)
     assert any("the last block that uses a patch" in axes.get_xlabel() for axes in figure.axes)
 
@@ -141,7 +142,7 @@ def test_nothing_is_cut_off_and_no_words_overlap(columns, size):
     name = "a folder/an extraordinarily long file name with $math$ and ünïcödé, which has to be shortened " * 2 + ".jpg"
     outcomes, prepare = looked(model, names=["short.png", name], targets=[1, 2])
     class_names = ["a class whose name goes on and on and on and on and on"] * 10
-    figure = show.draw(outcomes, show.find_geometry(model), prepare, class_names, None, columns)
+    figure = pictures.draw(outcomes, pictures.find_geometry(model), prepare, class_names, None, columns)
     renderer = FigureCanvasAgg(figure).get_renderer()
     page = figure.bbox
     boxes = [text.get_window_extent(renderer) for text in figure.texts]
@@ -155,20 +156,20 @@ def test_nothing_is_cut_off_and_no_words_overlap(columns, size):
 
 
 def test_a_schedule_that_drops_after_every_block_shows_four_stages_and_says_so():
-    model = SlimModel(tiny_vit(depth=10), Schedule(10, 1, counts=(16, 15, 13, 12, 10, 9, 7, 5, 3, 2)))
+    model = LifeModel(find_backbone(tiny_vit(depth=10)), Schedule(10, 1, counts=(16, 15, 13, 12, 10, 9, 7, 5, 3, 2)))
     (outcome, _), prepare = looked(model)
-    geometry = show.find_geometry(model)
-    assert show.drop_stages(geometry) == (1, 4, 6, 9)
-    assert "Patches leave after blocks 1, 2, 3, 4, 5, 6, 7, 8, 9" in words(show.draw([outcome], geometry, prepare))
+    geometry = pictures.find_geometry(model)
+    assert pictures.drop_stages(geometry) == (1, 4, 6, 9)
+    assert "Patches leave after blocks 1, 2, 3, 4, 5, 6, 7, 8, 9" in words(pictures.draw([outcome], geometry, prepare))
 
 
 def test_at_keep_rate_one_every_patch_lives_to_the_end():
     model = tiny_slim(1.0)
     (outcome, _), prepare = looked(model)
-    geometry = show.find_geometry(model)
+    geometry = pictures.find_geometry(model)
     assert outcome.life.tolist() == [4.0] * 16
     assert outcome.agree and outcome.similarity == pytest.approx(1)
-    assert "drops no patch" in words(show.draw([outcome], geometry, prepare))
+    assert "drops no patch" in words(pictures.draw([outcome], geometry, prepare))
 
 
 def test_the_title_tells_what_dense_and_slim_chose_and_whether_they_agree():
@@ -184,14 +185,14 @@ def test_the_title_tells_what_dense_and_slim_chose_and_whether_they_agree():
     for outcome, d, s in zip(outcomes, dense, slim, strict=True):
         assert (outcome.dense.index, outcome.slim.index) == (int(d.argmax()), int(s.argmax()))
         assert outcome.slim.probability == pytest.approx(float(s.max()), rel=1e-4)
-        said = show.verdict(outcome, None)
+        said = pictures.verdict(outcome, None)
         assert f"dense: class {int(d.argmax())} ({100 * d.max():.1f} %)" in said
         assert said.endswith("agree" if d.argmax() == s.argmax() else "differ")
 
 
 def test_imagenets_class_numbers_are_put_into_words():
-    assert show.readable(["n02123045", "n01440764"]) == ["tabby", "tench"]
-    assert show.readable(["cat", "n01440764"]) == ["cat", "n01440764"]
+    assert pictures.readable(["n02123045", "n01440764"]) == ["tabby", "tench"]
+    assert pictures.readable(["cat", "n01440764"]) == ["cat", "n01440764"]
 
 
 # Which images can be read.
@@ -299,7 +300,7 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def photos(tmp_path):
     folder = tmp_path / "pictures"
     (folder / "deep").mkdir(parents=True)
     for number in range(3):
@@ -309,8 +310,8 @@ def pictures(tmp_path):
     return folder
 
 
-def test_one_image_gives_one_picture_beside_you_named_after_it(slim, run, pictures, tmp_path):
-    result = slim("show", pictures / "1.png", "--run", run)
+def test_one_image_gives_one_picture_beside_you_named_after_it(slim, run, photos, tmp_path):
+    result = slim("show", photos / "1.png", "--run", run)
     assert result.exit_code == 0, result.output
     assert "1-lives.png written" in result.stdout
     with Image.open(tmp_path / "1-lives.png") as picture:
@@ -318,17 +319,17 @@ def test_one_image_gives_one_picture_beside_you_named_after_it(slim, run, pictur
 
 
 @pytest.mark.parametrize(("form", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_format_follows_the_option_or_the_files_name_and_is_the_same_every_time(slim, run, pictures, form, start):
-    found = document(slim("show", pictures / "1.png", "--run", run, "--format", form, "--json"))
+def test_the_format_follows_the_option_or_the_files_name_and_is_the_same_every_time(slim, run, photos, form, start):
+    found = document(slim("show", photos / "1.png", "--run", run, "--format", form, "--json"))
     assert found["written"] == [f"1-lives.{form}"]
-    document(slim("show", pictures / "1.png", "--run", run, "-o", f"again.{form}", "--json"))
+    document(slim("show", photos / "1.png", "--run", run, "-o", f"again.{form}", "--json"))
     first, second = (Path(name).read_bytes() for name in (f"1-lives.{form}", f"again.{form}"))
     assert first.startswith(start)
     assert first == second
 
 
-def test_the_document_tells_classes_lives_and_schedule(slim, run, pictures):
-    found = document(slim("show", pictures / "1.png", "--run", run, "--json"))
+def test_the_document_tells_classes_lives_and_schedule(slim, run, photos):
+    found = document(slim("show", photos / "1.png", "--run", run, "--json"))
     assert (found["schedule"], found["life_layer"], found["grid"]) == ([16, 5, 2, 1], 1, [4, 4])
     (entry,) = found["images"]
     lives = numpy.array(entry["life"])
@@ -337,48 +338,48 @@ def test_the_document_tells_classes_lives_and_schedule(slim, run, pictures):
     assert lives.mean() == pytest.approx(mean, abs=1e-3)
     assert entry["agree"] == (entry["dense"]["class"] == entry["slim"]["class"])
     assert 0 < entry["dense"]["probability"] <= 1
-    other = document(slim("show", pictures / "1.png", "--run", run, "--keep-rate", "0.5", "--json"))
+    other = document(slim("show", photos / "1.png", "--run", run, "--keep-rate", "0.5", "--json"))
     assert other["schedule"] == [16, 8, 4, 2]
 
 
-def test_a_folder_and_a_pattern_make_one_contact_sheet(slim, run, pictures):
-    from_folder = document(slim("show", pictures, "--run", run, "--json"))
+def test_a_folder_and_a_pattern_make_one_contact_sheet(slim, run, photos):
+    from_folder = document(slim("show", photos, "--run", run, "--json"))
     assert from_folder["written"] == ["images-lives.png"]
     names = [entry["image"].rpartition("pictures/")[2] for entry in from_folder["images"]]
     assert names == ["0.png", "1.png", "2.png", "deep/4.jpg"]
-    by_pattern = document(slim("show", f"{pictures}/**/*.png", "--run", run, "--json"))
+    by_pattern = document(slim("show", f"{photos}/**/*.png", "--run", run, "--json"))
     assert len(by_pattern["images"]) == 3
     relative = document(slim("show", "pictures/[01].png", "--run", run, "--json"))
     assert [entry["image"] for entry in relative["images"]] == ["pictures/0.png", "pictures/1.png"]
 
 
-def test_grid_sets_how_many_images_stand_side_by_side(slim, run, pictures):
+def test_grid_sets_how_many_images_stand_side_by_side(slim, run, photos):
     sizes = {}
     for columns in (1, 2, 4):
-        document(slim("show", pictures, "--run", run, "--grid", columns, "-o", "sheet.png", "--json"))
+        document(slim("show", photos, "--run", run, "--grid", columns, "-o", "sheet.png", "--json"))
         with Image.open("sheet.png") as sheet:
             sizes[columns] = sheet.size
     assert sizes[1][1] > sizes[2][1] > sizes[4][1]
     assert sizes[4][0] > sizes[2][0]
 
 
-def test_more_images_than_fit_one_sheet_go_into_numbered_files(slim, run, pictures, monkeypatch):
-    monkeypatch.setattr(show, "ROWS_A_FILE", 3)
-    found = document(slim("show", pictures, "--run", run, "-o", "sheet.png", "--json"))
+def test_more_images_than_fit_one_sheet_go_into_numbered_files(slim, run, photos, monkeypatch):
+    monkeypatch.setattr(pictures, "ROWS_A_FILE", 3)
+    found = document(slim("show", photos, "--run", run, "-o", "sheet.png", "--json"))
     assert found["written"] == ["sheet-1.png", "sheet-2.png"]
     assert [entry["output"] for entry in found["images"]] == ["sheet-1.png"] * 3 + ["sheet-2.png"]
 
 
-def test_layer_shows_one_stage_only(slim, run, pictures):
-    document(slim("show", pictures / "1.png", "--run", run, "-o", "all.png", "--json"))
-    document(slim("show", pictures / "1.png", "--run", run, "--layer", 2, "-o", "one.png", "--json"))
+def test_layer_shows_one_stage_only(slim, run, photos):
+    document(slim("show", photos / "1.png", "--run", run, "-o", "all.png", "--json"))
+    document(slim("show", photos / "1.png", "--run", run, "--layer", 2, "-o", "one.png", "--json"))
     with Image.open("all.png") as every, Image.open("one.png") as one:
         assert one.width < every.width
 
 
-def test_a_broken_image_is_named_and_skipped_and_the_exit_code_says_so(slim, run, pictures):
-    (pictures / "2.png").write_bytes(b"\x89PNG but no more")
-    result = slim("show", pictures, pictures / "gone.png", "--run", run, "--json")
+def test_a_broken_image_is_named_and_skipped_and_the_exit_code_says_so(slim, run, photos):
+    (photos / "2.png").write_bytes(b"\x89PNG but no more")
+    result = slim("show", photos, photos / "gone.png", "--run", run, "--json")
     assert result.exit_code == 1
     assert "2.png: not a readable image" in result.stderr and "gone.png: not a readable image" in result.stderr
     found = json.loads(result.stdout)
@@ -409,7 +410,7 @@ def test_only_broken_images_write_nothing_and_fail(slim, run, tmp_path):
         (["--run", "nothing/here"], "no such file or folder"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(refused, run, pictures, tmp_path, words, said):
+def test_what_cannot_be_is_refused_in_a_line(refused, run, photos, tmp_path, words, said):
     (tmp_path / "empty").mkdir()
     if "--run" not in words:
         words = [*words, "--run", "model"]
@@ -452,9 +453,9 @@ def test_without_a_run_the_latest_is_shown_or_the_model_that_comes_with_slim(sli
     assert all(entry["true_class"] in "0123456789" for entry in found["images"])
 
 
-def test_a_model_without_classifier_gets_pictures_and_a_cosine(slim, tmp_path, pictures):
+def test_a_model_without_classifier_gets_pictures_and_a_cosine(slim, tmp_path, photos):
     folder = save_tiny(tmp_path / "features", 0.5, {"name": "digits"}, num_classes=0)
-    result = slim("show", pictures / "1.png", "--run", folder)
+    result = slim("show", photos / "1.png", "--run", folder)
     assert result.exit_code == 0, result.output
     assert "Cosine" in result.stdout
     found = document(slim("show", "--run", folder, "--pick", "hardest", "--count", 3, "--json"))
@@ -463,8 +464,8 @@ def test_a_model_without_classifier_gets_pictures_and_a_cosine(slim, tmp_path, p
     assert cosines == sorted(cosines) and cosines[0] < 1
 
 
-def test_an_untrained_life_head_is_said_to_be_one(slim, pictures):
-    result = slim("show", pictures / "1.png", "--run", "digits_vit")
+def test_an_untrained_life_head_is_said_to_be_one(slim, photos):
+    result = slim("show", photos / "1.png", "--run", "digits_vit")
     assert result.exit_code == 0
     assert "no trained life head" in result.stderr
 
@@ -539,7 +540,7 @@ def test_half_blocks_show_two_pixels_a_character():
     assert blocks[0].style.color.triplet == (255, 0, 0) and blocks[0].style.bgcolor.triplet == (0, 0, 255)
 
 
-def test_inline_writes_no_escapes_into_a_pipe(slim, run, pictures):
-    result = slim("show", pictures / "1.png", "--run", run, "--inline")
+def test_inline_writes_no_escapes_into_a_pipe(slim, run, photos):
+    result = slim("show", photos / "1.png", "--run", run, "--inline")
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout and "1-lives.png written" in result.stdout

@@ -56,6 +56,10 @@ def _dense_weights(state: dict[str, Tensor], _model: nn.Module) -> dict[str, Ten
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
+#: packages whose errors, while weights are fetched, are the network's or the hub's
+HUBS = ("huggingface_hub", "requests", "httpx", "urllib3", "urllib")
+
+
 def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module | None:
     """`timm.create_model`, with its errors put plainly; None where timm has no such model."""
     name = plain_name(name)
@@ -69,16 +73,19 @@ def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module 
         args = {**args, "pretrained_cfg_overlay": {"input_size": (args.get("in_chans", 3), height, width)}}
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
-    except (TypeError, AssertionError, ValueError) as error:
+    except Exception as error:  # what constructors make of odd arguments, and hubs of a broken network, is anything
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if (pretrained or hub) and (isinstance(error, OSError) or type(error).__module__.split(".")[0] in HUBS):
+            raise SlimError(
+                f"the pretrained weights of {name!r} cannot be had: {reason}: connect to the network, or give a "
+                "weights file (model.weights) or pretrained = false"
+            ) from error
+        if isinstance(error, RuntimeError) and pretrained:
+            raise SlimError(f"timm cannot load {name!r}: {reason}") from error
         given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "no arguments"
-        raise SlimError(f"timm cannot build {name!r} with {given}: {error}") from error
-    except RuntimeError as error:
-        raise SlimError(f"timm cannot load {name!r}: {error}") from error
-    except OSError as error:
-        raise SlimError(
-            f"the pretrained weights of {name!r} cannot be had: {error}; "
-            "give a weights file (model.weights) or pretrained = false"
-        ) from error
+        raise SlimError(f"timm cannot build {name!r} with {given}: {reason}") from error
 
 
 def plain_name(name: str) -> str:

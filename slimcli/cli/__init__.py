@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -108,7 +109,12 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"Error: {error}", 2
     if isinstance(error, Interrupted):
         return f"Stopped; everything is saved. Go on with: slim train --resume {error}", 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"Error: {error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Error: no space left on the disk, or none for temporary files: free some and run again", 2
+    full = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or full:
         return f"Error: out of memory ({error}): try a smaller --batch-size", 1
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"Error: {type(error).__name__}: {first} (this should not happen: --debug shows where)", 1

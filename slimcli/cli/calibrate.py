@@ -73,14 +73,18 @@ def command(
     """
     from slimcli.calibration import Goal, calibrate_session, new_folder
     from slimcli.cli.display import Display, across
-    from slimcli.files import point_latest
+    from slimcli.files import check_writable
+    from slimcli.runs import RECIPE, point_latest
     from slimcli.session import Request, open_session
 
     display = Display(as_json)
     goal = Goal(target_flops, target_speedup, keep_rates or (), keep_schedule)
     embedded = target is None and asked["model"] is None
     request = Request("calibrate", target, overrides, embedded=embedded, default_dead="heir", **asked)
+    if output is not None:
+        check_writable(output, "folder")
     session = open_session(request)
+    check_writable(output or session.recipe.output, "folder")
     for line in session.target.notes:
         display.warn(line)
     with display.progress() as progress:
@@ -90,14 +94,13 @@ def command(
     folder = output or new_folder(done.recipe)
     document = {"command": command_line(), "output": str(folder), **done.document()}
     done.write(folder, document)
-    if output is None:
-        point_latest(folder)
+    warning = point_latest(folder) if output is None else None
+    if warning is not None:
+        display.warn(warning)
     _print_candidates(display, done)
     _print_agreement(display, done)
-    across(display, done.rows, f"on {done.rows[0]['images']} validation images; {session.said(done.batch_size)}")
-    display.line(
-        f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / 'recipe.toml'}"
-    )
+    across(display, done.rows, f"on {done.rows[0].images} validation images; {session.said(done.batch_size)}")
+    display.line(f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / RECIPE}")
     display.document(document)
 
 

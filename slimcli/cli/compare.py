@@ -62,12 +62,15 @@ def command(
     chosen = words(methods)
     if not chosen:
         raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
-    from slimcli import compare, train
-    from slimcli.cli.display import Display, number
+    from slimcli import compare
+    from slimcli.cli.display import Display
+    from slimcli.compare_table import doubts, how_trained
     from slimcli.device import find_device
-    from slimcli.files import write_json
+    from slimcli.files import check_writable, write_json
     from slimcli.recipe import FILES, find_recipe
     from slimcli.resolve import resolve
+    from slimcli.rows import MEASURES
+    from slimcli.runs import new_run_folder
     from slimcli.session import choose_data
 
     trains = untrained is False or epochs is not None
@@ -75,7 +78,7 @@ def command(
     resolved = resolve(path, "compare --train" if trains else "compare", overrides, precision=precision, check=FILES)
     section = choose_data(resolved, None, None, limit, batch_size)
     loaded = resolved.recipe.model_copy(update={"data": section})
-
+    check_writable(output or loaded.output, "folder")
     display = Display(as_json)
     where = find_device(device)
     if output is None:
@@ -94,7 +97,7 @@ def command(
     )
     compare.check(comparison)
     if output is None:
-        comparison.folder = train.new_run_folder(loaded, "-compare")
+        comparison.folder = new_run_folder(loaded.output, f"{loaded.name}-compare")
     compare.open_folder(comparison, resume)
     try:
         with display.progress() as progress:
@@ -111,23 +114,14 @@ def command(
     write_json(comparison.folder / compare.RESULT, document)
 
     display.line()
-    has_classes = "top1" in document["rows"][0]
-    titles = ["Method", "Keep", "G MACs", "Top-1" if has_classes else "Cosine", "Lost", "img/s", "Speed-up", "of ideal"]
-    body = [
-        [
-            row["title"],
-            "-" if row["method"] == "dense" else "own" if row["keep_rate"] is None else f"{row['keep_rate']:g}",
-            number(row["gmacs"], 3),
-            number(compare.score_of(row), 2),
-            number(row["lost"], 2),
-            number(row["images_per_second"], 1),
-            number(row["speedup"], 2),
-            f"{100 * row['realised']:.0f} %",
-        ]
-        for row in document["rows"]
-    ]
-    images, epochs_done = document["rows"][0]["images"], document["epochs"]
-    how = f"each trained for {epochs_done} epochs" if epochs_done else "nothing trained"
-    display.table(titles, body, f"{images} images, {how}; every method costs what life costs at the keep rate")
+    lines = document["rows"]
+    titles = ["Method", "Keep", "G MACs", lines[0].score_title, "Lost", "img/s", "Speed-up", "of ideal"]
+    body = [[line.title, line.rate, MEASURES["gmacs"].text(line.row), *line.cells] for line in lines]
+    images = lines[0].row.images
+    note = f"{images} images, {how_trained(document)}; every method costs what life costs at the keep rate"
+    errors = [line.row.top1_se for line in lines if line.row.top1_se is not None]
+    if errors:
+        note += f"\nstandard error of top-1: {min(errors):.2f} to {max(errors):.2f} points"
+    display.table(titles, body, "\n".join([note, *doubts(lines)]))
     display.line(f"{comparison.folder} holds {compare.TABLE}, {compare.RESULT} and {compare.PLOT}.png and .svg")
     display.document(document)

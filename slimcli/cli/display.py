@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from slimcli.documents import json_text
 from slimcli.progress import Progress as Report
 from slimcli.progress import no_progress
+from slimcli.rows import Row, interval_text, measured, notes, read_rows
+
+#: seconds before which nobody needs to know how long the rest will take
+PATIENCE = 2.0
+
+
+class _Left(ProgressColumn):
+    """About how long the whole will still take, from what it took so far."""
+
+    def render(self, task: Task) -> Text:
+        passed = task.elapsed or 0.0
+        if passed < PATIENCE or not task.completed:
+            return Text("")
+        left = round(passed * (1 / min(task.completed, 1.0) - 1))
+        return Text(f"about {left // 60}:{left % 60:02d} left")
 
 
 class Display:
@@ -50,13 +67,17 @@ class Display:
         if self.quiet:
             return
         if self.out.is_terminal:
-            table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+            # as Text: names in square brackets are no markup
+            said = None if caption is None else Text(caption)
+            table = Table(
+                box=box.SIMPLE_HEAD, caption=said, caption_justify="left", pad_edge=False, collapse_padding=True
+            )
             for index, title in enumerate(titles):
                 table.add_column(
-                    title, justify="left" if index == 0 or left else "right", no_wrap=index > 0 and not left
+                    Text(title), justify="left" if index == 0 or left else "right", no_wrap=index > 0 and not left
                 )
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*(Text(str(cell)) for cell in row))
             self._console().print(table, soft_wrap=False)
             return
         widths = [max(len(str(cell)) for cell in column) for column in zip(titles, *rows, strict=True)]
@@ -68,13 +89,18 @@ class Display:
                 *(align(cell, width) for cell, width in zip(rest, widths[1:], strict=True)),
             ]
             self.line("  ".join(cells).rstrip())
-        if caption:
-            self.line(caption)
+        for line in (caption or "").splitlines():
+            self.line(textwrap.fill(line, 80, break_long_words=False, break_on_hyphens=False))
+
+    def too_wide(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+        """Whether a table has more columns than the terminal, or than 80 where there is none."""
+        widths = [max(len(cell) for cell in column) for column in zip(titles, *rows, strict=True)]
+        return sum(widths) + 2 * len(widths) > (self.out.width if self.out.is_terminal else 80)
 
     def document(self, content: Any) -> None:
         """The machine-readable result, where it was asked for."""
         if self.as_json and not self.quiet:
-            sys.stdout.write(json.dumps(content, indent=2) + "\n")
+            sys.stdout.write(json_text(content) + "\n")
 
     @contextmanager
     def progress(self) -> Iterator[Report]:
@@ -82,19 +108,20 @@ class Display:
         if self.quiet or not self.err.is_terminal:
             yield no_progress
             return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=8), TimeRemainingColumn(compact=True))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=8), _Left())
         with Progress(*columns, console=self.err, transient=True) as bar:
             self._bar = bar
             task = bar.add_task("", total=1.0)
-            shown = ""
+            reached = 0.0
 
             def report(label: str, done: float, total: float) -> None:
-                nonlocal shown
-                # a new piece of work starts its own estimate of the time left
-                if label.split("  ")[0] != shown:
-                    shown = label.split("  ")[0]
+                nonlocal reached
+                share = done / total if total > 0 else 0.0
+                # work that begins anew has an estimate of its own; the parts of one whole never go back
+                if share < reached:
                     bar.reset(task)
-                bar.update(task, description=label, completed=done, total=max(total, 1e-9))
+                reached = share
+                bar.update(task, description=label, completed=share)
 
             try:
                 yield report
@@ -102,29 +129,43 @@ class Display:
                 self._bar = None
 
 
-def rate_title(row: dict[str, Any], dense: bool) -> str:
-    """How a row is called: `dense`, its keep rate, or `own` for another schedule; then `exact` with exact savings."""
-    name = "dense" if dense else "own" if row["keep_rate"] is None else f"{row['keep_rate']:g}"
-    return f"{name} exact" if row.get("exact_savings") else name
-
-
 def number(value: float | None, digits: int) -> str:
     """A figure with fixed decimals; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def across(display: Display, rows: Sequence[dict[str, Any]], caption: str | None = None) -> None:
-    """The layout of the paper's table III: a column a keep rate, a line a measure."""
-    measures = (
-        ("Top-1 acc. (%)", "top1", 2),
-        ("Top-5 acc. (%)", "top5", 2),
-        ("Loss", "loss", 4),
-        ("Cosine with dense", "similarity", 4),
-        ("Multiply-adds (G)", "gmacs", 3),
-        ("Parameters (M)", "params_millions", 2),
-        ("Throughput (img/s)", "images_per_second", 1),
-        ("Speed-up", "speedup", 2),
-    )
-    titles = ["Keep rate", *(rate_title(row, index == 0) for index, row in enumerate(rows))]
-    body = [[name, *(number(row.get(key), digits) for row in rows)] for name, key, digits in measures if key in rows[0]]
-    display.table(titles, body, caption)
+def across(display: Display, rows: Sequence[Any], caption: str | None = None) -> None:
+    """The layout of the paper's table III: a column a keep rate, a line a measure.
+
+    Accuracy has its standard error beside it where the terminal is wide enough, else in the caption; what is not to
+    be trusted is marked, and the caption says why. `rows` are `slimcli.rows.Row`, or as they stand in JSON.
+    """
+    rows = read_rows(rows)
+    found = measured(rows)
+    titles = ["Keep rate", *(row.name for row in rows)]
+
+    def body(errors: bool) -> list[list[str]]:
+        lines = []
+        for measure in found:
+            lines.append([measure.title, *(measure.text(row, errors) for row in rows)])
+            if measure.key == "speedup" and any(row.speedup_interval for row in rows if not row.dense):
+                lines.append(["  95 % interval", *(interval_text(row) for row in rows)])
+        return lines
+
+    said = [caption] if caption else []
+    cells = body(True)
+    if display.too_wide(titles, cells):
+        cells = body(False)
+        said += _errors_in_words(rows)
+    display.table(titles, cells, "\n".join([*said, *notes(rows)]) or None)
+
+
+def _errors_in_words(rows: Sequence[Row]) -> list[str]:
+    """Standard errors of the scores, for a table that has no room for them."""
+    said = []
+    for measure in measured(rows, ("top1", "similarity", "top1_difference")):
+        errors = [found for row in rows if (found := row.get(measure.error))]
+        if errors:
+            low, high = (f"{value:.{measure.digits}f}" for value in (min(errors), max(errors)))
+            said.append(f"standard error of {measure.title}: {low if low == high else f'{low} to {high}'}")
+    return said

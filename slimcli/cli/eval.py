@@ -19,6 +19,7 @@ from slimcli.cli.options import (
     split_option,
     target_options,
 )
+from slimcli.errors import SlimError
 
 
 @click.command("eval")
@@ -57,19 +58,23 @@ def command(
     display.line(
         f"{found.label}: {found.model_name} on {len(images)} images of {session.data_label}; {session.said(batch_size)}"
     )
-    exact = "exact: without the work for tokens that nothing reads; the same logits"
-    across(display, rows, exact if any(row["exact_savings"] for row in rows) else None)
+    across(display, rows)
     document = {
         "model": found.model_name,
         "target": found.label,
         "data": session.data_label,
         "images": len(images),
         **session.facts(batch_size),
-        "dead": found.model.dead,
+        "dead": "heir" if found.model.has_heirs else "discard",
         "has_life_head": found.has_life_head,
         "rows": rows,
     }
     if found.run is not None:
-        add_evaluation(found.run, {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        display.line("kept in the run's evaluations.json; `slim report` draws all its points")
+        kept = {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        try:
+            add_evaluation(found.run, kept)
+            display.line("kept in the run's evaluations.json; `slim report` draws all its points")
+        except SlimError as error:
+            # the figures are on the screen: a run that cannot be written to is no reason to fail
+            display.warn(f"not kept for the run's report: {error}")
     display.document(document)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,9 @@ from slimcli.cli.options import (
     target_options,
     words,
 )
+
+if TYPE_CHECKING:
+    from slimcli.rows import Row
 
 #: under this share of the arithmetic's saving, a user should hear why
 REALISED_ENOUGH = 0.9
@@ -59,7 +63,7 @@ def command(
     without one, the latest run, and where there is none the model that comes with slim.
     """
     from slimcli import profile
-    from slimcli.cli.display import Display, number, rate_title
+    from slimcli.cli.display import Display
     from slimcli.session import Request, open_session
 
     display = Display(as_json)
@@ -81,32 +85,15 @@ def command(
 
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {session.said(batch)}")
-    # with the names of methods, parameters would be a column too many for 80
-    size = [] if others else [("M params", "params_millions", 1)]
-    shown = [("G MACs", "gmacs", 2), *size, ("img/s", "images_per_second", 1), ("Speed-up", "speedup", 2)]
-    titles = ["Keep", *(title for title, _, _ in shown), "of ideal", "p50 ms", "p95 ms", "MiB"]
-    body = [
-        [
-            row_title(row, rate_title(row, row["dense"]), bool(others)),
-            *(number(row[key], digits) for _, key, digits in shown),
-            f"{100 * row['realised']:.0f} %",
-            number(row["latency_ms_p50"], 1),
-            number(row["latency_ms_p95"], 1),
-            number(row["peak_memory_mib"], 0),
-        ]
-        for row in rows
-    ]
-    caption = "of ideal: speed-up over the ratio of multiply-adds; p50, p95: latency at batch 1"
-    if exact_savings:
-        caption += "\nexact: tokens that nothing reads after a block are only keys and values in it"
-    display.table(titles, body, caption)
+    _print_rows(display, rows, bool(others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     for row in rows[1:]:
-        # what another method loses is a finding, not a fault
-        if row["realised"] < REALISED_ENOUGH and row["method"] in (None, found.model.method):
-            name = "the dense model, exact," if row["dense"] else f"keep rate {rate_title(row, False)}"
+        # what another method loses is a finding, not a fault; and what is not to be trusted needs no other reason
+        lost = row.timing_reliable is not False and (row.realised or 1.0) < REALISED_ENOUGH
+        if lost and row.method in (None, found.model.method):
+            name = "the dense model, exact," if row.dense else f"keep rate {row.name}"
             display.warn(
-                f"{name} gives {100 * row['realised']:.0f} % of the arithmetic's saving: "
+                f"{name} gives {100 * (row.realised or 0.0):.0f} % of the arithmetic's saving: "
                 f"{likely_reason(batch, found.model.num_patches, kernels['inference'], where.type)}"
             )
     for table in layers or []:
@@ -122,9 +109,34 @@ def command(
     display.document(document)
 
 
-def row_title(row: dict[str, Any], rate: str, methods: bool) -> str:
-    """A row's first cell: its keep rate, and where several methods are compared the method before it."""
-    return f"{row['method']} {rate}" if methods and row["method"] else rate
+def _print_rows(display: Any, rows: Sequence[Row], methods: bool) -> None:
+    """A line a row, with `methods` each named by its method too. Parameters are left out where there is no room."""
+    from slimcli.rows import MEASURES, interval_text, notes
+
+    keys = ["gmacs", "params_millions", "images_per_second", "speedup", "realised"]
+    keys += ["latency_ms_p50", "latency_ms_p95", "peak_memory_mib"]
+
+    def table() -> tuple[list[str], list[list[str]]]:
+        shown = [MEASURES[key] for key in keys]
+        titles = ["Keep", *(measure.short for measure in shown)]
+        body = []
+        for row in rows:
+            name = f"{row.method} {row.name}" if methods and row.method else row.name
+            # a mark after each figure would not fit 80 columns: the ratios have it, and the caption speaks of all
+            cells = [m.text(row, unit=m.key == "realised", doubt=m.key in ("speedup", "realised")) for m in shown]
+            body.append([name, *cells])
+        return titles, body
+
+    titles, body = table()
+    if display.too_wide(titles, body):
+        keys.remove("params_millions")
+        titles, body = table()
+    caption = ["of ideal: speed-up over the ratio of multiply-adds", "p50, p95: latency at batch 1"]
+    ratios = [row for row in rows if row.speedup_interval and row is not rows[0]]
+    intervals = [f"{row.name} {interval_text(row)}" for row in ratios]
+    if intervals and not methods:
+        caption.append(f"95 % interval of the speed-up: {', '.join(intervals)}")
+    display.table(titles, body, "\n".join([*caption, *notes(rows)]))
 
 
 def likely_reason(batch: int, num_patches: int, kernel: str, device: str) -> str:
@@ -139,14 +151,16 @@ def likely_reason(batch: int, num_patches: int, kernel: str, device: str) -> str
 
 
 def _print_layers(display: Any, table: dict[str, Any]) -> None:
-    from slimcli.cli.display import number, rate_title
+    from slimcli.cli.display import number
+    from slimcli.rows import Row, timing_notes
 
     display.line()
-    title = rate_title(table, table["dense"])
-    display.line(title if table["dense"] else f"keep rate {title}")
+    row = Row.from_json(table)
+    display.line(row.name if row.dense else f"keep rate {row.name}")
     body = [
-        [str(row["layer"]), str(row["patches"]), number(row["gmacs"], 4), number(row["ms"], 2)]
-        for row in table["layers"]
+        [str(layer["layer"]), str(layer["patches"]), number(layer["gmacs"], 4), number(layer["ms"], 2)]
+        for layer in table["layers"]
     ]
     body.append(["other", "", "", number(table["other_ms"], 2)])
-    display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body)
+    said = "\n".join(f"do not trust the times: {note}" for note in timing_notes([row]))
+    display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body, said or None)

@@ -65,6 +65,9 @@ def command(
         raise SlimError(
             f"{output}: is there already: choose another folder, or --force to replace what slim wrote in it"
         )
+    from slimcli.files import check_writable
+
+    check_writable(output, "folder")
 
     from slimcli import profile
     from slimcli.cli.display import Display, across
@@ -103,5 +106,7 @@ def command(
     measured |= {"precision": session.precision, "batch_size": batch, "note": note, "rows": rows}
     bake(output, model, config, measured, DTYPES[weights_dtype])
     across(display, rows, note)
+    if any(row.timing_reliable is False for row in rows):
+        display.warn(f"speed was not measured reliably: {output / 'README.md'} leaves it out")
     display.line(f"{output} is ready: slimcli.load({str(output)!r})")
     display.document({"output": str(output), "model": found.model_name, **measured})

@@ -31,7 +31,7 @@ def command(
       slim recipes my.toml --check                   validate one
     """
     from slimcli.cli.display import Display
-    from slimcli.files import write_file
+    from slimcli.files import check_writable, write_file
     from slimcli.recipe import FILES, find_recipe, summary_lines
     from slimcli.resolve import resolve
 
@@ -60,6 +60,7 @@ def command(
             copy_to = copy_to / path.name
         if copy_to.exists() and not force:
             raise SlimError(f"{copy_to}: is there already: choose another name, or --force to overwrite it")
+        check_writable(copy_to, "file")
         write_file(copy_to, path.read_bytes())
         display.line(f"{copy_to} written: edit it, then `slim train {copy_to}`")
         display.document({"recipe": str(path), "copied_to": str(copy_to)})

@@ -39,10 +39,13 @@ def command(
     from slimcli import report
     from slimcli.cli.display import Display
     from slimcli.device import find_device
+    from slimcli.files import check_writable
+    from slimcli.runs import LATEST, REPORT, RUNS, find_run
 
     display = Display(as_json)
-    folders = list(runs) or [Path("runs/latest")]
-    output = output or (folders[0] / report.REPORT if len(folders) == 1 else Path(report.REPORT))
+    folders = [find_run(run) for run in runs or (RUNS / LATEST,)]
+    output = output or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
+    check_writable(output, "file")
     with display.progress() as progress:
         left_out = report.write_report(
             folders, output, find_device(device), precision, data, limit, count, progress=progress

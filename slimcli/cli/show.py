@@ -86,13 +86,15 @@ def command(
     elif pick != "random":
         refuse_given(f"with --pick {pick}", "seed")
 
-    from slimcli import show
+    from slimcli import pictures
     from slimcli.cli.display import Display
+    from slimcli.files import check_writable
     from slimcli.session import Request, open_session
 
     display = Display(as_json)
-    form = show.choose_format(output, form)
-    paths = show.find_images(images) if images else []
+    form = pictures.choose_format(output, form)
+    check_writable(output or Path(f"images-lives.{form}"), "file")
+    paths = pictures.find_images(images) if images else []
     if output is not None and any(path.is_file() and output.absolute() == path.absolute() for path in paths):
         raise SlimError(f"-o {output}: is one of the images: choose another name")
     request = Request("show IMAGE" if paths else "show", run, overrides, reads_data=not paths, **asked)
@@ -100,29 +102,32 @@ def command(
     found, model = session.target, session.model
     if keep_rates is not None:
         model.keep_rate = keep_rates[0]
-    geometry = show.find_geometry(model)
-    show.drop_stages(geometry, layer)
+    geometry = pictures.find_geometry(model)
+    pictures.drop_stages(geometry, layer)
     for line in session.warnings:
         display.warn(line)
-    class_names = show.readable(found.class_names)
+    class_names = pictures.readable(found.class_names)
     broken: list[Any] = []
     batch = request.batch_size or (session.data.batch_size if session.resolved.is_given("data.batch_size") else BATCH)
     prepare = session.preprocessing
     if paths:
-        stream = show.look(model, show.image_batches(paths, prepare, batch, broken), session.device, session.dtype)
+        stream = pictures.look(
+            model, pictures.image_batches(paths, prepare, batch, broken), session.device, session.dtype
+        )
         expected = len(paths)
     else:
         limit = session.data.val_limit or LIMIT
         samples = session.images(val_limit=limit)
         for line in session.notes:
             display.warn(line)
-        class_names = class_names or show.readable(getattr(samples, "class_names", None))
+        class_names = class_names or pictures.readable(getattr(samples, "class_names", None))
         if pick == "random":
-            samples = show.draw_at_random(samples, count, seed)
-        batches = show.data_batches(samples, prepare, batch, session.device)
-        looked = show.look(model, batches, session.device, session.dtype)
+            samples = pictures.draw_at_random(samples, count, seed)
+        looked = pictures.look(
+            model, pictures.data_batches(samples, prepare, batch, session.device), session.device, session.dtype
+        )
         with display.progress() as progress:
-            chosen = show.pick(show.counted(looked, progress, limit), pick, count)
+            chosen = pictures.pick(pictures.counted(looked, progress, limit), pick, count)
         stream, expected = iter(chosen), len(chosen)
         if not chosen:
             display.line(f"none of {len(samples)} images changed: wherever dense is right, slim is right too")
@@ -131,19 +136,19 @@ def command(
     target = output or Path(f"{paths[0].stem if len(paths) == 1 else pick if not paths else 'images'}-lives.{form}")
     if not target.suffix:
         target = target.with_name(f"{target.name}.{form}")
-    size = show.ROWS_A_FILE if columns == 1 else show.TILES_A_FILE
+    size = pictures.ROWS_A_FILE if columns == 1 else pictures.TILES_A_FILE
     rows: list[list[str]] = []
     entries: list[dict[str, Any]] = []
     written: list[str] = []
-    for number, part in enumerate(show.sheets(stream, size), 1):
+    for number, part in enumerate(pictures.sheets(stream, size), 1):
         path = target if expected <= size else target.with_name(f"{target.stem}-{number}{target.suffix}")
-        figure = show.draw(part, geometry, prepare, class_names, layer, min(columns, max(len(part), 2)))
-        show.write_sheet(path, figure, form)
+        figure = pictures.draw(part, geometry, prepare, class_names, layer, min(columns, max(len(part), 2)))
+        pictures.write_sheet(path, figure, form)
         written.append(str(path))
         if inline and not as_json:
             _print_picture(display, part, figure, geometry, prepare, layer)
         for outcome in part:
-            entry = show.describe(outcome, geometry, class_names)
+            entry = pictures.describe(outcome, geometry, class_names)
             entries.append({**entry, "output": str(path)})
             rows.append(_cells(entry))
     if rows:
@@ -170,7 +175,7 @@ def command(
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
-    from slimcli.show import fit_words, short_name
+    from slimcli.pictures import fit_words, short_name
 
     guesses = [entry["dense"], entry["slim"]]
     said = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
@@ -185,7 +190,7 @@ def _print_picture(display: Any, part: Any, figure: Any, geometry: Any, prepare:
 
     from PIL import Image
 
-    from slimcli import show
+    from slimcli import pictures
     from slimcli.cli import inline
 
     if not display.out.is_terminal:
@@ -195,9 +200,9 @@ def _print_picture(display: Any, part: Any, figure: Any, geometry: Any, prepare:
     if protocol == "blocks":
         # too coarse for words and numbers: the bare panels
         for outcome in part:
-            display.out.print(inline.half_blocks(show.strip(outcome, geometry, prepare, layer), columns), end="")
+            display.out.print(inline.half_blocks(pictures.strip(outcome, geometry, prepare, layer), columns), end="")
         return
-    png = show.encode(figure, "png", dpi=110)
+    png = pictures.encode(figure, "png", dpi=110)
     if protocol == "sixel":
         picture = Image.open(io.BytesIO(png))
         width = min(picture.width, columns * 9)

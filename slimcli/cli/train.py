@@ -40,9 +40,10 @@ def command(
     """
     from slimcli.recipe import FILES, find_recipe
     from slimcli.resolve import resolve
+    from slimcli.runs import RECIPE, SUMMARY, find_run
 
     run: Path | None = None
-    if resume and not Path(resume).is_dir():
+    if resume and not find_run(Path(resume)).is_dir():
         if recipe is not None:
             raise SlimError(f"--resume {resume}: no such run folder")
         recipe, resume = resume, ""
@@ -51,10 +52,11 @@ def command(
             raise SlimError(
                 f"--resume {resume} goes on with the run's own recipe: leave RECIPE, --set and --precision out"
             )
-        run = Path(resume).resolve() if Path(resume).is_symlink() else Path(resume)
-        recipe = str(run / "recipe.toml")
+        run = find_run(Path(resume))
+        run = run.resolve() if run.is_symlink() else run
+        recipe = str(run / RECIPE)
         if not Path(recipe).is_file():
-            raise SlimError(f"{run}: is not a run: expected recipe.toml in it")
+            raise SlimError(f"{run}: is not a run: expected {RECIPE} in it")
     if recipe is None:
         raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
     loaded = resolve(str(find_recipe(recipe)), "train", overrides, precision=precision, check=FILES).recipe
@@ -70,7 +72,7 @@ def command(
         return
     if resume == "":
         run = train.unfinished_run(loaded)
-    if run is not None and (run / train.SUMMARY).is_file():
+    if run is not None and (run / SUMMARY).is_file():
         raise SlimError(f"{run}: this run has ended: `slim eval {run}` shows its figures")
 
     import os

@@ -17,14 +17,14 @@ import tomli
 from slimcli.errors import SlimError
 
 if TYPE_CHECKING:
-    from slimcli.data import ImageSamples
+    from slimcli.data.samples import ImageSamples, StreamedImages
 
 #: names said in a message before "and N more"
 SAID = 5
 #: classes of ImageNet-1k, which models of that many outputs have in the order of WordNet's numbers
 IMAGENET = 1000
 
-Samples = TypeVar("Samples", bound="ImageSamples | Any")
+Samples = TypeVar("Samples", bound="ImageSamples | StreamedImages")
 
 
 class TargetMap:

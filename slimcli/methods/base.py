@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,54 +12,23 @@ from slimcli.attention import AttentionRecorder
 from slimcli.backbones.base import Backbone, counted, without_computing
 from slimcli.errors import SlimError
 from slimcli.life import sort_patches, take_patches
-from slimcli.plugins import find_method
+from slimcli.methods.slim_model import SlimModel
 from slimcli.schedule import Architecture, Schedule, highest_keep_rate
-from slimcli.slimming import SlimModel
 
 
 class Method(SlimModel):
     """A rule by which patches leave, with the surface of `SlimModel`: trained, measured and saved in the same way.
 
-    The smallest rule overrides `choose`; one that learns also `_make_selector` and `own_loss`; one that costs
-    something `overhead`; one that does more than take patches out `slimmed` and `cost`.
+    The smallest rule says `choose`; one that learns also `_make_selector` and `own_loss`; one that costs something
+    `overhead`; one that does more than take patches out `slimmed` and `cost`.
     """
 
-    method = ""
-    modes: tuple[str, ...] = ("none", "hard")
     selector_name = "score_heads"
     #: whether the rule has no keep rate of its own: a keep rate then stands for what life regression costs at it
-    by_cost = False
-
-    def __init__(
-        self,
-        model: nn.Module,
-        schedule: Schedule,
-        temperature: float = 1.5,
-        backbone: Backbone | None = None,
-        dead: str = "discard",
-    ) -> None:
-        # what becomes of the patches that leave is part of each rule
-        super().__init__(model, schedule, temperature, backbone, "discard")
-        reason = self.refusal()
-        if reason is not None:
-            raise SlimError(f"the method {self.method} cannot run {type(model).__name__}: {reason}")
-
-    @property
-    def dead(self) -> str:
-        """What becomes of the patches that leave is part of the rule; the slimmed model's choices are not for it."""
-        return "discard"
-
-    @dead.setter
-    def dead(self, dead: str) -> None:
-        if dead != "discard":
-            raise SlimError(f"dead = {dead!r} is for life regression: the method {self.method} has a rule of its own")
+    by_cost: ClassVar[bool] = False
 
     def _make_selector(self, schedule: Schedule) -> nn.Module:
         return nn.Identity()
-
-    def refusal(self) -> str | None:
-        """Why this rule cannot run on the backbone; None if it can."""
-        return None
 
     def choose(self, layer: int, tokens: Tensor, count: int) -> Tensor:
         """Places (B, count), among the patches of `tokens` (B, P + n, D) after block `layer`, of those that go on."""
@@ -77,6 +46,10 @@ class Method(SlimModel):
         if counts[-1] == counts[0]:
             return architecture.multiply_adds()
         return backbone_cost(architecture, counts) + self.overhead(counts)
+
+    def savings(self, schedule: Schedule | None) -> int:
+        # where patches leave, the rule's own loop runs whole blocks
+        return self.architecture().exact_savings() if schedule is None or not schedule.drops_patches() else 0
 
     def at_keep_rate(self, keep_rate: float) -> Schedule:
         """The schedule at another keep rate: explicit counts give way to the default drop layers."""
@@ -101,7 +74,6 @@ class Method(SlimModel):
     def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        self._remember(None)
         for layer in range(1, self.schedule.depth + 1):
             tokens = self._block(layer, tokens, positions, None)
             if layer in drop_layers(counts):
@@ -156,14 +128,6 @@ def backbone_cost(architecture: Architecture, counts: Sequence[int]) -> int:
     """Multiply-adds of the backbone alone on N_1..N_L patches."""
     blocks = sum(architecture.block(layer, n) for layer, n in enumerate(counts, 1))
     return architecture.embedding + architecture.head_fixed + architecture.head_per_patch * counts[-1] + blocks
-
-
-def rival(name: str, model: SlimModel) -> Method:
-    """The method called `name` on the dense model of `model`, weights shared; `SlimError` if it is no `Method`."""
-    kind = find_method(name)
-    if not issubclass(kind, Method):
-        raise SlimError(f"the method {name!r} is what the others are compared with: name another one")
-    return kind(model.model, model.schedule, backbone=model.backbone)
 
 
 def drop_layers(counts: Sequence[int]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from slimcli.attention import NEVER
 from slimcli.errors import SlimError
 from slimcli.life import prefix_bias
 from slimcli.methods.base import Method, drop_layers
+from slimcli.methods.slim_model import SlimModel
 from slimcli.schedule import Schedule
-from slimcli.slimming import SlimModel
 
 #: weights of the losses, as published: the share of patches kept, the dense model's classes, its tokens
 RATIO_WEIGHT, CLASS_WEIGHT, TOKEN_WEIGHT = 2.0, 0.5, 0.5
@@ -36,6 +36,7 @@ class Trace:
     policy: Tensor
 
 
+@final
 class DynamicViT(Method):
     """After each drop layer, a score head reads all patches, and those with the highest scores go on.
 
@@ -75,7 +76,6 @@ class DynamicViT(Method):
     ) -> tuple[Tensor, Tensor | None]:
         if self.mode != "soft":
             return super().slimmed(tokens, positions, counts)
-        self._remember(None)
         prefix = self.backbone.num_prefix_tokens
         policy: Tensor | None = None
         shares, targets = [], []

@@ -6,6 +6,7 @@ Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers
 from __future__ import annotations
 
 import math
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,18 +17,18 @@ from slimcli.methods.base import Method, backbone_cost, drop_layers
 from slimcli.schedule import Schedule
 
 
-class EViT(Method):
+class ClassAttention(Method):
     """In a drop layer, between attention and MLP, the patches with the highest class attention go on.
 
-    Class attention is the class token's attention to each patch, averaged over heads. The others are replaced by
-    their sum, weighted by class attention. That token is a patch like any other at the next drop layer: of n
-    patches, it included, ceil(keep rate * n) go on.
+    Class attention is the class token's attention to each patch, averaged over heads. Where the rule `fuses`, the
+    others are replaced by their sum, weighted by class attention. That token is a patch like any other at the next
+    drop layer: of n patches, it included, ceil(keep rate * n) go on.
 
     Attention itself runs on the fused kernel: the class token's row alone is computed a second time.
     """
 
-    method = "evit"
-    fuses = True
+    #: whether the others become one token, or are gone
+    fuses: ClassVar[bool]
 
     def refusal(self) -> str | None:
         if self.backbone.global_token != "cls":
@@ -80,7 +81,6 @@ class EViT(Method):
     def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        self._remember(None)
         for layer, stay in enumerate(self.kept(self.schedule, counts[0]), 1):
             if stay == tokens.shape[1] - self.backbone.num_prefix_tokens:
                 tokens = self._block(layer, tokens, positions, None)
@@ -112,7 +112,16 @@ class EViT(Method):
         return kept, positions
 
 
-class EViTNoFuse(EViT):
+@final
+class EViT(ClassAttention):
+    """EViT as published: patches with a low class attention become one token."""
+
+    method = "evit"
+    fuses = True
+
+
+@final
+class EViTNoFuse(ClassAttention):
     """EViT without the fused token: patches with a low class attention are gone."""
 
     method = "evit-nofuse"

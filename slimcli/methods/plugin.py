@@ -9,18 +9,18 @@ from slimcli.hookspecs import hookimpl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from slimcli.slimming import SlimModel
+    from slimcli.methods.slim_model import SlimModel
 
 
 @hookimpl
 def slim_register_methods(register: Callable[[str, type[SlimModel], str], None]) -> None:
     from slimcli.methods.dynamicvit import DynamicViT
     from slimcli.methods.evit import EViT, EViTNoFuse
+    from slimcli.methods.life import LifeModel
     from slimcli.methods.random_discard import RandomDiscard
     from slimcli.methods.tome import ToMe
-    from slimcli.slimming import SlimModel
 
-    register("life", SlimModel, "lives predicted once, then the patches are sorted and sliced")
+    register("life", LifeModel, "lives predicted once, then the patches are sorted and sliced")
     register("evit", EViT, "the class token's attention at each drop layer; the rest becomes one token")
     register("evit-nofuse", EViTNoFuse, "the class token's attention at each drop layer; the rest is discarded")
     register("dynamicvit", DynamicViT, "a learned score at each drop layer")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor
 
 from slimcli.methods.base import Method
 
 
+@final
 class RandomDiscard(Method):
     """Random patches of every image leave at each drop layer.
 
@@ -22,7 +25,6 @@ class RandomDiscard(Method):
     def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        self._remember(None)
         prefix = self.backbone.num_prefix_tokens
         sorted_yet = False
         for layer in range(1, self.schedule.depth + 1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from slimcli.methods.base import Method, backbone_cost
 from slimcli.schedule import Schedule
 
 
+@final
 class ToMe(Method):
     """In every block, between attention and MLP, the r most similar pairs of a bipartite matching are merged.
 
@@ -98,7 +99,6 @@ class ToMe(Method):
     def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        self._remember(None)
         prefix = self.backbone.num_prefix_tokens
         size = torch.ones(tokens.shape[0], counts[0], device=tokens.device)
         bias: Tensor | None = None

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from slimcli.errors import SlimError
-from slimcli.files import write_file
+from slimcli.files import check_writable, write_file
 from slimcli.plugins import plugin_manager
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -27,6 +27,7 @@ def write_plugin(name: str, to: Path | None = None) -> Path:
     folder = to or Path(f"slim-{name}")
     if folder.exists():
         raise SlimError(f"{folder}: is there already: choose another with --to")
+    check_writable(folder, "folder")
     for path, text in plugin_files(name).items():
         write_file(folder / path, text.encode())
     return folder

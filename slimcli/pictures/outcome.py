@@ -1,0 +1,143 @@
+"""What the dense and the slimmed model make of images, one by one: what every picture is drawn from."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimcli.evaluate import pooled
+from slimcli.layout import lay_out_for_inference
+from slimcli.pictures.geometry import Geometry, predicts_lives
+from slimcli.pictures.words import class_name
+from slimcli.progress import Progress
+from slimcli.slimming import SlimModel
+
+PICKS = ("random", "changed", "hardest")
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class and how sure the model is of it."""
+
+    index: int
+    probability: float
+
+
+@dataclass
+class Outcome:
+    """What the dense and the slimmed model made of one image.
+
+    `image` (3, H, W) is what the model took, `life` (N,) in raster order. Without a classifier `dense` and `slim`
+    are None; `similarity` is the cosine of the two models' outputs. `loss` is the slimmed model's cross-entropy,
+    where the class `target` is known.
+    """
+
+    name: str
+    image: Tensor
+    life: Tensor
+    dense: Guess | None
+    slim: Guess | None
+    similarity: float
+    target: int | None = None
+    loss: float | None = None
+
+    @property
+    def agree(self) -> bool | None:
+        """Whether both choose the same class; None without a classifier."""
+        return None if self.dense is None or self.slim is None else self.dense.index == self.slim.index
+
+    @property
+    def changed(self) -> bool:
+        """Whether slimming broke it: dense right, slim wrong."""
+        return self.dense is not None and self.dense.index == self.target and not self.agree
+
+
+@torch.inference_mode()
+def look(
+    model: SlimModel,
+    batches: Iterable[tuple[Sequence[str], Tensor, Sequence[int] | None]],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Outcome]:
+    """Run dense and slimmed model on batches (names, images (B, 3, H, W), classes or None), image by image."""
+    model = predicts_lives(model).to(device, dtype).eval()
+    lay_out_for_inference(model)
+    has_classes = model.architecture().num_outputs > 0
+    for names, images, targets in batches:
+        batch = images.to(device, dtype)
+        with model.running(mode="none"):
+            dense = pooled(model.logits(batch))
+        with model.running(mode="hard"):
+            slim = pooled(model.logits(batch))
+        life = model.life
+        if life is None:  # nothing leaves: every patch lives to the end
+            life = torch.full((len(names), model.num_patches), float(model.backbone.depth))
+        similarity = F.cosine_similarity(dense, slim).tolist()
+        guesses = [_guesses(dense), _guesses(slim)] if has_classes else [[None] * len(names)] * 2
+        losses: list[float] | None = None
+        if has_classes and targets is not None:
+            losses = F.cross_entropy(slim, torch.as_tensor(targets, device=device), reduction="none").tolist()
+        for i, name in enumerate(names):
+            yield Outcome(
+                name,
+                images[i].float().cpu(),
+                life[i].float().cpu(),
+                guesses[0][i],
+                guesses[1][i],
+                similarity[i],
+                None if targets is None else int(targets[i]),
+                None if losses is None else losses[i],
+            )
+
+
+def _guesses(logits: Tensor) -> list[Guess]:
+    best = logits.softmax(dim=-1).max(dim=-1)
+    return [Guess(int(i), float(p)) for i, p in zip(best.indices, best.values, strict=True)]
+
+
+def pick(outcomes: Iterable[Outcome], how: str, count: int) -> list[Outcome]:
+    """The `count` outcomes most worth a look: `changed`, dense right and slim wrong, or `hardest`, the slimmed
+    model's highest loss; without a classifier, the features that slimming moved most. `random` takes the first.
+    """
+    if how == "random":
+        return list(itertools.islice(outcomes, count))
+    chosen = (outcome for outcome in outcomes if how != "changed" or outcome.changed)
+    return heapq.nlargest(count, chosen, key=lambda found: -found.similarity if found.loss is None else found.loss)
+
+
+def counted(outcomes: Iterable[Outcome], progress: Progress, total: int) -> Iterator[Outcome]:
+    """The same outcomes, with progress reported."""
+    for done, outcome in enumerate(outcomes, 1):
+        progress("looking at images", min(done, total), total)
+        yield outcome
+
+
+def describe(outcome: Outcome, geometry: Geometry, class_names: Sequence[str] | None) -> dict[str, Any]:
+    """An outcome as plain JSON types: classes, probabilities, and the lives (rows, columns), not clamped."""
+
+    def words(guess: Guess | None) -> dict[str, Any] | None:
+        if guess is None:
+            return None
+        return {
+            "class": class_name(guess.index, class_names),
+            "index": guess.index,
+            "probability": round(guess.probability, 5),
+        }
+
+    return {
+        "image": outcome.name,
+        "dense": words(outcome.dense),
+        "slim": words(outcome.slim),
+        "agree": outcome.agree,
+        "similarity": round(outcome.similarity, 5),
+        "true_class": None if outcome.target is None else class_name(outcome.target, class_names),
+        "loss": None if outcome.loss is None else round(outcome.loss, 5),
+        "life": [[round(value, 3) for value in row] for row in outcome.life.reshape(geometry.grid).tolist()],
+    }
