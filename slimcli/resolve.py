@@ -214,7 +214,7 @@ def _start(
         text, label = (str(latest), str(RUNS / LATEST)) if has_model else (str(DIGITS_VIT), "the embedded model")
     kind, path = kind_of(text), find_run(Path(text))
     # takes its place in `resolve`, once all that was set is in it
-    empty = Recipe.model_construct(name=label or text, model=ModelSection(name=""), data=DataSection())
+    empty = Recipe.model_construct(name=label or text, model=ModelSection(name="unnamed"), data=DataSection())
     if kind == "recipe":
         raw, sources = read_recipe(path)
         return Resolved(empty, kind, str(path)), raw, sources

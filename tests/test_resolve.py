@@ -35,13 +35,14 @@ VALUES: dict[str, Any] = {
     "stages.0.mode": "straight",
     "stages.0.features": 0.5,
     "stages.0.keep_rates": [0.5, 0.7],
+    "optimizer.opt": "sgd",
     "augmentation.auto_augment": "rand-m5-n1",
     "augmentation.scale": [0.5, 1.0],
 }
 
 
 #: what must be set beside a field for it to mean anything
-BESIDE = {"stages.0.backbone_lr": ["stages.0.learns=both"]}
+BESIDE = {"stages.0.backbone_lr": ["stages.0.learns=both"], "optimizer.momentum": ["optimizer.opt=sgd"]}
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> list[tuple[str, Any]]:
