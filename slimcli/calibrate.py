@@ -94,7 +94,8 @@ def split(
     """Batches that hold the first `count` images, about, to fit on, and the others to check on: of one size again."""
     images = torch.cat([images for images, _ in batches])
     targets = torch.cat([targets for _, targets in batches])
-    size = batches[0][0].shape[0]
+    # of few images some must be left to check on
+    size = min(batches[0][0].shape[0], max(1, len(images) // 5))
     pairs = [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
     edge = min(-(-count // size), len(pairs) - 1) or 1
     return pairs[:edge], pairs[edge:] or pairs[:1]

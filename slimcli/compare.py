@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from slimcli import calibrate, train
-from slimcli import data as datasets
+from slimcli.calibration import images_to_fit
 from slimcli.compare_stages import backbone_stage as backbone_stage
 from slimcli.compare_stages import slimming_section, total_epochs
 from slimcli.compare_stages import stages_for as stages_for
 from slimcli.compare_table import Line, against_dense, draw, markdown
-from slimcli.device import environment, find_dtype
+from slimcli.device import environment
 from slimcli.errors import SlimError
-from slimcli.evaluate import check_classes, evaluate, first_images
+from slimcli.evaluate import evaluate
 from slimcli.files import write_file, write_json
 from slimcli.methods.base import Method
 from slimcli.pictures import encode
@@ -27,13 +27,13 @@ from slimcli.plugins import find_method
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe
 from slimcli.rows import Row, read_rows
+from slimcli.session import Session, session_of
 from slimcli.slimming import SlimModel, rival
 from slimcli.store import slimming_config
-from slimcli.targets import Target, from_recipe
 
 SETTINGS, RESULT, TABLE, PLOT = "settings.json", "compare.json", "compare.md", "compare"
 #: images that a life head is fitted on where the recipe's weights bring none, and those that check the fit
-FIT_IMAGES, CHECK_IMAGES = 512, 128
+FIT_IMAGES, CHECK_IMAGES, FIT_BATCH = 512, 128, 32
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,11 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     recipe, folder = comparison.recipe, comparison.folder
     check(comparison)
     torch.manual_seed(recipe.seed)
-    classes = getattr(datasets.open_dataset(recipe.data, train=False), "class_names", None)
-    target = from_recipe(recipe, recipe.name, classes)
-    check_classes(target.model, classes)
+    session = session_of(recipe, comparison.device)
+    target = session.target
+    session.images()
+    for note in (*target.notes, *session.notes):
+        comparison.log(note)
     if not target.has_classifier:
         comparison.log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
     # a method that cannot run the model, or cannot cost so little, is refused before anything is measured
@@ -129,7 +131,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
             progress = _labelled(comparison.progress, f"{number}/{len(cells)} {cell.name}")
             start = time.perf_counter()
             found = _trained(cell, plan, comparison, progress) if cell.trained else None
-            row, run = found or (_untrained(cell, plan, target, comparison, progress), None)
+            row, run = found or (_untrained(cell, plan, session, progress), None)
             seconds = round(time.perf_counter() - start, 1)
             line = Line(
                 row.also(method=cell.method, keep_rate=cell.keep_rate),
@@ -178,39 +180,19 @@ def _setting(cell: Cell, plan: dict[Cell, SlimModel]) -> dict[str, Any]:
     return {key: config[key] for key in ("keep_rate", "drop_layers", "drops", "patches_per_layer") if key in config}
 
 
-def _untrained(
-    cell: Cell, plan: dict[Cell, SlimModel], target: Target, comparison: Comparison, progress: Progress
-) -> Row:
+def _untrained(cell: Cell, plan: dict[Cell, SlimModel], session: Session, progress: Progress) -> Row:
     """The figures of a cell without any training; a life head that was never taught is calibrated first."""
-    recipe, device = comparison.recipe, comparison.device
-    dtype = find_dtype(recipe.precision, device)
-    images = datasets.open_dataset(recipe.data, train=False)
-    prepare = datasets.preprocessing(target.preprocessing, recipe.data)
-    workers = datasets.num_workers(recipe.data, images, device)
-    loader = datasets.eval_loader(images, prepare, recipe.data.batch_size, workers, device)
+    target, device, dtype = session.target, session.device, session.dtype
+    loader = session.loader(session.images())
     if cell.method == "dense":
         return evaluate(target.model, loader, [], device, dtype, progress)[0]
     if cell.method == target.model.method and not target.has_life_head:
-        _calibrate(target.model, allowed(cell, target.model), comparison, prepare, progress)
+        # as `slim calibrate` does, on training images without their labels
+        cost = calibrate.Cost(allowed(cell, target.model))
+        fit_on, check_on, count = images_to_fit(session, FIT_IMAGES, CHECK_IMAGES, FIT_BATCH)
+        calibrate.calibrate(target.model, cost, fit_on, check_on, count, device, dtype, progress)
         plan[cell] = target.model.with_schedule(target.model.schedule)
     return evaluate(plan[cell], loader, None, device, dtype, progress)[1]
-
-
-def _calibrate(
-    model: SlimModel, cost: int, comparison: Comparison, prepare: dict[str, Any], progress: Progress
-) -> None:
-    """Calibrate on training images for `cost` multiply-adds, without labels, as `slim calibrate` does."""
-    recipe, device = comparison.recipe, comparison.device
-    layers = calibrate.candidate_life_layers(model.backbone.depth)
-    count = calibrate.images_that_fit(model.backbone, FIT_IMAGES, len(layers))
-    wanted = recipe.data.model_copy(update={"train_limit": min(recipe.data.train_limit or 2**62, count + CHECK_IMAGES)})
-    images = datasets.shuffled(datasets.open_dataset(wanted, train=True))
-    workers = datasets.num_workers(recipe.data, images, device)
-    loader = datasets.eval_loader(images, prepare, 32, workers, device)
-    fit_on, check_on = calibrate.split(list(first_images(loader, count + CHECK_IMAGES)), count)
-    seen = sum(len(labels) for _, labels in fit_on)
-    dtype = find_dtype(recipe.precision, device)
-    calibrate.calibrate(model, calibrate.Cost(cost), fit_on, check_on, seen, device, dtype, progress)
 
 
 def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> tuple[Row, str]:

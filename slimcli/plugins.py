@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from slimcli.methods.slim_model import SlimModel
 
 GROUP = "slim"
+#: plugins of slim's own that are packages beside it, by the word that their models' names begin with
+PACKAGES = {"hf": "slim-transformers", "openclip": "slim-openclip", "open_clip": "slim-openclip"}
 BUILT_IN = {"timm": "slimcli.backbones.timm_plugin", "methods": "slimcli.methods.plugin"}
 
 
@@ -173,6 +175,12 @@ def build_model(name: str, pretrained: bool = False, plugin: str | None = None, 
         # a plugin that runs a model need not be the one that builds it
         model = _one("slim_build_model", what, None, **given)
     if model is None:
+        package = PACKAGES.get(name.partition(":")[0]) if ":" in name else None
+        if package is not None and package not in {found for found, _ in _packages().values()}:
+            raise SlimError(
+                f"{name}: such models are run by the plugin {package}, which is not installed: "
+                f"`pip install ./plugins/{package}` in slim's repository"
+            )
         near = [found for names in ask("slim_similar_names", name=name)[0].values() for found in names][:3]
         hint = (
             f"did you mean {', '.join(near)}?" if near else "expected a timm model name such as deit_small_patch16_224"

@@ -50,6 +50,9 @@ class ModelSection(Section):
     weights: AnyPath | None = Field(
         None, description="safetensors or a weights-only .pth; of the dense or a slimmed model"
     )
+    weights_grid: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="rows and columns of patches that weights are for, where not square and the file does not say"
+    )
     pretrained: bool = Field(False, description="fetch the weights that the model's library has for it")
     img_size: ImageSize | tuple[ImageSize, ImageSize] | None = None
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
@@ -281,20 +284,29 @@ def find_recipe(name: str | Path) -> Path:
     raise SlimError(f"{path}: no such recipe: expected a .toml or .yaml file or a built-in name; {hint}")
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), check_files: bool = True) -> Recipe:
-    """Read, override (`stages.0.lr=1e-3`) and validate a recipe; every problem found is a line of the `SlimError`."""
+def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[Location, str]]:
+    """A recipe's file as plain values, not yet validated, and where each of its fields stands (`file:line`)."""
     path = find_recipe(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SlimError(f"{path}: cannot be read: {error}") from error
     raw, lines = parse(path, text)
-    sources: dict[Location, str] = {place: f"{path}:{line}" for place, line in lines.items()}
+    return raw, {place: f"{path}:{line}" for place, line in lines.items()}
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), check_files: bool = True) -> Recipe:
+    """Read, override (`stages.0.lr=1e-3`) and validate a recipe; every problem found is a line of the `SlimError`."""
+    raw, sources = read_recipe(path)
     for override in overrides:
-        place = _apply_override(raw, override)
+        place = apply_override(raw, override)
         sources = {known: source for known, source in sources.items() if known[: len(place)] != place}
         sources[place] = f"--set {override}"
-    return validate(raw, str(path), sources, check_files)
+    return validate(raw, str(find_recipe(path)), sources, check_files)
+
+
+#: fields that name files
+FILES = ("model.weights", "data.root")
 
 
 def validate(raw: Any, source: str, sources: dict[Location, str] | None = None, check_files: bool = True) -> Recipe:
@@ -307,14 +319,21 @@ def validate(raw: Any, source: str, sources: dict[Location, str] | None = None, 
         found = [_explain(item, source, sources) for item in error.errors()]
         raise SlimError("\n".join(_joined(found))) from None
     if check_files:
-        for place, file in ((("model", "weights"), recipe.model.weights), (("data", "root"), recipe.data.root)):
-            if file is not None and not file.exists():
-                where = _where(place, source, sources)
-                raise SlimError(
-                    f"{where}: {'.'.join(place)}: {str(file)!r} does not exist in {Path.cwd()}: "
-                    f"give the right path with --set {'.'.join(place)}=PATH"
-                )
+        require_files(recipe, source, sources)
     return recipe
+
+
+def require_files(recipe: Recipe, source: str, sources: dict[Location, str], fields: Iterable[str] = FILES) -> None:
+    """`SlimError` unless the files that these fields name exist."""
+    for name in fields:
+        section, key = name.split(".")
+        file = getattr(getattr(recipe, section), key)
+        if file is not None and not file.exists():
+            where = _where((section, key), source, sources)
+            raise SlimError(
+                f"{where}: {name}: {str(file)!r} does not exist in {Path.cwd()}: "
+                f"give the right path with --set {name}=PATH"
+            )
 
 
 def _explain(item: Any, source: str, sources: dict[Location, str]) -> str:
@@ -376,8 +395,11 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _apply_override(raw: Any, override: str) -> Location:
-    """Set one field of a parsed recipe from `path.to.field=value`; return its place."""
+def apply_override(raw: Any, override: str, exclusive: Sequence[str] = ()) -> Location:
+    """Set one field of a parsed recipe from `path.to.field=value`; return its place.
+
+    Of fields that are `exclusive` within their section, the one that is set takes the place of the others.
+    """
     name, equals, text = override.partition("=")
     place: Location = tuple(
         int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.strip().split(".")
@@ -385,18 +407,22 @@ def _apply_override(raw: Any, override: str) -> Location:
     if not equals or not all(str(part) for part in place):
         raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
     target = raw
-    for part, following in itertools.pairwise(place):
+    missing = f"--set {override}: the recipe has no"
+    for depth, (part, following) in enumerate(itertools.pairwise(place), 1):
         try:
             target = target[part] if isinstance(part, int) else target.setdefault(part, [] if following == 0 else {})
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise SlimError(f"--set {override}: the recipe has no {part!r} to set this in") from None
+            raise SlimError(f"{missing} {'.'.join(map(str, place[:depth]))} to set this in") from None
+    if place[-1] in exclusive and isinstance(target, dict):
+        for other in (*exclusive, *(() if place[-1] == "drop_layers" else ("keep_rate",))):
+            target.pop(other, None)
     try:
         if isinstance(place[-1], int) and place[-1] == len(target):
             target.append(_value(text))
         else:
             target[place[-1]] = _value(text)
     except (IndexError, TypeError, AttributeError):
-        raise SlimError(f"--set {override}: the recipe has no {place[-1]!r} to set this in") from None
+        raise SlimError(f"{missing} {'.'.join(map(str, place))} to set this in") from None
     return place
 
 

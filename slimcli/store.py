@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from slimcli.errors import SlimError
@@ -20,72 +20,40 @@ from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.runs import CONFIG, WEIGHTS
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
+from slimcli.weights import fit_positions, foreign_names, read_weights, without_prefix
 
 LIFE_HEAD = "life_head."
-MODEL = "model."
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pth that holds tensors alone; never runs code from the file."""
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model", "model_ema"):
-                if isinstance(state, dict) and isinstance(state.get(key), dict):
-                    state = state[key]
-    except pickle.UnpicklingError as error:
-        raise SlimError(
-            f"{path}: refused, because it is not a plain file of tensors and could run code: "
-            "convert it to .safetensors where it comes from"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise SlimError(f"{path}: is damaged or not a weights file ({error}): get it again") from error
-    except OSError as error:
-        raise SlimError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SlimError(f"{path}: expected named tensors, found something else")
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 class Loaded(NamedTuple):
-    """Whether a weights file held what the model's method learns, and a classifier, beside the backbone's blocks."""
+    """Whether a weights file held a taught life head, or what the method learns instead, and a classifier."""
 
     life_head: bool
     classifier: bool
+    #: what a user should know: which of the file's weights were taken
+    notes: tuple[str, ...] = ()
 
 
-def load_weights(model: SlimModel, path: Path) -> Loaded:
+def load_weights(model: SlimModel, path: Path, grid: tuple[int, int] | None = None) -> Loaded:
     """Load a weights file of the dense model, or of a slimmed one; say whether it held classifier and life head.
 
-    Position embeddings are resampled where the image size differs. A missing or differing classifier is left
-    as it is, with the rest loaded; anything else that does not fit is a `SlimError`.
+    Position embeddings are resampled where the image size differs; `grid` gives the file's rows and columns of
+    patches, where they are not square and the file does not say. A missing or differing classifier is left as it is,
+    with the rest loaded; anything else that does not fit is a `SlimError`.
     """
-    state = read_weights(path)
-    own = f"{model.selector_name}."
-    # the weights of a model slimmed by its lives serve every other method too
-    dense = {name: value for name, value in state.items() if not name.startswith((LIFE_HEAD, own))}
-    head = {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
-    if dense and all(name.startswith(MODEL) for name in dense):
-        dense = {name.removeprefix(MODEL): value for name, value in dense.items()}
-    dense = model.backbone.adapt_weights(dense)
+    read = read_weights(path)
     expected = model.model.state_dict()
-    classifier = model.backbone.classifier_names
-    problems = []
-    has_classifier = True
-    dense = {name: value for name, value in dense.items() if name in expected or name.split(".")[0] not in classifier}
-    for name, value in expected.items():
-        if name.split(".")[0] in classifier:
-            if name not in dense or dense[name].shape != value.shape:
-                dense[name] = value
-                has_classifier = False
-        elif name not in dense:
-            problems.append(f"has no {name}")
-        elif dense[name].shape != value.shape:
-            problems.append(f"{name} is {tuple(dense[name].shape)}, expected {tuple(value.shape)}")
-    problems += [f"has {name}, which the model has not" for name in dense if name not in expected]
+    own = f"{model.selector_name}."
+    dense, head = without_prefix(read, expected, own)
+    # the weights of a model slimmed by its lives serve every other method too
+    dense = {name: value for name, value in dense.items() if not name.startswith(LIFE_HEAD)}
+    dense = fit_positions(dense, expected, model.backbone.grid_size, read, grid)
+    dense = model.backbone.adapt_weights(dense)
+    has_classifier = _fit_classifier(dense, expected, model.backbone.classifier_names)
+    problems = _misfits(dense, expected)
     if problems:
+        if sum(name in expected for name in dense) * 2 < len(expected):
+            raise SlimError(foreign_names(path, dense, list(expected)))
         more = f", and {len(problems) - 2} more" if len(problems) > 2 else ""
         raise SlimError(f"{path}: holds the weights of another model: {'; '.join(problems[:2])}{more}")
     model.model.load_state_dict(dense)
@@ -98,7 +66,30 @@ def load_weights(model: SlimModel, path: Path) -> Loaded:
                 f"{path}: its {what} does not fit the model: {str(error).splitlines()[-1].strip()}"
             ) from None
     learns = any(True for _ in model.selector.parameters())
-    return Loaded(life_head=bool(head) or not learns, classifier=has_classifier)
+    return Loaded((bool(head) and read.taught) or not learns, has_classifier, tuple(read.notes))
+
+
+def _fit_classifier(dense: dict[str, Tensor], expected: dict[str, Tensor], names: Collection[str]) -> bool:
+    """Leave the model's own classifier where the file has none that fits; whether it has one. Changes `dense`."""
+    for name in [name for name in dense if name not in expected and name.split(".")[0] in names]:
+        del dense[name]
+    fits = True
+    for name, value in expected.items():
+        if name.split(".")[0] in names and (name not in dense or dense[name].shape != value.shape):
+            dense[name] = value
+            fits = False
+    return fits
+
+
+def _misfits(dense: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """What of a file's tensors does not fit a model, a phrase each."""
+    problems = []
+    for name, value in expected.items():
+        if name not in dense:
+            problems.append(f"has no {name}")
+        elif dense[name].shape != value.shape:
+            problems.append(f"{name} is {tuple(dense[name].shape)}, expected {tuple(value.shape)}")
+    return problems + [f"has {name}, which the model has not" for name in dense if name not in expected]
 
 
 def slimming_config(model: SlimModel) -> dict[str, Any]:
@@ -134,8 +125,13 @@ def save_model(folder: Path, model: SlimModel, config: dict[str, Any], dtype: to
         name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         for name, value in model.state_dict().items()
     }
+    metadata = {"format": "pt", "slim": __version__}
+    with contextlib.suppress(SlimError):  # a backbone whose patches form no grid
+        metadata["grid"] = "x".join(map(str, model.backbone.grid_size))
+    if not config.get("has_life_head", True):
+        metadata["life_head"] = "untaught"
     # bytes first, file after: the library's own writer maps the file, and a full disk would kill the process
-    write_file(folder / WEIGHTS, save(state, metadata={"format": "pt", "slim": __version__}))
+    write_file(folder / WEIGHTS, _canonical(save(state, metadata=metadata)))
     content = {
         "format": "slim",
         "format_version": 1,
@@ -144,6 +140,16 @@ def save_model(folder: Path, model: SlimModel, config: dict[str, Any], dtype: to
         "slimming": slimming_config(model),
     }
     write_json(folder / CONFIG, content)
+
+
+def _canonical(content: bytes) -> bytes:
+    """The same safetensors file with the keys of its metadata in order: the library writes them in any."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -176,6 +182,6 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     kind = find_method(section.get("method", "life"))
     model = kind(backbone, schedule, section["temperature"])
     model.configure(section)
-    load_weights(model, folder / WEIGHTS)
+    load_weights(model, folder / WEIGHTS, backbone.grid_size)
     lay_out_for_inference(model)
     return model.eval()

@@ -177,6 +177,8 @@ def train(
     train_set, val_set = match_classifier(target, train_set, val_set, log)
     class_names = train_set.class_names
     model = target.model.to(device)
+    for line in target.notes:
+        log(line)
     if not target.has_classifier:
         log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
     teacher = _teacher(target, recipe, class_names)

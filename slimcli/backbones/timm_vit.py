@@ -62,6 +62,7 @@ HUBS = ("huggingface_hub", "requests", "httpx", "urllib3", "urllib")
 
 def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module | None:
     """`timm.create_model`, with its errors put plainly; None where timm has no such model."""
+    name = plain_name(name)
     hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not hub and not timm.is_model(name):
         return None
@@ -87,9 +88,16 @@ def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module 
         raise SlimError(f"timm cannot build {name!r} with {given}: {reason}") from error
 
 
+def plain_name(name: str) -> str:
+    """timm's own name of a model that is named as on the Hub: `timm/NAME` and `hf-hub:timm/NAME` are NAME."""
+    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    plain = plain.removeprefix("timm/") if plain.startswith("timm/") else name
+    return plain if timm.is_model(plain) else name
+
+
 def similar_names(name: str) -> list[str]:
     """timm's model names that come nearest to `name`."""
-    return difflib.get_close_matches(name, timm.list_models(), n=3)
+    return difflib.get_close_matches(name.removeprefix("timm/"), timm.list_models(), n=3)
 
 
 class TimmViT(Backbone):

@@ -62,22 +62,22 @@ def command(
     chosen = words(methods)
     if not chosen:
         raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
-    from slimcli.recipe import load_recipe
-
-    if precision is not None:
-        overrides = (*overrides, f'precision="{precision}"')
-    loaded = load_recipe(recipe, overrides)
-    update = {key: value for key, value in (("val_limit", limit), ("batch_size", batch_size)) if value is not None}
-    loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=update)})
-
     from slimcli import compare
     from slimcli.cli.display import Display
     from slimcli.compare_table import doubts, how_trained
     from slimcli.device import find_device
     from slimcli.files import check_writable, write_json
+    from slimcli.recipe import FILES, find_recipe
+    from slimcli.resolve import resolve
     from slimcli.rows import MEASURES
     from slimcli.runs import new_run_folder
+    from slimcli.session import choose_data
 
+    trains = untrained is False or epochs is not None
+    path = str(find_recipe(recipe))
+    resolved = resolve(path, "compare --train" if trains else "compare", overrides, precision=precision, check=FILES)
+    section = choose_data(resolved, None, None, limit, batch_size)
+    loaded = resolved.recipe.model_copy(update={"data": section})
     check_writable(output or loaded.output, "folder")
     display = Display(as_json)
     where = find_device(device)

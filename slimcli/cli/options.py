@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from slimcli.cli import debug_option
 from slimcli.errors import SlimError
@@ -72,6 +74,31 @@ def common_options(command: F) -> F:
     return command
 
 
+def target_options(command: F) -> F:
+    """--weights and --model, beside a TARGET."""
+    for option in (
+        click.option(
+            "--model", metavar="NAME", help="The model that weights are of, where no TARGET says it: a model's name."
+        ),
+        click.option(
+            "--weights",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Weights in place of the target's: .safetensors, or a checkpoint of torch's.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def refuse_given(reason: str, *names: str) -> None:
+    """`SlimError` with `reason` if one of these parameters stands on the command line."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise SlimError(f"{parameter.opts[0]} has no effect {reason}")
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; progress on stderr.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."
@@ -84,6 +111,7 @@ class_map_option = click.option(
     metavar="FILE|A=B,...",
     help="The model's class for classes of the data that have other names: puppy=dog, or a .json, .toml or .csv file.",
 )
+split_option = click.option("--split", help="Folder or .tar inside --data.  [default: the recipe's val_split]")
 dead_option = click.option(
     "--dead",
     type=click.Choice(["discard", "heir"]),

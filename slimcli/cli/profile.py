@@ -13,6 +13,7 @@ from slimcli.cli.options import (
     dead_option,
     keep_rate_option,
     set_option,
+    target_options,
     words,
 )
 
@@ -25,6 +26,7 @@ REALISED_ENOUGH = 0.9
 
 @click.command("profile")
 @click.argument("target", required=False)
+@target_options
 @keep_rate_option("One or several.  [default: the model's own schedule, 0.7 for a model's name]")
 @batch_size_option
 @click.option("--img-size", type=click.IntRange(min=1), help="Height and width in pixels, for a model's name.")
@@ -47,33 +49,28 @@ def command(
     target: str | None,
     keep_rates: list[float] | None,
     batch_size: int | None,
-    img_size: int | None,
     against: str | None,
     per_layer: bool,
     exact_savings: bool,
     seconds: float,
-    dead: str | None,
     overrides: tuple[str, ...],
-    device: str,
-    precision: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Cost, throughput, latency and memory of a model, dense and slimmed, without any data.
 
-    TARGET is a model's name (random weights will do), a run, a model folder or a recipe.
+    TARGET is a model's name (random weights will do), a run, a model folder, a recipe or, with --model, a weights file;
+    without one, the latest run, and where there is none the model that comes with slim.
     """
-    import torch
-
     from slimcli import profile
     from slimcli.cli.display import Display
-    from slimcli.device import find_device, find_dtype, versions
-    from slimcli.targets import find_target
+    from slimcli.session import Request, open_session
 
     display = Display(as_json)
-    where = find_device(device)
-    found = find_target(target, overrides, img_size=img_size, dead=dead)
-    chosen_precision = precision or (found.recipe.precision if found.recipe else "float32")
-    dtype = find_dtype(chosen_precision, where)
+    session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
+    found, where, dtype = session.target, session.device, session.dtype
+    for line in found.notes:
+        display.warn(line)
     batch = batch_size or profile.DEFAULT_BATCH[where.type]
     layers: list[dict[str, Any]] | None = None
     with display.progress() as progress:
@@ -86,9 +83,8 @@ def command(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
 
-    threads = torch.get_num_threads()
     kernels = profile.attention(found.model, batch, where, dtype)
-    display.line(f"{found.model_name}: {where.type}, {threads} threads, {chosen_precision}, batch {batch}")
+    display.line(f"{found.model_name}: {session.said(batch)}")
     _print_rows(display, rows, bool(others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     for row in rows[1:]:
@@ -104,11 +100,7 @@ def command(
         _print_layers(display, table)
     document = {
         "model": found.model_name,
-        "device": where.type,
-        "threads": threads,
-        "precision": chosen_precision,
-        "batch_size": batch,
-        "versions": versions(),
+        **session.facts(batch),
         "attention": kernels,
         "rows": rows,
     }

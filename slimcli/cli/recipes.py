@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from slimcli.cli import debug_option
-from slimcli.cli.options import json_option, set_option
+from slimcli.cli.options import json_option, refuse_given, set_option
 from slimcli.errors import SlimError
 
 
@@ -32,9 +32,16 @@ def command(
     """
     from slimcli.cli.display import Display
     from slimcli.files import check_writable, write_file
-    from slimcli.recipe import find_recipe, load_recipe, summary_lines
+    from slimcli.recipe import FILES, find_recipe, summary_lines
+    from slimcli.resolve import resolve
 
     display = Display(as_json)
+    if not check:
+        refuse_given("without --check: `slim train` and --check take it", "overrides")
+    elif copy_to is not None:
+        raise SlimError("--copy and --check are both given: choose one")
+    if copy_to is None:
+        refuse_given("without --copy", "force")
     if name is None:
         if copy_to is not None or check:
             raise SlimError("--copy and --check need the NAME of a recipe: `slim recipes` lists the built-in ones")
@@ -44,8 +51,9 @@ def command(
         return
     path = find_recipe(name)
     if check:
-        recipe = load_recipe(path, overrides)
-        display.line(f"{path}: valid: {recipe.model.name}, {len(recipe.stages)} stages")
+        recipe = resolve(str(path), "train", overrides, check=FILES).recipe
+        count = len(recipe.stages)
+        display.line(f"{path}: valid: {recipe.model.name}, {count} stage{'s' if count != 1 else ''}")
         display.document({"recipe": str(path), "valid": True, "resolved": recipe.model_dump(mode="json")})
     elif copy_to is not None:
         if copy_to.is_dir():

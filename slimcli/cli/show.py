@@ -7,8 +7,24 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import batch_size_option, common_options, data_option, dead_option, keep_rate_option
+from slimcli.cli.options import (
+    batch_size_option,
+    class_map_option,
+    common_options,
+    data_option,
+    dead_option,
+    keep_rate_option,
+    refuse_given,
+    set_option,
+    split_option,
+    target_options,
+)
 from slimcli.errors import SlimError
+
+#: parameters that only choose validation images
+PICKING = ("data", "class_map", "split", "pick", "count", "seed", "limit")
+#: images in a batch, and validation images to pick from, where nobody says
+BATCH, LIMIT = 16, 1000
 
 
 @click.command("show")
@@ -30,15 +46,18 @@ from slimcli.errors import SlimError
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="How many to pick.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --pick random.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=1000, show_default=True,
-    help="Pick from this many images, spread evenly over the split.",
+    "--limit", type=click.IntRange(min=1),
+    help="Pick from this many images, spread evenly over the split.  [default: the recipe's, or 1000]",
 )  # fmt: skip
-@click.option("--split", help="Folder or .tar inside --data.  [default: the recipe's val_split]")
+@split_option
 @click.option("--inline", is_flag=True, help="Show the picture in the terminal too.")
 @keep_rate_option("Another keep rate than the model's own.")
 @data_option
+@class_map_option
 @batch_size_option
+@target_options
 @dead_option
+@set_option
 @common_options
 def command(
     images: tuple[str, ...],
@@ -50,16 +69,11 @@ def command(
     pick: str,
     count: int,
     seed: int,
-    limit: int,
-    split: str | None,
     inline: bool,
     keep_rates: list[float] | None,
-    data: str | None,
-    batch_size: int | None,
-    dead: str | None,
-    device: str,
-    precision: str | None,
+    overrides: tuple[str, ...],
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Draw the life of every patch over the image, and the patches that are left after each drop layer.
 
@@ -67,16 +81,15 @@ def command(
     """
     if keep_rates is not None and len(keep_rates) > 1:
         raise SlimError("--keep-rate takes one keep rate here: a picture shows one schedule")
-    if images and (data is not None or split is not None):
-        raise SlimError("IMAGE and --data are both given: --data is for picking validation images")
+    if images:
+        refuse_given("with IMAGE: it is for picking validation images", *PICKING)
+    elif pick != "random":
+        refuse_given(f"with --pick {pick}", "seed")
 
-    from slimcli import data as datasets
     from slimcli import pictures
     from slimcli.cli.display import Display
-    from slimcli.device import find_device, find_dtype
     from slimcli.files import check_writable
-    from slimcli.recipe import DataSection
-    from slimcli.targets import choose_data, find_target
+    from slimcli.session import Request, open_session
 
     display = Display(as_json)
     form = pictures.choose_format(output, form)
@@ -84,31 +97,35 @@ def command(
     paths = pictures.find_images(images) if images else []
     if output is not None and any(path.is_file() and output.absolute() == path.absolute() for path in paths):
         raise SlimError(f"-o {output}: is one of the images: choose another name")
-    where = find_device(device)
-    found = find_target(run, pretrained=True, dead=dead)
-    model = found.model
-    dtype = find_dtype(precision or "float32", where)
+    request = Request("show IMAGE" if paths else "show", run, overrides, reads_data=not paths, **asked)
+    session = open_session(request)
+    found, model = session.target, session.model
     if keep_rates is not None:
         model.keep_rate = keep_rates[0]
     geometry = pictures.find_geometry(model)
     pictures.drop_stages(geometry, layer)
-    if not found.has_life_head:
-        display.warn(f"{found.label} has no trained life head: run `slim calibrate` or `slim train` first")
-    class_names = pictures.readable(found.config.get("class_names"))
+    for line in session.warnings:
+        display.warn(line)
+    class_names = pictures.readable(found.class_names)
     broken: list[Any] = []
-    batch = batch_size or 16
+    batch = request.batch_size or (session.data.batch_size if session.resolved.is_given("data.batch_size") else BATCH)
+    prepare = session.preprocessing
     if paths:
-        prepare = datasets.preprocessing(found.preprocessing, found.data or DataSection())
-        stream = pictures.look(model, pictures.image_batches(paths, prepare, batch, broken), where, dtype)
+        stream = pictures.look(
+            model, pictures.image_batches(paths, prepare, batch, broken), session.device, session.dtype
+        )
         expected = len(paths)
     else:
-        section = choose_data(found, data, split, limit, batch)
-        samples = datasets.open_dataset(section, train=False)
+        limit = session.data.val_limit or LIMIT
+        samples = session.images(val_limit=limit)
+        for line in session.notes:
+            display.warn(line)
         class_names = class_names or pictures.readable(getattr(samples, "class_names", None))
-        prepare = datasets.preprocessing(found.preprocessing, section)
         if pick == "random":
             samples = pictures.draw_at_random(samples, count, seed)
-        looked = pictures.look(model, pictures.data_batches(samples, prepare, batch, where), where, dtype)
+        looked = pictures.look(
+            model, pictures.data_batches(samples, prepare, batch, session.device), session.device, session.dtype
+        )
         with display.progress() as progress:
             chosen = pictures.pick(pictures.counted(looked, progress, limit), pick, count)
         stream, expected = iter(chosen), len(chosen)

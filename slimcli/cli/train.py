@@ -38,18 +38,17 @@ def command(
     environment, a summary and report.html. Under `torchrun -m slimcli` or `accelerate launch -m slimcli` it uses
     every process.
     """
-    from slimcli.recipe import load_recipe
+    from slimcli.recipe import FILES, find_recipe
+    from slimcli.resolve import resolve
     from slimcli.runs import RECIPE, SUMMARY, find_run
 
-    if precision is not None:
-        overrides = (*overrides, f'precision="{precision}"')
     run: Path | None = None
     if resume and not find_run(Path(resume)).is_dir():
         if recipe is not None:
             raise SlimError(f"--resume {resume}: no such run folder")
         recipe, resume = resume, ""
     if resume:
-        if recipe is not None or overrides:
+        if recipe is not None or overrides or precision is not None:
             raise SlimError(
                 f"--resume {resume} goes on with the run's own recipe: leave RECIPE, --set and --precision out"
             )
@@ -60,7 +59,9 @@ def command(
             raise SlimError(f"{run}: is not a run: expected {RECIPE} in it")
     if recipe is None:
         raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
-    loaded = load_recipe(recipe, overrides)
+    loaded = resolve(str(find_recipe(recipe)), "train", overrides, precision=precision, check=FILES).recipe
+    if dry_run and (run is not None or resume is not None):
+        raise SlimError("--dry-run trains nothing: leave --resume out")
 
     from slimcli import train
     from slimcli.cli.display import Display, across
@@ -91,7 +92,10 @@ def command(
     with display.progress() as progress:
         line = report_of_training(folder, find_device(device), loaded.precision, progress)
     display.line(line)
-    display.line(f"{folder} holds the model; next: slim eval --keep-rate 0.9,0.8,0.7,0.5")
+    if all(stage.mode == "none" for stage in loaded.stages):
+        display.line(f"{folder} holds the dense model, its life head untaught; next: slim calibrate {folder}")
+    else:
+        display.line(f"{folder} holds the model; next: slim eval --keep-rate 0.9,0.8,0.7,0.5")
     display.document(summary)
 
 

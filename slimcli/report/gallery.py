@@ -16,11 +16,10 @@ from PIL import Image
 
 from slimcli import data as datasets
 from slimcli import pictures, profile
-from slimcli.device import find_dtype
 from slimcli.errors import SlimError
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.report.record import Record
-from slimcli.targets import choose_data, from_folder
+from slimcli.session import Request, open_session
 
 
 @dataclass
@@ -53,12 +52,11 @@ def measure(
     Raises:
         SlimError: where the folder holds no model, or its data is not there any more.
     """
-    target = from_folder(record.folder)
-    model = target.model
-    dtype = find_dtype(precision or "float32", device)
-    section = choose_data(target, data, None, limit, None)
-    samples = datasets.open_dataset(section, train=False)
-    prepare = datasets.preprocessing(target.preprocessing, section)
+    request = Request("report", str(record.folder), device=device.type, precision=precision, data=data, limit=limit)
+    session = open_session(request)
+    target, model, dtype, section = session.target, session.model, session.dtype, session.data
+    samples = session.images()
+    prepare = session.preprocessing
     batch = min(section.batch_size, 16)
     geometry = pictures.find_geometry(model)
     outcomes: list[pictures.Outcome] = []
