@@ -321,6 +321,8 @@ def _explain(item: Any, source: str, sources: dict[Location, str]) -> str:
     """One of pydantic's errors as `file:line: field: what was found, what is allowed, the nearest name`."""
     # a union's members appear in the location as words of pydantic's own, which no user wrote
     place = tuple(part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", part))
+    if item["type"] == "extra_forbidden" and place[-1:] != tuple(item["loc"][-1:]):
+        place = (*place, item["loc"][-1])
     fields = ".".join(str(part) for part in place)
     kind, found, context = item["type"], item.get("input"), item.get("ctx", {})
     where = _where(place, source, sources)
@@ -377,7 +379,9 @@ def _is_section(annotation: Any) -> bool:
 def _apply_override(raw: Any, override: str) -> Location:
     """Set one field of a parsed recipe from `path.to.field=value`; return its place."""
     name, equals, text = override.partition("=")
-    place: Location = tuple(int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.strip().split("."))
+    place: Location = tuple(
+        int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.strip().split(".")
+    )
     if not equals or not all(str(part) for part in place):
         raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
     target = raw
@@ -391,7 +395,7 @@ def _apply_override(raw: Any, override: str) -> Location:
             target.append(_value(text))
         else:
             target[place[-1]] = _value(text)
-    except (IndexError, TypeError):
+    except (IndexError, TypeError, AttributeError):
         raise SlimError(f"--set {override}: the recipe has no {place[-1]!r} to set this in") from None
     return place
 
