@@ -7,7 +7,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -15,10 +14,10 @@ import numpy
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from slimcli.rows import MEASURES, Row
+from slimcli.rows import MEASURES, Measure
 from slimcli.schedule import life_moments
 
 # Colours that stand in the drawing until the page's own take their place.
@@ -34,19 +33,6 @@ PLOT = (4.6, 3.1)
 
 #: an id of its own for every plot of a page
 _numbers = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A measured model, dense or slimmed, and the series that it belongs to."""
-
-    series: str
-    row: Row
-
-    @property
-    def title(self) -> str:
-        """The keep rate, or what stands for it."""
-        return self.row.name
 
 
 @contextmanager
@@ -79,7 +65,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _plot(draw: Callable[[Axes], str], title: str) -> Markup:
+def plot_of(draw: Callable[[Axes], str], title: str) -> Markup:
     """An SVG of what `draw` puts on the axes; it returns the description for those who cannot see the drawing."""
     with _style():
         figure = Figure(PLOT, layout="constrained")
@@ -128,7 +114,7 @@ def training_loss(runs: Mapping[str, Metrics]) -> Markup | None:
         _mark_stages(axes, {name: runs[name] for name in curves})
         return "Mean loss since the start of the epoch. " + "; ".join(words) + "."
 
-    return _plot(draw, "Training loss") if curves else None
+    return plot_of(draw, "Training loss") if curves else None
 
 
 def validation(runs: Mapping[str, Metrics]) -> Markup | None:
@@ -137,7 +123,6 @@ def validation(runs: Mapping[str, Metrics]) -> Markup | None:
     if key is None:
         return None
     measure, curves = MEASURES[key], _curves(runs, f"val_{key}", ("epoch",))
-    name_of = "Top-1" if key == "top1" else measure.title
 
     def said(value: float) -> str:
         return f"{value:.{measure.digits}f}{measure.unit}"
@@ -148,7 +133,7 @@ def validation(runs: Mapping[str, Metrics]) -> Markup | None:
             colour, marker, dash = SERIES[number % 6], MARKERS[number % 6], DASHES[number % 6]
             axes.plot(places, scores, color=colour, marker=marker, linestyle=dash, linewidth=1.6, label=name)
             start = next((row.get(key) for row in runs[name] if row.get("event") == "start"), None)
-            # a cosine of the dense model with itself is 1, and would flatten the curve
+            # the dense model's cosine with itself is 1
             if start is not None and len(curves) == 1 and key == "top1":
                 axes.axhline(start, color=INK, linestyle=(0, (2, 2)), linewidth=1)
                 axes.annotate(
@@ -159,9 +144,9 @@ def validation(runs: Mapping[str, Metrics]) -> Markup | None:
         axes.margins(y=0.25)
         axes.set(xlabel="epoch", ylabel="top-1 (%)" if key == "top1" else "cosine")
         _mark_stages(axes, {name: runs[name] for name in curves})
-        return f"{name_of} on the validation images after each epoch. " + "; ".join(words) + "."
+        return f"{name_of(measure)} on the validation images after each epoch. " + "; ".join(words) + "."
 
-    return _plot(draw, "Validation top-1" if key == "top1" else "Validation cosine with dense")
+    return plot_of(draw, "Validation top-1" if key == "top1" else "Validation cosine with dense")
 
 
 def _curves(runs: Mapping[str, Metrics], key: str, events: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
@@ -215,77 +200,9 @@ def _mark_stages(axes: Axes, runs: Mapping[str, Metrics]) -> None:
         )  # fmt: skip
 
 
-def trade_off(points: Sequence[Point], axis: str) -> Markup | None:
-    """Measured points: accuracy over `axis`, "gmacs" or "speedup"; None where nothing was measured of both."""
-    score = next((point.row.score for point in points if point.row.score is not None), None)
-    x_of = MEASURES[axis]
-    placed = [
-        (point, x, y)
-        for point in points
-        if score and (x := x_of.value(point.row)) is not None and (y := score.value(point.row)) is not None
-    ]
-    if score is None or not placed:
-        return None
-    cost = axis == "gmacs"
-    doubted = x_of.timed and any(point.row.timing_reliable is False for point, _, _ in placed)
-
-    def draw(axes: Axes) -> str:
-        names = list(dict.fromkeys(point.series for point, _, _ in placed))
-        words = []
-        for number, name in enumerate(names):
-            colour, marker = SERIES[number % 6], MARKERS[number % 6]
-            # the first series shows behind a second one at the same place
-            size = 11 if number == 0 and len(names) > 1 else 7
-            for point, x, y in placed:
-                if point.series != name:
-                    continue
-                fill = "none" if point.row.dense else colour
-                axes.plot(x, y, marker, color=colour, markerfacecolor=fill, markersize=size, linestyle="none")
-                unit = "G multiply-adds" if cost else "times as fast as dense"
-                words.append(f"{name}, {point.title}: {y:.4g}{score.unit} at {x:.3g} {unit}")
-            axes.plot([], [], marker, color=colour, linestyle="none", label=name)
-        _scale(axes, [x for _, x, _ in placed] if cost else [])
-        axes.margins(x=0.15, y=0.3)
-        axes.autoscale_view()
-        _label(axes, [(point.title, x, y, point.row.dense) for point, x, y in placed])
-        speed = "speed-up over dense, " + ("not measured reliably" if doubted else "measured")
-        axes.set(
-            xlabel="multiply-adds an image (G)" if cost else speed,
-            ylabel="top-1 (%)" if score.key == "top1" else "cosine",
-        )
-        if len(names) > 1:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
-        return "Measured points, labelled with their keep rate. " + "; ".join(words) + "."
-
-    name = "Top-1" if score.key == "top1" else score.title
-    return _plot(draw, f"{name} against {'cost' if cost else 'speed'}")
-
-
-def _scale(axes: Axes, costs: Sequence[float]) -> None:
-    """A logarithmic axis where costs differ much."""
-    if costs and min(costs) > 0 and max(costs) > 8 * min(costs):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _label(axes: Axes, points: Sequence[tuple[str, float, float, bool]]) -> None:
-    """Write the keep rate below or above each point where no other stands; the table has those that found no room.
-
-    Points are (title, x, y, whether dense).
-    """
-    share_of_axes = axes.transData + axes.transAxes.inverted()
-    placed: list[tuple[str, float, float]] = []
-    for name, place, score, dense in points:
-        x, y = share_of_axes.transform((place, score))
-        if any(title == name and abs(x - a) < 0.06 and abs(y - b) < 0.15 for title, a, b in placed):
-            continue
-        for side in (1, -1) if dense else (-1, 1):
-            at = y + 0.08 * side
-            if all(abs(x - a) > 0.13 or abs(at - b) > 0.08 for _, a, b in placed):
-                placed.append((name, x, at))
-                axes.annotate(name, (x, at), xycoords="axes fraction", ha="center", va="center", size=9)
-                break
+def name_of(measure: Measure) -> str:
+    """How a plot calls a score."""
+    return "Top-1" if measure.key == "top1" else measure.title
 
 
 def patches_by_block(dense: dict[str, Any], slim: dict[str, Any]) -> Markup:
@@ -303,7 +220,7 @@ def patches_by_block(dense: dict[str, Any], slim: dict[str, Any]) -> Markup:
         used = ", ".join(map(str, counts))
         return f"Of {counts[0]} patches, blocks 1 to {len(blocks)} of the slimmed model use {used}."
 
-    return _plot(draw, "Patches in each block")
+    return plot_of(draw, "Patches in each block")
 
 
 def time_by_block(dense: dict[str, Any], slim: dict[str, Any], batch_size: int) -> Markup:
@@ -325,7 +242,7 @@ def time_by_block(dense: dict[str, Any], slim: dict[str, Any], batch_size: int) 
         axes.legend(ncols=2, loc="upper right")
         return f"Measured time of each block at batch {batch_size}: {'; '.join(totals)} in all."
 
-    return _plot(draw, "Time in each block")
+    return plot_of(draw, "Time in each block")
 
 
 def life_histogram(lives: NDArray[numpy.float32], counts: Sequence[int]) -> Markup:
@@ -350,4 +267,4 @@ def life_histogram(lives: NDArray[numpy.float32], counts: Sequence[int]) -> Mark
             f"deviation {std:.2f}."
         )
 
-    return _plot(draw, "Predicted lives against their target")
+    return plot_of(draw, "Predicted lives against their target")

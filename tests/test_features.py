@@ -31,7 +31,7 @@ def test_the_tables_show_the_cosine(slim, tiny_recipe):
     assert result.exit_code == 0, result.output
     assert "cosine with dense features" in result.stdout and "Cosine with dense" in result.stdout
     assert slim("prune", "cal", "-o", "baked").exit_code == 0
-    assert "cosine with dense" in Path("baked/README.md").read_text()
+    assert "Cosine with dense" in Path("baked/README.md").read_text()
 
 
 def test_training_a_model_without_classifier_is_refused_with_what_to_do(refused, tiny_recipe):
@@ -46,4 +46,4 @@ def test_similarity_is_the_mean_cosine():
     found = Similarity()
     found.add(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
     found.add(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 2.0]]))
-    assert found.row() == {"similarity": pytest.approx(2 / 3, abs=1e-5)}
+    assert found.row() == pytest.approx({"similarity": 2 / 3, "similarity_se": 1 / 3}, abs=1e-5)

@@ -15,13 +15,13 @@ from conftest import TINY_RECIPE, document
 from PIL import Image
 from show_fixtures import save_tiny
 
-from slimcli import plots, report
+from slimcli import report
 from slimcli.cli import main
 from slimcli.device import find_device
 from slimcli.errors import SlimError
-from slimcli.plots import Point
 from slimcli.report import record
 from slimcli.rows import Row
+from slimcli.trade_off import Point, trade_off
 
 CPU = find_device("cpu")
 
@@ -223,9 +223,8 @@ def test_a_feature_model_is_reported_by_cosine(slim, tiny_recipe, tmp_path):
 
 
 def test_a_training_without_a_classifier_ends_with_a_report(slim, tiny_recipe, tmp_path):
-    features = tiny_recipe.read_text().replace("num_heads = 2", "num_heads = 2, num_classes = 0")
-    tiny_recipe.write_text(features.replace('mode = "soft"', 'mode = "soft"\nloss = "cosine"'))
-    result = slim("train", tiny_recipe)
+    tiny_recipe.write_text(tiny_recipe.read_text().replace('mode = "soft"', 'mode = "soft"\nloss = "cosine"'))
+    result = slim("train", tiny_recipe, "--set", "model.num_classes=0")
     assert result.exit_code == 0 and "tells the run in pictures" in result.stdout, result.output
     page = Page(tmp_path / "runs" / "latest" / "report.html")
     assert "Validation cosine with dense" in page.described["title"]
@@ -435,7 +434,7 @@ def test_words_in_plots_stay_inside_whatever_the_figures(browser, tmp_path, scor
         for shift, series in ((1.0, "cpu, bfloat16, batch 64"), (1.01, "100 images, cpu, float32, batch 64"))
         for number, (rate, score) in enumerate(zip(rates, scores, strict=True))
     ]
-    drawings = [plots.trade_off(chosen, axis) for chosen in (points, points[:5]) for axis in ("gmacs", "speedup")]
+    drawings = [trade_off(chosen, axis) for chosen in (points, points[:5]) for axis in ("gmacs", "speedup")]
     page = tmp_path / "plots.html"
     page.write_text("".join(f'<div style="width: 360px">{drawing}</div>' for drawing in drawings))
     opened(browser, page, 390)

@@ -67,18 +67,17 @@ class Display:
         if self.quiet:
             return
         if self.out.is_terminal:
-            # as Text: names in square brackets are no markup
-            said = None if caption is None else Text(caption)
-            table = Table(
-                box=box.SIMPLE_HEAD, caption=said, caption_justify="left", pad_edge=False, collapse_padding=True
-            )
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
             for index, title in enumerate(titles):
+                # as Text: names in square brackets are no markup
                 table.add_column(
                     Text(title), justify="left" if index == 0 or left else "right", no_wrap=index > 0 and not left
                 )
             for row in rows:
                 table.add_row(*(Text(str(cell)) for cell in row))
             self._console().print(table, soft_wrap=False)
+            if caption:
+                self._console().print(Text(caption), soft_wrap=False)
             return
         widths = [max(len(str(cell)) for cell in column) for column in zip(titles, *rows, strict=True)]
         for row in (titles, *rows):

@@ -9,11 +9,11 @@ from typing import Any
 from markupsafe import Markup
 
 from slimcli import plots
-from slimcli.plots import Point
 from slimcli.report.gallery import Measured, gallery_page
 from slimcli.report.record import Record, points
 from slimcli.rows import MEASURES, Row, interval_text, measured, notes, timing_notes
 from slimcli.runs import RECIPE
+from slimcli.trade_off import Point, trade_off
 
 
 def run_page(record: Record, measured: Measured | None) -> dict[str, Any]:
@@ -156,5 +156,5 @@ def _learning(records: Sequence[Record]) -> list[Markup]:
 
 
 def _trade_offs(found: Sequence[Point]) -> list[Markup]:
-    drawn = (plots.trade_off(found, "gmacs"), plots.trade_off(found, "speedup"))
+    drawn = (trade_off(found, "gmacs"), trade_off(found, "speedup"))
     return [plot for plot in drawn if plot is not None]

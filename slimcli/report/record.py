@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from slimcli.errors import SlimError
-from slimcli.plots import Point
 from slimcli.rows import Row, read_rows
 from slimcli.runs import CONFIG, ENVIRONMENT, EVALUATIONS, METRICS, RECIPE, SUMMARY
 from slimcli.store import read_config
+from slimcli.trade_off import Point
 
 
 @dataclass
