@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimcli.layout import is_plain_linear
+
 #: the highest exponent of a patch's mass: what a few outliers weigh is finite then
 MOST = 40.0
 #: channels of an attention head in the life head's own transformer block
@@ -198,7 +200,19 @@ class Similarity(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Patches (B, N, D) to features (B, N, dim)."""
         with torch.autocast(patches.device.type, enabled=False):
-            return F.linear(normalised(patches, self.norm), self.projection.weight.float())
+            return _in_float32(self.projection, normalised(patches, self.norm))
+
+
+def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer without bias on x (..., C) in float32, whatever the dtype of its weight is.
+
+    One that is more than its weight (quantized, with hooks or an adapter) is called, in its own dtype.
+    """
+    if is_plain_linear(layer):
+        return F.linear(x, layer.weight.float())
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
+    found: Tensor = layer(x.to(dtype))
+    return found.float()
 
 
 class Context(nn.Module):
@@ -308,8 +322,11 @@ class LifeHead(nn.Module):
             h = normalised(tokens, self.norm)
             patches = h[:, num_prefix_tokens:]
             whole = h[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
-            folded = F.linear(whole, self.query.weight.float()) @ self.key.weight.float()
-            score = torch.bmm(patches, folded.unsqueeze(-1)).squeeze(-1)
+            query = _in_float32(self.query, whole)
+            if is_plain_linear(self.key):
+                score = torch.bmm(patches, (query @ self.key.weight.float()).unsqueeze(-1)).squeeze(-1)
+            else:
+                score = torch.bmm(_in_float32(self.key, patches), query.unsqueeze(-1)).squeeze(-1)
             raw = tokens[:, num_prefix_tokens:]
             features = (raw.float() if self.similarity is None else self.similarity(raw)) if compare else None
             if self.context is not None:

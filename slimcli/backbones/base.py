@@ -143,7 +143,11 @@ class Backbone(ABC):
         values as they are. A block is given it only where it `narrows`.
         """
         if reading is not None:
-            raise NotImplementedError(f"{type(self).__name__} says that it narrows block {layer}: narrow_block")
+            # the whole block on both, in which what asks is no key for anybody
+            nobody = tokens.new_full(reading.shape[:2], float("-inf"), dtype=torch.float32)
+            bias = nobody.new_zeros(tokens.shape[:2]) if key_bias is None else key_bias.to(nobody.dtype)
+            both, bias = torch.cat((reading, tokens), dim=1), torch.cat((nobody, bias), dim=1)
+            return self.masked_block(layer, both, positions, bias)[:, :keep]
         if key_bias is None:
             return self.block(layer, tokens, positions)[:, :keep]
         return self.masked_block(layer, tokens, positions, key_bias)[:, :keep]

@@ -15,7 +15,6 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slimcli.attention import biased_attention
 from slimcli.backbones.base import Backbone, pool_mean
@@ -259,7 +258,8 @@ class TimmCait(TimmViT):
         paid = logits.softmax(dim=-1)
         weights = _talk(attn.proj_w, paid)
         if key_bias is not None:
-            constant = attn.proj_w.bias[:, None, None] * (key_bias.exp() - 1)[:, None, None, :].to(logits.dtype)
+            nothing = weights.new_zeros(1, attn.num_heads, 1, 1)
+            constant = _talk(attn.proj_w, nothing) * (key_bias.exp() - 1)[:, None, None, :].to(logits.dtype)
             weights = weights + constant
         x = (attn.attn_drop(weights) @ value).transpose(1, 2).reshape(batch, n, width)
         x = tokens + block.drop_path(block.gamma_1 * attn.proj_drop(attn.proj(x)))
@@ -286,7 +286,8 @@ class TimmCait(TimmViT):
 
 def _talk(projection: nn.Linear, heads: Tensor) -> Tensor:
     """Mix heads (B, H, n, n) with a linear layer over H."""
-    return F.linear(heads.permute(0, 2, 3, 1), projection.weight, projection.bias).permute(0, 3, 1, 2)
+    found: Tensor = projection(heads.permute(0, 2, 3, 1))
+    return found.permute(0, 3, 1, 2)
 
 
 ADAPTERS: dict[type[nn.Module], type[TimmViT]] = {

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from slimcli.attention import attend, biased_attention
 from slimcli.backbones.base import Backbone, pool_mean
 from slimcli.errors import SlimError
-from slimcli.layout import PackedLinear, rows
+from slimcli.layout import rows
 
 DIGITS_VIT = Path(__file__).parent.parent / "assets" / "digits_vit"
 
@@ -132,7 +132,8 @@ class TimmViT(Backbone):
         return model.norm_pre(model.patch_drop(tokens)), None
 
     def masked_block(self, layer: int, tokens: Tensor, positions: Tensor | None, key_bias: Tensor) -> Tensor:
-        if positions is not None or not is_plain(self.blocks[layer - 1]):
+        block: Any = self.blocks[layer - 1]
+        if positions is not None or not is_plain(block) or has_hooks(block, block.attn):
             return super().masked_block(layer, tokens, positions, key_bias)
         # to look for the attention of a block that is known would cost a call to Python for every operator
         return self.narrow_block(layer, tokens, None, tokens.shape[1], key_bias)
@@ -150,7 +151,7 @@ class TimmViT(Backbone):
         reading: Tensor | None = None,
     ) -> Tensor:
         block: Any = self.blocks[layer - 1]
-        if positions is not None or not is_plain(block):
+        if positions is not None or not is_plain(block) or has_hooks(block, block.attn):
             return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
         x = block.norm1(tokens)
         if reading is not None:
@@ -164,7 +165,7 @@ class TimmViT(Backbone):
 
     def _attention(self, attn: Attention, reading: Tensor, x: Tensor, key_bias: Tensor | None) -> Tensor:
         """timm's attention of the tokens `reading` (B, keep, D) to the tokens `x` (B, n, D): (B, keep, D)."""
-        split = attn.qkv.out_features // 3
+        split = attn.num_heads * attn.head_dim
         batch, n, _ = x.shape
         keep = reading.shape[1]
         if reading is x:
@@ -175,7 +176,10 @@ class TimmViT(Backbone):
             key, value = both.reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         query, key = attn.q_norm(query), attn.k_norm(key)
         dropout = attn.attn_drop.p if attn.training else 0.0
-        if key_bias is None:
+        if not attn.fused_attn:
+            # timm's switch for the plain formula
+            out = attend(query, key, value, key_bias, dropout=dropout, kernel="reference")
+        elif key_bias is None:
             out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         else:
             out = attend(query, key, value, key_bias, dropout=dropout, kernel=self.attention)
@@ -269,11 +273,16 @@ def is_plain(block: Any) -> bool:
     return (
         type(block) is Block
         and type(block.attn) is Attention
-        and type(block.attn.qkv) in (nn.Linear, PackedLinear)
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU)
-        and block.attn.fused_attn
-        # what a hook would see or change is not there in a narrow block
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.attn, block.attn.qkv))
+        and not any("forward" in part.__dict__ for part in (block, block.attn))
+    )
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody looks at what goes in and out of a module, or changes it: it must then be called."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
     )
 
 

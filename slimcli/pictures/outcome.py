@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimcli.evaluate import pooled
-from slimcli.layout import lay_out_for_inference
+from slimcli.layout import lay_out_for_inference, optimize
 from slimcli.pictures.geometry import Geometry, predicts_lives
 from slimcli.pictures.words import class_name
 from slimcli.progress import Progress
