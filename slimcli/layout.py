@@ -139,8 +139,8 @@ def is_plain_linear(layer: nn.Module) -> bool:
         and not layer._backward_pre_hooks
         and "forward" not in layer.__dict__
         and layer._parameters.get("weight") is not None
-        # quantized weights are tensors of a class of another package's
-        and type(layer.weight).__module__.partition(".")[0] == "torch"
+        # as quantized weights have it: a tensor that is made of others
+        and not hasattr(layer.weight, "__tensor_flatten__")
     )
 
 

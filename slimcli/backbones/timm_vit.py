@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,10 @@ class TimmViT(Backbone):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.global_token = "cls" if self._has_class_token() else "mean"
-        self.head_reads_prefix_only = isinstance(model, VisionTransformerDistilled) or model.global_pool == "token"
+
+    @property
+    def head_reads_prefix_only(self) -> bool:  # type: ignore[override]
+        return isinstance(self.model, VisionTransformerDistilled) or self.model.global_pool == "token"
 
     def _has_class_token(self) -> bool:
         return getattr(self.model, "cls_token", None) is not None
@@ -134,9 +139,19 @@ class TimmViT(Backbone):
     def masked_block(self, layer: int, tokens: Tensor, positions: Tensor | None, key_bias: Tensor) -> Tensor:
         block: Any = self.blocks[layer - 1]
         if positions is not None or not is_plain(block) or has_hooks(block, block.attn):
-            return super().masked_block(layer, tokens, positions, key_bias)
+            where = f"block {layer} of {type(self.model).__name__}"
+            with fused(block) as switched, biased_attention(key_bias, kernel=self._kernel(switched), where=where):
+                return self.block(layer, tokens, positions)
         # to look for the attention of a block that is known would cost a call to Python for every operator
         return self.narrow_block(layer, tokens, None, tokens.shape[1], key_bias)
+
+    def observed_block(self, layer: int, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        with fused(self.blocks[layer - 1]):
+            return self.block(layer, tokens, positions)
+
+    def _kernel(self, switched: bool) -> str:
+        """The kernel for keys with a bias: the plain formula where timm was told to use it."""
+        return "reference" if switched else self.attention
 
     def narrows(self, layer: int) -> bool:
         return is_plain(self.blocks[layer - 1])
@@ -194,7 +209,8 @@ class TimmViT(Backbone):
             return None
 
         def attention(tokens: Tensor) -> Tensor:
-            return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+            with fused(block):
+                return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
 
         def mlp(tokens: Tensor) -> Tensor:
             return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
@@ -235,7 +251,8 @@ class TimmViT(Backbone):
         first = 0 if getattr(model, "pool_include_prefix", False) else self.num_prefix_tokens
         if kind == "map":
             first = first if hasattr(model, "pool_include_prefix") else 0
-            with biased_attention(key_bias[:, first:], kernel=self.attention, where="the attention pooling"):
+            where = "the attention pooling"
+            with fused(model) as off, biased_attention(key_bias[:, first:], kernel=self._kernel(off), where=where):
                 return self._pool(tokens)
         tokens, key_bias = tokens[:, first:], key_bias[:, first:]
         mean = pool_mean(tokens, key_bias)
@@ -276,6 +293,31 @@ def is_plain(block: Any) -> bool:
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU)
         and not any("forward" in part.__dict__ for part in (block, block.attn))
     )
+
+
+#: held while attention modules are switched
+_SWITCHING = threading.RLock()
+
+
+@contextmanager
+def fused(module: nn.Module) -> Iterator[bool]:
+    """Inside it, attention goes through torch's fused function, where slim adds a bias or reads queries and keys.
+
+    timm's own switch for the plain formula (`TIMM_FUSED_ATTN=0`, `set_fused_attn`) is put back afterwards. Yields
+    whether it was set.
+    """
+    off = [part for part in module.modules() if getattr(part, "fused_attn", True) is False]
+    if not off:
+        yield False
+        return
+    with _SWITCHING:
+        for part in off:
+            part.fused_attn = True  # type: ignore[assignment]
+        try:
+            yield True
+        finally:
+            for part in off:
+                part.fused_attn = False  # type: ignore[assignment]
 
 
 def has_hooks(*modules: nn.Module) -> bool:
