@@ -186,8 +186,11 @@ def test_numbers_of_numpy_and_torch_are_keep_rates(value):
         [[1]],
         [0.5, 0.7],
         [16, None],
-    ]
-    + [numpy.linspace(0.3, 1, 3), torch.tensor([0.5]), numpy.array([[1.5, 0.7]]), object()],
+        numpy.linspace(0.3, 1, 3),
+        torch.tensor([0.5]),
+        numpy.array([[1.5, 0.7]]),
+        object,
+    ],
     ids=repr,
 )
 def test_what_is_no_keep_rate_is_refused_in_a_line(value):
