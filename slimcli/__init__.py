@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slimcli.attention import attend, biased_attention
     from slimcli.backbones.base import Backbone, pool_mean
     from slimcli.conformance import check_backbone, conformance_tests
+    from slimcli.layout import optimize
     from slimcli.life import LifeHead
     from slimcli.methods.base import Method
     from slimcli.methods.life import LifeModel
@@ -41,6 +42,7 @@ __all__ = [
     "conformance_tests",
     "hookimpl",
     "load",
+    "optimize",
     "pool_mean",
     "slim",
 ]
@@ -59,6 +61,7 @@ _LAZY = {
     "SlimModel": "slimcli.methods.slim_model",
     "slim": "slimcli.slimming",
     "load": "slimcli.store",
+    "optimize": "slimcli.layout",
 }
 
 

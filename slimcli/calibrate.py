@@ -16,7 +16,7 @@ from slimcli import measure
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.evaluate import Accuracy, Similarity, Variant, pooled
-from slimcli.layout import lay_out_for_inference
+from slimcli.layout import packed
 from slimcli.life import HEAD_CHANNELS, LifeHead, normalise_life
 from slimcli.profile import random_images
 from slimcli.progress import Progress, Step, Steps, no_progress
@@ -363,7 +363,21 @@ def calibrate(
     if not isinstance(model, LifeModel):
         raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
-    lay_out_for_inference(model.model)
+    with packed(model.model):
+        return _calibrated(model, goal, fit_on, check_on, num_images, device, dtype, progress, others)
+
+
+def _calibrated(
+    model: LifeModel,
+    goal: Schedule | Cost,
+    fit_on: Iterable[tuple[Tensor, Tensor]],
+    check_on: Iterable[tuple[Tensor, Tensor]],
+    num_images: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    others: Sequence[Cost],
+) -> Calibration:
     model.mode = "hard"
     head = model.life_head
     head.extend(*head_widths(model))

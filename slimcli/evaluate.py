@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from slimcli import measure
 from slimcli.errors import SlimError
 from slimcli.files import write_json
-from slimcli.layout import lay_out_for_inference
+from slimcli.layout import optimize
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.rows import Row
 from slimcli.runs import EVALUATIONS
@@ -110,8 +110,7 @@ def evaluate(
     rounds at least and for up to five seconds until the ratios are known narrowly. The speed-up is the median of the
     ratios within a round, and `timing_reliable` says whether to believe it.
     """
-    model = model.to(device, dtype).eval()
-    lay_out_for_inference(model)
+    model = optimize(model.to(device, dtype).eval())
     # the dense model runs as its library runs it, whatever the slimmed one leaves out
     variants = [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
     steps = Steps(progress, [Step("evaluating", 4.0), Step("timing", 1.0)])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimcli.layout import is_plain_linear
+
 #: the highest exponent of a patch's mass: what a few outliers weigh is finite then
 MOST = 40.0
 #: channels of an attention head in the life head's own transformer block
@@ -26,7 +28,13 @@ def normalise_life(score: Tensor, life_mean: float, life_std: float, eps: float 
     """
     score = score.float()
     centred = score - score.mean(dim=-1, keepdim=True)
-    std = centred.square().mean(dim=-1, keepdim=True).sqrt()
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    if score.requires_grad:
+        # patches that are all alike (a blank image) say nothing about who is more important: the root of 0 has no slope
+        alike = variance <= eps**2
+        centred = torch.where(alike, centred.detach(), centred)
+        variance = torch.where(alike, variance.detach(), variance)
+    std = variance.sqrt()
     return life_std * centred / (std + eps) + life_mean
 
 
@@ -48,14 +56,35 @@ def log_straight_weight(life: Tensor, used: Tensor, layer: int, temperature: flo
     return (used.to(soft.dtype) + soft - soft.detach() + eps).log()
 
 
+def exports_to_onnx() -> bool:
+    """Whether the model is being exported to ONNX, which has no stable sort."""
+    return torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+
+
+def highest_first(values: Tensor) -> Tensor:
+    """Indices (B, n) of values (B, n), the highest first; ties in their order, wherever it runs."""
+    if not exports_to_onnx():
+        return values.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(values.shape[1], device=values.device).expand(values.shape)
+    return torch.zeros_like(places).scatter(1, place_by_value(values), places)
+
+
+def place_by_value(values: Tensor) -> Tensor:
+    """How many of an image's values (B, n) come before each: higher ones, and equal ones that stand earlier; (B, n)."""
+    one, other = values.unsqueeze(2), values.unsqueeze(1)
+    # [i, j]: j stands before i
+    earlier = torch.ones(values.shape[1], values.shape[1], device=values.device).tril(-1) > 0
+    return ((other > one) | ((other == one) & earlier)).sum(dim=2)
+
+
 def longest_lives_first(life: Tensor, count: int) -> Tensor:
     """Indices (B, count) of the `count` patches with the longest lives, longest first; ties in raster order."""
-    return life.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return highest_first(life)[:, :count]
 
 
 def life_rank(life: Tensor) -> Tensor:
     """Position (B, N) of every patch in the order of lives: 0 for the longest."""
-    return life.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return place_by_value(life) if exports_to_onnx() else highest_first(life).argsort(dim=-1)
 
 
 def take_patches(patches: Tensor, order: Tensor) -> Tensor:
@@ -122,8 +151,8 @@ def plan(
     important leave, whether they are like others or not.
     """
     standard = normalise_life(score, 0.0, 1.0)
-    names = standard.argsort(dim=-1, descending=True, stable=True)
-    weight = (merge_importance * standard).exp()
+    names = highest_first(standard)
+    weight = (merge_importance * standard).clamp(-MOST, MOST).exp()
     standard = standard.gather(1, names)
     mass = (standard / redundancy if redundancy > 0 else standard).clamp(max=MOST).exp().unsqueeze(-1)
     groups = torch.cat((take_rows(features.float() * weight.unsqueeze(-1), names), mass), dim=-1)
@@ -138,7 +167,7 @@ def plan(
             root = groups[..., -1:].sqrt()
             scaled = torch.cat((root, root * unit), dim=-1)
             cost = torch.baddbmm(not_before[:n, :n], scaled, (scaled * signs).transpose(1, 2)).amin(dim=-1)
-            dearest = cost.argsort(dim=-1, descending=True, stable=True)
+            dearest = highest_first(cost)
             # those that stay, in the order that they have, then those that leave
             next_order = torch.cat((dearest[:, :stay].sort(dim=-1).values, dearest[:, stay:]), dim=1)
             names = names.gather(1, next_order)
@@ -198,7 +227,19 @@ class Similarity(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Patches (B, N, D) to features (B, N, dim)."""
         with torch.autocast(patches.device.type, enabled=False):
-            return F.linear(normalised(patches, self.norm), self.projection.weight.float())
+            return _in_float32(self.projection, normalised(patches, self.norm))
+
+
+def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer without bias on x (..., C) in float32, whatever the dtype of its weight is.
+
+    One that is more than its weight (quantized, with hooks or an adapter) is called, in its own dtype.
+    """
+    if is_plain_linear(layer):
+        return F.linear(x, layer.weight.float())
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
+    found: Tensor = layer(x.to(dtype))
+    return found.float()
 
 
 class Context(nn.Module):
@@ -308,8 +349,11 @@ class LifeHead(nn.Module):
             h = normalised(tokens, self.norm)
             patches = h[:, num_prefix_tokens:]
             whole = h[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
-            folded = F.linear(whole, self.query.weight.float()) @ self.key.weight.float()
-            score = torch.bmm(patches, folded.unsqueeze(-1)).squeeze(-1)
+            query = _in_float32(self.query, whole)
+            if is_plain_linear(self.key):
+                score = torch.bmm(patches, (query @ self.key.weight.float()).unsqueeze(-1)).squeeze(-1)
+            else:
+                score = torch.bmm(_in_float32(self.key, patches), query.unsqueeze(-1)).squeeze(-1)
             raw = tokens[:, num_prefix_tokens:]
             features = (raw.float() if self.similarity is None else self.similarity(raw)) if compare else None
             if self.context is not None:

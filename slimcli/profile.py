@@ -17,7 +17,7 @@ from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
 from slimcli.errors import SlimError
 from slimcli.evaluate import Variant, describe, schedules
-from slimcli.layout import lay_out_for_inference
+from slimcli.layout import lay_out_for_inference, optimize
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.rows import Row
 from slimcli.slimming import LifeModel, SlimModel, rival
@@ -55,8 +55,7 @@ def profile(
     `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
     Rounds go on for `min_seconds`, and for up to three times as long until the speed-ups are known narrowly.
     """
-    model = model.to(device, dtype).eval()
-    lay_out_for_inference(model)
+    model = optimize(model.to(device, dtype).eval())
     steps = Steps(progress, [Step("throughput", 3.0), Step("latency", 2.0), Step("memory", 1.0)])
     with model.running():
         variants = all_variants(model, keep_rates, exact_savings)
@@ -161,8 +160,7 @@ def per_layer(
     """
     if not isinstance(model, LifeModel):
         raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
-    model = model.to(device, dtype).eval()
-    lay_out_for_inference(model)
+    model = optimize(model.to(device, dtype).eval())
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)
     backbone, clock = model.backbone, _BlockClock(model.backbone, device)

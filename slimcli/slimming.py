@@ -11,7 +11,7 @@ from slimcli.methods.base import Method
 from slimcli.methods.life import LifeModel
 from slimcli.methods.slim_model import SlimModel
 from slimcli.plugins import build_model, find_backbone, find_method
-from slimcli.schedule import Schedule, with_keep_rate
+from slimcli.schedule import Schedule, check_whole, with_keep_rate
 
 __all__ = ["LifeModel", "SlimModel", "rival", "slim"]
 
@@ -47,7 +47,7 @@ def slim(
     if isinstance(model, str):
         model = build_model(model, pretrained=True, plugin=plugin)
     backbone = find_backbone(model, plugin)
-    life_layer = backbone.life_layer if life_layer is None else life_layer
+    life_layer = backbone.life_layer if life_layer is None else check_whole(life_layer, "life layer")
     layers = backbone.drop_layers(life_layer) if drop_layers is None else drop_layers
     schedule = with_keep_rate(Schedule.uniform(backbone.depth, 1.0, life_layer, layers), keep_rate)
     slimmed = find_method(method)(backbone, schedule, temperature)

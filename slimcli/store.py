@@ -15,7 +15,6 @@ from torch import Tensor
 
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
-from slimcli.layout import lay_out_for_inference
 from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.runs import CONFIG, WEIGHTS
 from slimcli.schedule import Schedule
@@ -167,7 +166,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: str | os.PathLike[str]) -> SlimModel:
-    """Load a model folder written by `slim train`, `calibrate` or `prune`, ready for inference.
+    """Load a model folder written by `slim train`, `calibrate` or `prune`, in evaluation mode.
+
+    It is plain torch, to be edited, quantized or trained as any model; `slimcli.optimize` makes it faster.
 
     Raises:
         SlimError: if the folder is missing, damaged, or needs a plugin that is not installed.
@@ -183,5 +184,4 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     model = kind(backbone, schedule, section["temperature"])
     model.configure(section)
     load_weights(model, folder / WEIGHTS, backbone.grid_size)
-    lay_out_for_inference(model)
     return model.eval()

@@ -161,7 +161,8 @@ def test_where_a_block_runs_whole_heirs_take_over_after_it():
     whole = slimmed(COUNTS)
     whole.dead = "heir"
     for block in whole.model.blocks:
-        block.register_forward_hook(lambda *_: None)
+        # a forward of somebody's own: nobody knows what it does for some tokens alone
+        block.forward = block.forward
     after = whole(x)
     assert after.isfinite().all()
     assert not torch.allclose(inside, after, atol=1e-4)

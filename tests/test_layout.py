@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from slimcli import load, slim
+from slimcli import load, optimize, slim
 from slimcli.backbones.base import counted
 from slimcli.layout import PackedLinear, can_pack, lay_out_for_inference, packed_bytes, rows
 from slimcli.measure import peak_memory_mib
@@ -22,9 +22,9 @@ packs = pytest.mark.skipif(not can_pack(torch.float32), reason="torch is built w
 def packed_layer(bias=True, dtype=torch.float32):
     torch.manual_seed(0)
     layer = nn.Linear(32, 48, bias=bias).to(dtype)
-    lay_out_for_inference(layer)
-    assert isinstance(layer, PackedLinear)
-    return layer
+    packed = lay_out_for_inference(layer)
+    assert isinstance(packed, PackedLinear) and type(layer) is nn.Linear
+    return packed
 
 
 def plain(layer, x):
@@ -160,12 +160,150 @@ def test_memory_counts_the_packed_copies():
     assert (after - before) * 2**20 == pytest.approx(48 * 32 * 4)
 
 
-@packs
-def test_a_loaded_model_is_packed(tmp_path):
+def test_models_are_plain_torch_until_somebody_asks_for_more(tmp_path):
     model = slim("digits_vit", 0.5)
     save_model(tmp_path, model, {"model": {"name": "digits_vit", "args": {}}})
-    loaded = load(tmp_path)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x), model.eval()(x), atol=1e-5, rtol=1e-4)
-    assert packed_bytes(loaded) > 0
+        for plain_model in (load(tmp_path), model.eval()):
+            assert not any(isinstance(module, PackedLinear) for module in plain_model.modules())
+            before = plain_model(x)
+            fast = optimize(plain_model)
+            torch.testing.assert_close(fast(x), before, atol=1e-5, rtol=1e-4)
+            assert bool(packed_bytes(fast)) == can_pack(torch.float32)
+            # the copy has no weights of its own, and the model stays as it was
+            assert not any(isinstance(module, PackedLinear) for module in plain_model.modules())
+            assert [p.data_ptr() for p in fast.parameters()] == [p.data_ptr() for p in plain_model.parameters()]
+            for block in plain_model.model.blocks:
+                block.mlp.fc1.weight.data.mul_(0.5)
+            assert not torch.allclose(plain_model(x), before)
+            torch.testing.assert_close(optimize(plain_model)(x), plain_model(x), atol=1e-5, rtol=1e-4)
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter beside it, as libraries of LoRA wrap one."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight, self.bias = base_layer.weight, base_layer.bias
+        self.more = nn.Parameter(0.1 * torch.randn(base_layer.out_features, base_layer.in_features))
+
+    def forward(self, x):
+        return self.base_layer(x) + F.linear(x, self.more)
+
+
+def _quantized(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def _torchao(model):
+    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def _linears(model):
+    return [
+        (parent, name, layer)
+        for parent in list(model.modules())
+        for name, layer in list(parent.named_children())
+        if type(layer) is nn.Linear
+    ]
+
+
+def _wrapped(model):
+    for parent, name, layer in _linears(model):
+        setattr(parent, name, Adapted(layer))
+    return model
+
+
+def _parametrized(model):
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight * 0.5
+
+    for _, _, layer in _linears(model):
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", Half())
+    return model
+
+
+def _weight_normed(model):
+    for _, _, layer in _linears(model):
+        torch.nn.utils.weight_norm(layer)
+        layer.weight_g.data.mul_(0.5)
+    return model
+
+
+def _hooked(model):
+    for _, _, layer in _linears(model):
+        layer.register_forward_hook(lambda module, args, output: output * 0.5)
+    return model
+
+
+CHANGES = {
+    "quantize_dynamic": _quantized,
+    "torchao": _torchao,
+    "adapters": _wrapped,
+    "parametrized": _parametrized,
+    "weight norm": _weight_normed,
+    "hooks": _hooked,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dead", ["discard", "heir"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_linear_layers_that_are_more_than_their_weight_are_called(change, dead):
+    """Whatever somebody made of a model's linear layers counts, wherever slim takes a part of one."""
+    model = slim(tiny_vit(), 0.5, life_layer=1, dead=dead).eval()
+    model.life_head.extend(16, 16)
+    for parameter in model.life_head.context.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.exact_savings = True
+    if change != "quantize_dynamic":
+        model.redundancy = 1.0
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+    changed = CHANGES[change](copy.deepcopy(model))
+    with torch.no_grad():
+        found = changed(x)
+        assert found.isfinite().all() and not torch.equal(found, before)
+        torch.testing.assert_close(optimize(changed)(x), found, atol=1e-4, rtol=1e-3)
+        # the parts that slim takes are those of the whole blocks: what it leaves out, nothing reads
+        changed.exact_savings = False
+        torch.testing.assert_close(changed(x), found, atol=0.05 if "quant" in change else 1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dead", ["discard", "heir"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_hooks_that_only_look_change_nothing(dead, exact):
+    model = slim(tiny_vit(), 0.5, life_layer=1, dead=dead).eval()
+    model.exact_savings = exact
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        for name in ("", "attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc1", "norm1"):
+            seen: list[int] = []
+            handles = [
+                block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+                for block in model.model.blocks
+            ]
+            torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+            assert len(seen) >= len(handles), f"a hook on {name or 'the block'} did not fire"
+            for handle in handles:
+                handle.remove()
+
+
+def test_hooks_that_change_something_have_their_effect():
+    model = slim(tiny_vit(), 0.5, life_layer=1, dead="heir").eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        for name in ("", "attn", "mlp"):
+            # in the third block heirs take over
+            part = model.model.blocks[2].get_submodule(name)
+            handle = part.register_forward_hook(lambda module, args, output: output * 0)
+            assert not torch.allclose(model(x), before), name
+            handle.remove()

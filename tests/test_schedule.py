@@ -1,8 +1,11 @@
 """How many patches each block uses, the moments of their lives, and the cost."""
 
 import itertools
+import statistics
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slimcli import slim
 from slimcli.backbones.timm_families import backbone
@@ -17,6 +20,7 @@ from slimcli.schedule import (
     highest_keep_rate,
     life_moments,
     patches_per_layer,
+    with_keep_rate,
 )
 
 PAPER = ((4, 0.7), (7, 0.7), (10, 0.7))
@@ -148,3 +152,65 @@ def test_planning_ahead_is_counted():
 def test_an_impossible_schedule_is_refused(change):
     with pytest.raises(SlimError):
         Schedule(**{"depth": 4, "life_layer": 1, **change})
+
+
+@st.composite
+def schedules(draw):
+    """Any schedule that can be made, as drops or as counts, and a number of patches."""
+    depth = draw(st.integers(2, 24))
+    life_layer = draw(st.integers(1, depth - 1))
+    patches = draw(st.integers(1, 400))
+    if draw(st.booleans()):
+        layers = draw(st.sets(st.integers(life_layer, depth - 1)))
+        drops = tuple((layer, draw(st.floats(0.001, 1.0))) for layer in sorted(layers))
+        return Schedule(depth, life_layer, drops=drops), patches
+    later = sorted(draw(st.lists(st.integers(1, patches), min_size=depth - life_layer, max_size=depth - life_layer)))
+    return Schedule(depth, life_layer, counts=(patches,) * life_layer + tuple(later[::-1])), patches
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules(), st.integers(1, 1000))
+def test_counts_never_grow_and_all_patches_are_there_up_to_the_life_layer(made, others):
+    schedule, patches = made
+    for number in (patches, others):
+        counts = schedule.resolve(number)
+        assert len(counts) == schedule.depth
+        assert counts[: schedule.life_layer] == (number,) * schedule.life_layer
+        assert all(1 <= after <= before for before, after in itertools.pairwise(counts))
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules())
+def test_the_moments_are_those_of_the_lives(made):
+    schedule, patches = made
+    counts = schedule.resolve(patches)
+    lives = [sum(n > place for n in counts) for place in range(patches)]
+    mean, std = life_moments(counts)
+    assert mean == pytest.approx(statistics.fmean(lives))
+    assert std == pytest.approx(statistics.pstdev(lives), abs=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules(), st.floats(0.001, 1.0))
+def test_another_keep_rate_keeps_the_layers(made, rate):
+    schedule, patches = made
+    other = schedule.at_keep_rate(rate)
+    assert (other.depth, other.life_layer) == (schedule.depth, schedule.life_layer)
+    assert other.keep_rate == rate or not other.drops
+    if schedule.drops:
+        assert [layer for layer, _ in other.drops] == [layer for layer, _ in schedule.drops]
+    assert other.at_keep_rate(1.0).resolve(patches) == (patches,) * schedule.depth
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(), st.lists(st.floats() | st.integers()))
+)
+def test_any_keep_rate_is_taken_or_refused(value):
+    schedule = Schedule.uniform(4, 0.5, 1, (1, 2, 3))
+    try:
+        found = with_keep_rate(schedule, value)
+    except SlimError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.resolve(16)[-1] >= 1

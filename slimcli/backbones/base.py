@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.utils.flop_counter import flop_registry
 from slimcli.attention import AttentionRecorder, biased_attention
 from slimcli.errors import SlimError
 from slimcli.schedule import Architecture, default_drop_layers, default_life_layer
+
+T = TypeVar("T")
 
 
 class Backbone(ABC):
@@ -108,6 +110,13 @@ class Backbone(ABC):
         output: Tensor = self.blocks[layer - 1](tokens)
         return output
 
+    def observed_block(self, layer: int, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Run block `layer` so that its attention is seen in torch's `scaled_dot_product_attention`.
+
+        For a model whose blocks may be switched to another formula; by default `block`.
+        """
+        return self.block(layer, tokens, positions)
+
     def masked_block(self, layer: int, tokens: Tensor, positions: Tensor | None, key_bias: Tensor) -> Tensor:
         """Run block `layer` with `key_bias` (B, P + n) added to the attention logits of each key.
 
@@ -115,7 +124,7 @@ class Backbone(ABC):
         `slimcli.attention` chooses. A block that attends in another way needs its own version.
         """
         with biased_attention(key_bias, kernel=self.attention, where=f"block {layer} of {type(self.model).__name__}"):
-            return self.block(layer, tokens, positions)
+            return self.observed_block(layer, tokens, positions)
 
     def narrows(self, layer: int) -> bool:
         """Whether `narrow_block` can run block `layer` for some tokens alone, where patches have no positions.
@@ -143,7 +152,11 @@ class Backbone(ABC):
         values as they are. A block is given it only where it `narrows`.
         """
         if reading is not None:
-            raise NotImplementedError(f"{type(self).__name__} says that it narrows block {layer}: narrow_block")
+            # the whole block on both, in which what asks is no key for anybody
+            nobody = tokens.new_full(reading.shape[:2], float("-inf"), dtype=torch.float32)
+            bias = nobody.new_zeros(tokens.shape[:2]) if key_bias is None else key_bias.to(nobody.dtype)
+            both, bias = torch.cat((reading, tokens), dim=1), torch.cat((nobody, bias), dim=1)
+            return self.masked_block(layer, both, positions, bias)[:, :keep]
         if key_bias is None:
             return self.block(layer, tokens, positions)[:, :keep]
         return self.masked_block(layer, tokens, positions, key_bias)[:, :keep]
@@ -195,7 +208,7 @@ class Backbone(ABC):
 
         Read off the model by counting the multiply-adds of its parts at two numbers of tokens; nothing is computed.
         """
-        return self._architecture
+        return self.derived("architecture", self._count)
 
     def global_attention(self, layer: int, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run block `layer`; return its output and the attention (B, n) that the global token pays to each patch.
@@ -205,7 +218,7 @@ class Backbone(ABC):
         """
         recorder = AttentionRecorder()
         with recorder:
-            output = self.block(layer, tokens, positions)
+            output = self.observed_block(layer, tokens, positions)
         if recorder.query is None or recorder.key is None:
             raise SlimError(
                 f"block {layer} of {type(self.model).__name__} does not use scaled_dot_product_attention: "
@@ -217,20 +230,41 @@ class Backbone(ABC):
         attention = (whole @ key.transpose(-2, -1) * scale).softmax(dim=-1)
         return output, attention[:, :, 0, prefix:].mean(dim=1)
 
-    @cached_property
+    def derived(self, name: str, find: Callable[[], T]) -> T:
+        """What `find` reads off the model, found again when the model has got other shapes; kept under `name`."""
+        known: dict[str, tuple[Any, T]] = self.__dict__.setdefault("_derived", {})
+        shapes = self._shapes()
+        if name not in known or known[name][0] != shapes:
+            known[name] = shapes, find()
+        return known[name][1]
+
+    def _shapes(self) -> tuple[Any, ...]:
+        """What all that is derived from the model hangs on: another image size, classifier or layer changes it."""
+        return (
+            self.image_size,
+            self.num_prefix_tokens,
+            self.head_reads_prefix_only,
+            self.depth,
+            *_parameter_shapes(self.model),
+        )
+
+    @property
     def _embedded(self) -> tuple[int, int]:
         """Number of tokens P + N, and their width D."""
-        with without_computing():
-            tokens, _ = self.embed(self._images())
-        return tokens.shape[1], tokens.shape[2]
 
-    @cached_property
-    def _architecture(self) -> Architecture:
+        def embed() -> tuple[int, int]:
+            with without_computing():
+                tokens, _ = self.embed(self._images())
+            return tokens.shape[1], tokens.shape[2]
+
+        return self.derived("embedded", embed)
+
+    def _count(self) -> Architecture:
         prefix = self.num_prefix_tokens
         training = self.model.training
         self.model.eval()
         try:
-            with without_computing():
+            with without_computing(), _countable(self.model):
                 embedding, (tokens, positions) = counted(lambda: self.embed(self._images()))
                 patches = tokens.shape[1] - prefix
                 sizes = patches, max(1, patches // 2), max(1, patches // 4)
@@ -276,6 +310,36 @@ class Backbone(ABC):
         parameter = next(self.model.parameters())
         channels = self.preprocessing()["input_size"][0]
         return torch.zeros(1, channels, *self.image_size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _parameter_shapes(module: nn.Module) -> Iterator[Any]:
+    """The shapes of all parameters, and the kinds of modules that have none of their own."""
+    if not module._parameters and not module._modules:
+        yield type(module)
+    for parameter in module._parameters.values():
+        yield None if parameter is None else parameter.shape
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parameter_shapes(child)
+
+
+@contextmanager
+def _countable(model: nn.Module) -> Iterator[None]:
+    """Inside it, quantized linear layers are plain ones of their size: shapes alone cannot run them."""
+    replaced = []
+    for parent in list(model.modules()):
+        for name, layer in list(parent._modules.items()):
+            sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+            weight = getattr(layer, "weight", None)
+            quantized = callable(weight) or hasattr(weight, "__tensor_flatten__")
+            if layer is not None and quantized and all(isinstance(size, int) for size in sizes):
+                parent._modules[name] = nn.Linear(*sizes)  # type: ignore[arg-type]
+                replaced.append((parent, name, layer))
+    try:
+        yield
+    finally:
+        for parent, name, layer in replaced:
+            parent._modules[name] = layer
 
 
 @contextmanager

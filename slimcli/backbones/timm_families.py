@@ -15,11 +15,10 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slimcli.attention import biased_attention
 from slimcli.backbones.base import Backbone, pool_mean
-from slimcli.backbones.timm_vit import TimmViT, build_model, family
+from slimcli.backbones.timm_vit import TimmViT, build_model, family, fused
 from slimcli.errors import SlimError
 from slimcli.life import prefix_bias
 
@@ -183,7 +182,7 @@ class TimmRelPos(TimmViT):
             prefix = torch.arange(self.num_prefix_tokens, device=tokens.device).expand(positions.shape[0], -1)
             positions = torch.cat((prefix, positions), dim=1)
         where = f"block {layer} of {type(self.model).__name__}"
-        with biased_attention(key_bias, positions, self.attention, where):
+        with fused(self.blocks[layer - 1]) as off, biased_attention(key_bias, positions, self._kernel(off), where):
             return self._run(layer, tokens)
 
     def _run(self, layer: int, tokens: Tensor) -> Tensor:
@@ -227,7 +226,10 @@ class TimmCait(TimmViT):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.global_token = "mean"
-        self.head_reads_prefix_only = False
+
+    @property
+    def head_reads_prefix_only(self) -> bool:  # type: ignore[override]
+        return False
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -259,7 +261,8 @@ class TimmCait(TimmViT):
         paid = logits.softmax(dim=-1)
         weights = _talk(attn.proj_w, paid)
         if key_bias is not None:
-            constant = attn.proj_w.bias[:, None, None] * (key_bias.exp() - 1)[:, None, None, :].to(logits.dtype)
+            nothing = weights.new_zeros(1, attn.num_heads, 1, 1)
+            constant = _talk(attn.proj_w, nothing) * (key_bias.exp() - 1)[:, None, None, :].to(logits.dtype)
             weights = weights + constant
         x = (attn.attn_drop(weights) @ value).transpose(1, 2).reshape(batch, n, width)
         x = tokens + block.drop_path(block.gamma_1 * attn.proj_drop(attn.proj(x)))
@@ -272,7 +275,8 @@ class TimmCait(TimmViT):
             if key_bias is None:
                 whole = block(tokens, whole)
             else:
-                with biased_attention(prefix_bias(key_bias, 1), kernel=self.attention, where="the class attention"):
+                bias, where = prefix_bias(key_bias, 1), "the class attention"
+                with fused(block) as off, biased_attention(bias, kernel=self._kernel(off), where=where):
                     whole = block(tokens, whole)
         tokens = model.norm(torch.cat((whole, tokens), dim=1))
         if not model.global_pool:
@@ -286,7 +290,8 @@ class TimmCait(TimmViT):
 
 def _talk(projection: nn.Linear, heads: Tensor) -> Tensor:
     """Mix heads (B, H, n, n) with a linear layer over H."""
-    return F.linear(heads.permute(0, 2, 3, 1), projection.weight, projection.bias).permute(0, 3, 1, 2)
+    found: Tensor = projection(heads.permute(0, 2, 3, 1))
+    return found.permute(0, 3, 1, 2)
 
 
 ADAPTERS: dict[type[nn.Module], type[TimmViT]] = {

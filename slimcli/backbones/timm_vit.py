@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 from slimcli.attention import attend, biased_attention
 from slimcli.backbones.base import Backbone, pool_mean
 from slimcli.errors import SlimError
-from slimcli.layout import PackedLinear, rows
+from slimcli.layout import rows
 
 DIGITS_VIT = Path(__file__).parent.parent / "assets" / "digits_vit"
 
@@ -109,7 +111,10 @@ class TimmViT(Backbone):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.global_token = "cls" if self._has_class_token() else "mean"
-        self.head_reads_prefix_only = isinstance(model, VisionTransformerDistilled) or model.global_pool == "token"
+
+    @property
+    def head_reads_prefix_only(self) -> bool:  # type: ignore[override]
+        return isinstance(self.model, VisionTransformerDistilled) or self.model.global_pool == "token"
 
     def _has_class_token(self) -> bool:
         return getattr(self.model, "cls_token", None) is not None
@@ -140,10 +145,21 @@ class TimmViT(Backbone):
         return model.norm_pre(model.patch_drop(tokens)), None
 
     def masked_block(self, layer: int, tokens: Tensor, positions: Tensor | None, key_bias: Tensor) -> Tensor:
-        if positions is not None or not is_plain(self.blocks[layer - 1]):
-            return super().masked_block(layer, tokens, positions, key_bias)
+        block: Any = self.blocks[layer - 1]
+        if positions is not None or not is_plain(block) or has_hooks(block, block.attn):
+            where = f"block {layer} of {type(self.model).__name__}"
+            with fused(block) as switched, biased_attention(key_bias, kernel=self._kernel(switched), where=where):
+                return self.block(layer, tokens, positions)
         # to look for the attention of a block that is known would cost a call to Python for every operator
         return self.narrow_block(layer, tokens, None, tokens.shape[1], key_bias)
+
+    def observed_block(self, layer: int, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        with fused(self.blocks[layer - 1]):
+            return self.block(layer, tokens, positions)
+
+    def _kernel(self, switched: bool) -> str:
+        """The kernel for keys with a bias: the plain formula where timm was told to use it."""
+        return "reference" if switched else self.attention
 
     def narrows(self, layer: int) -> bool:
         return is_plain(self.blocks[layer - 1])
@@ -158,7 +174,7 @@ class TimmViT(Backbone):
         reading: Tensor | None = None,
     ) -> Tensor:
         block: Any = self.blocks[layer - 1]
-        if positions is not None or not is_plain(block):
+        if positions is not None or not is_plain(block) or has_hooks(block, block.attn):
             return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
         x = block.norm1(tokens)
         if reading is not None:
@@ -172,7 +188,7 @@ class TimmViT(Backbone):
 
     def _attention(self, attn: Attention, reading: Tensor, x: Tensor, key_bias: Tensor | None) -> Tensor:
         """timm's attention of the tokens `reading` (B, keep, D) to the tokens `x` (B, n, D): (B, keep, D)."""
-        split = attn.qkv.out_features // 3
+        split = attn.num_heads * attn.head_dim
         batch, n, _ = x.shape
         keep = reading.shape[1]
         if reading is x:
@@ -183,7 +199,10 @@ class TimmViT(Backbone):
             key, value = both.reshape(batch, n, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         query, key = attn.q_norm(query), attn.k_norm(key)
         dropout = attn.attn_drop.p if attn.training else 0.0
-        if key_bias is None:
+        if not attn.fused_attn:
+            # timm's switch for the plain formula
+            out = attend(query, key, value, key_bias, dropout=dropout, kernel="reference")
+        elif key_bias is None:
             out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         else:
             out = attend(query, key, value, key_bias, dropout=dropout, kernel=self.attention)
@@ -198,7 +217,8 @@ class TimmViT(Backbone):
             return None
 
         def attention(tokens: Tensor) -> Tensor:
-            return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+            with fused(block):
+                return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
 
         def mlp(tokens: Tensor) -> Tensor:
             return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
@@ -239,7 +259,8 @@ class TimmViT(Backbone):
         first = 0 if getattr(model, "pool_include_prefix", False) else self.num_prefix_tokens
         if kind == "map":
             first = first if hasattr(model, "pool_include_prefix") else 0
-            with biased_attention(key_bias[:, first:], kernel=self.attention, where="the attention pooling"):
+            where = "the attention pooling"
+            with fused(model) as off, biased_attention(key_bias[:, first:], kernel=self._kernel(off), where=where):
                 return self._pool(tokens)
         tokens, key_bias = tokens[:, first:], key_bias[:, first:]
         mean = pool_mean(tokens, key_bias)
@@ -277,11 +298,41 @@ def is_plain(block: Any) -> bool:
     return (
         type(block) is Block
         and type(block.attn) is Attention
-        and type(block.attn.qkv) in (nn.Linear, PackedLinear)
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU)
-        and block.attn.fused_attn
-        # what a hook would see or change is not there in a narrow block
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.attn, block.attn.qkv))
+        and not any("forward" in part.__dict__ for part in (block, block.attn))
+    )
+
+
+#: held while attention modules are switched
+_SWITCHING = threading.RLock()
+
+
+@contextmanager
+def fused(module: nn.Module) -> Iterator[bool]:
+    """Inside it, attention goes through torch's fused function, where slim adds a bias or reads queries and keys.
+
+    timm's own switch for the plain formula (`TIMM_FUSED_ATTN=0`, `set_fused_attn`) is put back afterwards. Yields
+    whether it was set.
+    """
+    off = [part for part in module.modules() if getattr(part, "fused_attn", True) is False]
+    if not off:
+        yield False
+        return
+    with _SWITCHING:
+        for part in off:
+            part.fused_attn = True  # type: ignore[assignment]
+        try:
+            yield True
+        finally:
+            for part in off:
+                part.fused_attn = False  # type: ignore[assignment]
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody looks at what goes in and out of a module, or changes it: it must then be called."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
     )
 
 

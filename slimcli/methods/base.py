@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -86,9 +86,9 @@ class Method(SlimModel):
         kept = sort_patches(tokens, chosen, self.backbone.num_prefix_tokens)
         return kept, None if positions is None else take_patches(positions, chosen)
 
-    @cached_property
+    @property
     def _facts(self) -> Facts:
-        return facts(self.backbone)
+        return self.backbone.derived("facts", lambda: facts(self.backbone))
 
 
 class Facts(NamedTuple):
@@ -117,7 +117,7 @@ def facts(backbone: Backbone) -> Facts:
             mlp = tuple(counted(partial(pair[1], tokens))[0] // tokens.shape[1] for pair in halves if pair)
         # operators that fall back on the plain formula hide the fused call: look at it outside of the counter
         with without_computing(), AttentionRecorder() as seen:
-            backbone.block(1, *backbone.embed(backbone._images()))
+            backbone.observed_block(1, *backbone.embed(backbone._images()))
     finally:
         backbone.model.train(training)
     channels = None if seen.key is None else seen.key.shape[-1]

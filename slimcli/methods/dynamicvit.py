@@ -103,7 +103,7 @@ class DynamicViT(Method):
     def _sampled_block(self, layer: int, tokens: Tensor, positions: Tensor | None, policy: Tensor) -> Tensor:
         """A block in which a patch is a key for others only where the sampled `policy` (B, N) says 1."""
         with PolicyAttention(F.pad(policy, (self.backbone.num_prefix_tokens, 0), value=1.0)) as mode:
-            tokens = self.backbone.block(layer, tokens, positions)
+            tokens = self.backbone.observed_block(layer, tokens, positions)
         if not mode.calls:
             raise SlimError(f"dynamicvit cannot train {type(self.model).__name__}: its blocks attend in their own way")
         return tokens

@@ -62,7 +62,7 @@ class ClassAttention(Method):
         return tuple(used)
 
     def cost(self, schedule: Schedule | None) -> int:
-        architecture = self.architecture()
+        architecture, facts = self.architecture(), self._facts
         if schedule is None or not schedule.drops_patches():
             return architecture.multiply_adds()
         used, kept = self.patches_used(schedule), self.kept(schedule, self.num_patches)
@@ -70,8 +70,8 @@ class ClassAttention(Method):
         for layer, (n, stay) in enumerate(zip(used, kept, strict=True), 1):
             if stay < n:
                 after = stay + self.fuses
-                if self._facts.mlp_weights is not None:
-                    total -= self._facts.mlp_weights[layer - 1] * (n - after)
+                if facts.mlp_weights is not None:
+                    total -= facts.mlp_weights[layer - 1] * (n - after)
                 tokens = n + architecture.num_prefix_tokens
                 # the class token's row of attention, and the weighted sum of the patches
                 width = architecture.attention_dim or architecture.embed_dim

@@ -14,7 +14,7 @@ from slimcli.attention import NEVER
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.methods.slim_model import LIFE_SETTINGS, MODES, SlimModel
-from slimcli.schedule import Planning, Schedule, check_keep_rate, highest_keep_rate, life_moments
+from slimcli.schedule import Architecture, Planning, Schedule, check_keep_rate, highest_keep_rate, life_moments
 
 #: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
 DEAD = ("discard", "heir")
@@ -130,25 +130,25 @@ class LifeModel(SlimModel):
             return architecture.block(layer, self.num_patches) - saved
         counts = schedule.resolve(self.num_patches)
         saved = architecture.saved_in_block(layer, counts, self._drops_after(schedule)) if exact_savings else 0
-        return architecture.block(layer, counts[layer - 1]) - self.taken_over(layer, schedule) - saved
+        return architecture.block(layer, counts[layer - 1]) - self._taken_over(architecture, layer, schedule) - saved
 
     def cost(self, schedule: Schedule | None) -> int:
+        architecture = self.architecture()
         if schedule is None:
-            return self.architecture().multiply_adds()
+            return architecture.multiply_adds()
         head = self.life_head
-        counts = schedule.resolve(self.num_patches)
         plan = Planning(
             head.similarity_dim, head.context_dim, self.dead == "heir" or self.redundancy > 0, self.redundancy > 0
         )
-        layers = range(1, self.schedule.depth) if self.dead == "heir" else ()
-        taken_over = sum(self.taken_over(layer, schedule) for layer in layers)
-        return self.architecture().multiply_adds(counts, plan) - taken_over
+        layers = range(1, schedule.depth)
+        taken_over = sum(self._taken_over(architecture, layer, schedule) for layer in layers)
+        return architecture.multiply_adds(schedule.resolve(self.num_patches), plan) - taken_over
 
-    def taken_over(self, layer: int, schedule: Schedule) -> int:
+    def _taken_over(self, architecture: Architecture, layer: int, schedule: Schedule) -> int:
         """Multiply-adds of one image that block `layer` does without, since heirs take over before its queries."""
         if self.dead != "heir" or not schedule.life_layer < layer < schedule.depth:
             return 0
-        return self.architecture().saved_in_block(layer, schedule.resolve(self.num_patches), schedule.life_layer)
+        return architecture.saved_in_block(layer, schedule.resolve(self.num_patches), schedule.life_layer)
 
     def slimmed(
         self, tokens: Tensor, positions: Tensor | None, counts: tuple[int, ...]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from slimcli.attention import AttentionRecorder, biased_attention
 from slimcli.errors import SlimError
-from slimcli.life import add_rows, prefix_bias, sort_patches, take_rows
+from slimcli.life import add_rows, highest_first, prefix_bias, sort_patches, take_rows
 from slimcli.methods.base import Method, backbone_cost
 from slimcli.schedule import Schedule
 
@@ -82,7 +82,7 @@ class ToMe(Method):
         return max((s for s in near if self.cost(s) <= target), key=self.cost)
 
     def cost(self, schedule: Schedule | None) -> int:
-        architecture = self.architecture()
+        architecture, facts = self.architecture(), self._facts
         if schedule is None or not schedule.drops_patches():
             return architecture.multiply_adds()
         counts = schedule.resolve(architecture.num_patches)
@@ -91,9 +91,9 @@ class ToMe(Method):
         for layer, (n, r) in enumerate(zip(counts, merges(counts), strict=True), 1):
             if r > 0:
                 even, odd = sides(n, architecture.num_prefix_tokens)
-                total += even * odd * (self._facts.key_channels or 0)
-                if self._facts.mlp_weights is not None:
-                    total -= self._facts.mlp_weights[layer - 1] * r
+                total += even * odd * (facts.key_channels or 0)
+                if facts.mlp_weights is not None:
+                    total -= facts.mlp_weights[layer - 1] * r
         return total
 
     def slimmed(
@@ -168,7 +168,7 @@ def matching(metric: Tensor, r: int, prefix: int) -> Matching:
     first = prefix % 2
     unit = F.normalize(metric, dim=-1)
     best, partner = (unit[:, first::2] @ unit[:, 1 - first :: 2].transpose(1, 2)).max(dim=-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
+    order = highest_first(best)
     source, rest = order[:, :r], order[:, r:]
     if prefix:
         # as published: with a class token, those left alone stay in their order

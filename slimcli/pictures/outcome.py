@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimcli.evaluate import pooled
-from slimcli.layout import lay_out_for_inference
+from slimcli.layout import optimize
 from slimcli.pictures.geometry import Geometry, predicts_lives
 from slimcli.pictures.words import class_name
 from slimcli.progress import Progress
@@ -67,8 +67,7 @@ def look(
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Outcome]:
     """Run dense and slimmed model on batches (names, images (B, 3, H, W), classes or None), image by image."""
-    model = predicts_lives(model).to(device, dtype).eval()
-    lay_out_for_inference(model)
+    model = optimize(predicts_lives(model).to(device, dtype).eval())
     has_classes = model.architecture().num_outputs > 0
     for names, images, targets in batches:
         batch = images.to(device, dtype)

@@ -97,7 +97,7 @@ class OpenClipViT(Tower):
 
     def narrow_block(self, layer, tokens, positions, keep, key_bias=None, reading=None):
         block = self.blocks[layer - 1]
-        if positions is not None or not is_plain(block):
+        if positions is not None or not is_plain(block) or has_hooks(block):
             return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
         x = block.ln_1(tokens)
         asking = x[:, :keep] if reading is None else block.ln_1(reading)
@@ -156,9 +156,12 @@ def is_plain(block):
         and type(block.mlp) is nn.Sequential
         # scaled cosines and the plain formula do not go through scaled_dot_product_attention
         and (type(attn) is not Attention or (attn.logit_scale is None and attn.use_fsdpa))
-        # what a hook would see or change is not there in a narrow block
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in (block, attn))
     )
+
+
+def has_hooks(block):
+    """Whether somebody looks at what goes in and out of a block or its attention: they must then be called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in (block, block.attn))
 
 
 class TimmTower(Tower):
@@ -168,7 +171,10 @@ class TimmTower(Tower):
         super().__init__(model)
         self.trunk = slimcli.slim(self.visual.trunk, keep_rate=1.0).backbone
         self.global_token = self.trunk.global_token
-        self.head_reads_prefix_only = self.trunk.head_reads_prefix_only
+
+    @property
+    def head_reads_prefix_only(self):
+        return self.trunk.head_reads_prefix_only
 
     @property
     def image_size(self):

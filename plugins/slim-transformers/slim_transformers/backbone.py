@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacherOutput
 
-from slim_transformers.blocks import narrow, plain_parts
+from slim_transformers.blocks import has_hooks, narrow, plain_parts
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,7 +74,7 @@ class TransformersViT(slimcli.Backbone):
 
     def narrow_block(self, layer, tokens, positions, keep, key_bias=None, reading=None):
         parts = plain_parts(self.blocks[layer - 1])
-        if positions is not None or parts is None:
+        if positions is not None or parts is None or has_hooks(self.blocks[layer - 1], parts):
             return super().narrow_block(layer, tokens, positions, keep, key_bias, reading)
         return narrow(parts, tokens, keep, key_bias, reading, self.attention)
 

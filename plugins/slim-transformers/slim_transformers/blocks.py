@@ -91,13 +91,15 @@ def plain_parts(block):
         type(parts.attention) is attention_kind
         and type(block.mlp) in mlp_kinds
         and parts.attention.config._attn_implementation == "sdpa"
-        # what a hook would see or change is not there in a narrow block, nor is a forward that replaces the class's
-        and not any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-            for module in (block, parts.attention)
-        )
+        # a forward that replaces the class's is not there in a narrow block
+        and not any("forward" in module.__dict__ for module in (block, parts.attention))
     )
     return parts if plain else None
+
+
+def has_hooks(block, parts):
+    """Whether somebody looks at what goes in and out of a block or its attention: they must then be called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in (block, parts.attention))
 
 
 def narrow(parts, tokens, keep, key_bias, reading, kernel):
