@@ -152,7 +152,9 @@ def calibrated_recipe(
     data = data.model_copy(update={"val_limit": target.data.val_limit if target.data else None})
     slimming = SlimmingSection.model_validate(slimming_config(model), strict=False)
     if target.recipe is not None:
-        stages = backbone_stages(target.recipe.stages) if model.has_heirs else target.recipe.stages
+        # what a stage would calibrate is calibrated
+        stages = [stage for stage in target.recipe.stages if stage.mode != "calibrate"]
+        stages = backbone_stages(stages) if model.has_heirs else stages
         stages = for_keep_rates(stages, keep_rates)
         return target.recipe.model_copy(update={"data": data, "slimming": slimming, "stages": stages})
     args = dict(target.config["model"]["args"])
@@ -191,7 +193,7 @@ def backbone_stages(stages: list[StageSection]) -> list[StageSection]:
     kept = [stage for stage in stages if stage.learns != "life"]
     if not kept:
         return stages
-    saved = sum(stage.epochs for stage in stages if stage.learns == "life")
+    saved = sum(stage.epochs for stage in stages if stage.learns == "life" and stage.mode != "calibrate")
     kept[0] = kept[0].model_copy(update={"epochs": kept[0].epochs + saved})
     hard = {"mode": "hard", "end_temperature": None}
     return [s.model_copy(update=hard) if s.learns == "backbone" and s.mode != "none" else s for s in kept]
