@@ -114,7 +114,7 @@ class CalibrationStage(Stage):
         best = done.tried[0]
         adopt_slimming(model, slimming_config(found))
         # as fitted, in float32
-        model.life_head.load_state_dict(done.fitted[best.schedule.life_layer].state)
+        model.selector.load_state_dict(done.fitted[best.schedule.life_layer].state)
         model.to(session.device)
         self._share()
         return done
@@ -143,7 +143,7 @@ class CalibrationStage(Stage):
         config = [slimming_config(model)]
         torch.distributed.broadcast_object_list(config)
         adopt_slimming(model, config[0])
-        for value in model.life_head.state_dict().values():
+        for value in model.selector.state_dict().values():
             torch.distributed.broadcast(value, 0)
 
     @torch.no_grad()

@@ -60,7 +60,10 @@ def set_up(
     log: Log = lambda _line: None,
     folder: Path | None = None,
 ) -> Session:
-    """Build all that the recipe names; `folder` is a run to go on with. Whatever cannot work is a `SlimError` here, before anything is trained."""
+    """Build all that the recipe names; `folder` is a run to go on with.
+
+    Whatever cannot work is a `SlimError` here, before anything is trained.
+    """
     if not recipe.stages:
         raise SlimError(f"recipe {recipe.name} has no [[stages]]: there is nothing to train")
     check_writable(folder or recipe.output, "folder")

@@ -93,6 +93,7 @@ class LearningStage(Stage):
 
     def run(self, run: Run, state: dict[str, Any] | None, control: Control) -> None:
         learner = Learner(self.session, self.section, self.updates_per_epoch)
+        self.faults = Faults(self.session, run, self.title)
         sums = EpochSums()
         if state is not None and state["optimizer"] is not None:
             sums = learner.load(state)
@@ -117,7 +118,6 @@ class LearningStage(Stage):
         progress = control.work.part(
             self._train_work, f"stage {self.number + 1} epoch {epoch + 1}/{self.section.epochs}  "
         )
-        faults = Faults(session, run, self.title)
         interval = max(1, self.batches // STEP_ROWS_PER_EPOCH)
         written = time.monotonic()
         seed_epoch(session.recipe.seed, epochs_before, accelerator.process_index)
@@ -129,7 +129,7 @@ class LearningStage(Stage):
             last = (batch + 1) % accumulation == 0 or batch + 1 == self.batches
             step = learner.step(images, targets, at.update, last)
             at.batch, at.update = batch + 1, at.update + last
-            note = faults.note(epoch, epochs_before, batch, step)
+            note = self.faults.note(epoch, epochs_before, batch, step)
             if note is not None:
                 control.log(note)
             if math.isfinite(step.loss) and step.updated is not False:
@@ -145,12 +145,12 @@ class LearningStage(Stage):
             if last:
                 stopping = control.stopping(accelerator)
                 due = (time.monotonic() - written) / 60 >= session.recipe.checkpoint_minutes
-                if stopping or (due and not faults.in_a_row):
+                if stopping or (due and not self.faults.in_a_row):
                     run.checkpoint(session.model, learner.optimizer, accelerator.scaler, sums, learner.ema)
                     written = time.monotonic()
                 if stopping:
                     raise Interrupted(str(run.folder))
-        faults.check_epoch(epoch, sums.gathered(accelerator).images)
+        self.faults.check_epoch(epoch, sums.gathered(accelerator).images)
 
     def _batches(
         self, done: int, state: dict[str, Any] | None, sums: EpochSums
