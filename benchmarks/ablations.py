@@ -159,7 +159,7 @@ class Trained:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("recipe", nargs="?", default="quickstart", help="a recipe of two stages")
+    options.add_argument("recipe", nargs="?", default="paper-digits", help="a recipe of two stages")
     options.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE", help="as of `slim train`"
     )
