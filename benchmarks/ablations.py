@@ -19,10 +19,11 @@ from common import TINY, finish, parser, start, whole_numbers
 from slimcli.errors import SlimError
 from slimcli.files import write_json
 from slimcli.recipe import Recipe, SlimmingSection, StageSection, load_recipe, validate
+from slimcli.runs import METRICS
 from slimcli.schedule import Schedule, default_life_layer, falling_counts
 from slimcli.slimming import SlimModel
 from slimcli.targets import from_recipe
-from slimcli.train import METRICS, train
+from slimcli.train import train
 
 COLUMNS = {
     "table": "table",
@@ -158,7 +159,7 @@ class Trained:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("recipe", nargs="?", default="quickstart", help="a recipe of two stages")
+    options.add_argument("recipe", nargs="?", default="paper-digits", help="a recipe of two stages")
     options.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE", help="as of `slim train`"
     )

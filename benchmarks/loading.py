@@ -20,7 +20,7 @@ from slimcli import data as datasets
 from slimcli.plugins import build_model
 from slimcli.recipe import AugmentationSection, DataSection, ModelSection, Recipe, StageSection
 from slimcli.slimming import slim
-from slimcli.train import choose_parameters, make_optimizer, set_training
+from slimcli.training.optimizer import choose_parameters, make_optimizer, set_training
 
 COLUMNS = {
     "row": "images from",

@@ -23,7 +23,7 @@ from slimcli.plugins import build_model
 from slimcli.profile import random_images
 from slimcli.recipe import DataSection, ModelSection, Recipe, StageSection
 from slimcli.slimming import SlimModel, slim
-from slimcli.train import choose_parameters, make_optimizer, set_training
+from slimcli.training.optimizer import choose_parameters, make_optimizer, set_training
 
 
 class Kind(NamedTuple):

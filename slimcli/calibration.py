@@ -258,7 +258,8 @@ def next_recipe(session: Session, keep_rates: Sequence[float] = ()) -> Recipe:
     slimming = SlimmingSection.model_validate(
         {**slimming_config(model), "attention": target.recipe.slimming.attention}, strict=False
     )
-    stages = target.recipe.stages
+    # what a stage would calibrate is calibrated
+    stages = [stage for stage in target.recipe.stages if stage.mode != "calibrate"]
     if all(stage.mode == "none" for stage in stages):
         stages = default_stages(model)
     elif model.has_heirs:

@@ -30,7 +30,7 @@ def backbone_stage(recipe: Recipe) -> StageSection:
 
 def total_epochs(recipe: Recipe, epochs: int | None) -> int:
     """Epochs that every method is trained for."""
-    return 0 if epochs is None else epochs or sum(stage.epochs for stage in recipe.stages)
+    return 0 if epochs is None else epochs or sum(stage.epochs for stage in recipe.stages if stage.mode != "calibrate")
 
 
 def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSection]:
@@ -48,15 +48,16 @@ def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSec
     if issubclass(kind, Method):
         if "soft" not in kind.modes:
             return [stage.model_copy(update={**one, "learns": "backbone", "mode": "hard"})]
-        head_lr = next((s.lr for s in recipe.stages if s.learns != "backbone"), lr)
+        head_lr = next((s.lr for s in recipe.stages if s.learns != "backbone" and s.lr is not None), lr)
         return [
             stage.model_copy(update={**one, "lr": head_lr, "backbone_lr": lr, "learns": "both", "mode": "soft"}),
         ]
     if not epochs:
         return list(recipe.stages)
-    count = len(recipe.stages)
+    learning = [stage for stage in recipe.stages if stage.mode != "calibrate"]
+    count = len(learning)
     if epochs < count:
         raise SlimError(f"--epochs {epochs}: {recipe.name} has {count} stages, and each needs an epoch at least")
     # what is over goes to the last stages
-    shares = [epochs // count + (index >= count - epochs % count) for index in range(count)]
-    return [s.model_copy(update={"epochs": n}) for s, n in zip(recipe.stages, shares, strict=True)]
+    shares = iter([epochs // count + (index >= count - epochs % count) for index in range(count)])
+    return [s if s.mode == "calibrate" else s.model_copy(update={"epochs": next(shares)}) for s in recipe.stages]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, TorchDynamoPlugin
 
 from slimcli import __version__
 from slimcli.errors import SlimError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: ways of training that Accelerate takes from the environment and that change what slim trains or saves
+OTHER_LAUNCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -39,24 +42,37 @@ def find_dtype(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
-def make_accelerator(
-    device: torch.device, precision: str, accumulation: int, seed: int, tracker: str | None = None
-) -> Accelerator:
-    """Accelerate set up for training: device, mixed precision, processes, tracker, and shuffling by the seed."""
+def make_accelerator(device: torch.device, precision: str, seed: int, tracker: str | None = None) -> Accelerator:
+    """Accelerate set up for training: device, mixed precision, processes, tracker, and shuffling by the seed.
+
+    What a recipe says wins over Accelerate's environment variables; `SlimError` names one that cannot be overruled.
+    """
     find_dtype(precision, device)
+    for name in OTHER_LAUNCHES:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise SlimError(f"{name} is set: slim trains without it: unset it, or choose another `accelerate config`")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         # a second training in one Python process may want another precision
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision],
-        gradient_accumulation_steps=accumulation,
+        # the loop adds gradients up itself: a plugin, as a plain number would yield to the environment
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
         step_scheduler_with_optimizer=False,
         log_with=tracker,
         # asked for together with a tracker; the run's folder takes its place once it is known
         project_dir="." if tracker else None,
     )
+    if accelerator.device.type != device.type:
+        found = [name for name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE") if name in os.environ]
+        raise SlimError(
+            f"{' and '.join(found) or 'Accelerate'} chooses {accelerator.device.type} where {device.type} is asked "
+            f"for: unset it, or ask for {accelerator.device.type}"
+        )
+    return accelerator
 
 
 def synchronise(device: torch.device) -> None:

@@ -121,14 +121,23 @@ class SlimmingSection(Section):
         return self
 
 
+#: fields of a stage that are for mode = 'calibrate' alone
+CALIBRATION_FIELDS = ("images", "keep_schedule")
+
+
 class StageSection(Section):
     """One stage of training: what learns, how the blocks run meanwhile, and for how long."""
 
     name: str | None = None
     learns: Literal["life", "backbone", "both"]
-    mode: Literal["none", "soft", "hard", "straight"] = Field(
+    mode: Literal["none", "soft", "hard", "straight", "calibrate"] = Field(
         description="none: dense; soft: all patches stay, weighted by their lives; hard: patches are dropped; "
-        "straight: dead patches count nothing, with the gradient of the soft weights"
+        "straight: dead patches count nothing, with the gradient of the soft weights; calibrate: no gradients and no "
+        "labels: the life head is taught by attention and how patches leave is searched, as by `slim calibrate`"
+    )
+    images: Annotated[int, Field(ge=8)] = Field(1024, description="for mode = 'calibrate': images to fit on")
+    keep_schedule: bool = Field(
+        False, description="for mode = 'calibrate': keep where patches leave, only teach the life head"
     )
     loss: Literal["labels", "distill", "both", "cosine"] = Field(
         "labels",
@@ -154,7 +163,7 @@ class StageSection(Section):
         "the next stage starts from",
     )
     epochs: PositiveInt = 1
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="needed by every mode but 'calibrate'")
     backbone_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="for learns = 'both'; lr by default")
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
@@ -163,11 +172,18 @@ class StageSection(Section):
     schedule: Literal["cosine", "tanh", "step", "poly", "constant"] = "cosine"
 
     @model_validator(mode="after")
-    def life_needs_soft_weights(self) -> StageSection:
+    def fits_together(self) -> StageSection:
+        if self.mode == "calibrate":
+            return self._calibrates()
+        if self.lr is None:
+            raise ValueError("lr is missing")
+        given = [name for name in CALIBRATION_FIELDS if self._differs(name)]
+        if given:
+            raise ValueError(f"{' and '.join(given)}: for mode = 'calibrate' only")
         if self.learns != "backbone" and self.mode not in ("soft", "straight"):
             raise ValueError(
-                f"mode = '{self.mode}' gives the life head no gradient: learns = '{self.learns}' needs mode = 'soft' "
-                "or 'straight'"
+                f"mode = '{self.mode}' gives the life head no gradient: learns = '{self.learns}' needs mode = 'soft', "
+                "'straight' or 'calibrate'"
             )
         if self.backbone_lr is not None and self.learns != "both":
             raise ValueError("backbone_lr is for learns = 'both': here lr is the backbone's")
@@ -177,7 +193,24 @@ class StageSection(Section):
             raise ValueError("features add to the loss on predictions: loss = 'cosine' compares embeddings already")
         if self.end_temperature is not None and self.mode not in ("soft", "straight"):
             raise ValueError("end_temperature is for the soft weights of mode = 'soft' and 'straight'")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs:g} is longer than the stage: epochs = {self.epochs}")
+        if self._differs("distill_temperature") and self.loss not in ("distill", "both"):
+            raise ValueError(f"distill_temperature is for loss = 'distill' and 'both', here loss = '{self.loss}'")
         return self
+
+    def _calibrates(self) -> StageSection:
+        if self.learns != "life":
+            raise ValueError(f"mode = 'calibrate' teaches the life head: learns = 'life', not '{self.learns}'")
+        others = set(StageSection.model_fields) - {"name", "learns", "mode", *CALIBRATION_FIELDS}
+        given = sorted(name for name in others if self._differs(name))
+        if given:
+            raise ValueError(f"{' and '.join(given)}: not for mode = 'calibrate', which has no steps")
+        return self
+
+    def _differs(self, name: str) -> bool:
+        # a recipe that was written with every default spelt out is the same recipe
+        return bool(getattr(self, name) != StageSection.model_fields[name].default)
 
     @property
     def uses_labels(self) -> bool:
@@ -254,6 +287,19 @@ class Recipe(Section):
     stages: list[StageSection] = Field(default_factory=list)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+
+    @model_validator(mode="after")
+    def settings_have_a_stage(self) -> Recipe:
+        """What no stage would use is refused: it would be dropped without a word."""
+        decays = self.optimizer.layer_decay is not None and bool(self.stages)
+        if decays and all(stage.learns == "life" for stage in self.stages):
+            raise ValueError("optimizer.layer_decay is for stages that teach the backbone, and none does")
+        learning = [stage for stage in self.stages if stage.mode != "calibrate"]
+        smoothing = self.augmentation.label_smoothing
+        usual = AugmentationSection.model_fields["label_smoothing"].default
+        if learning and smoothing not in (0, usual) and not any(stage.uses_labels for stage in learning):
+            raise ValueError("augmentation.label_smoothing is for loss = 'labels' and 'both', and no stage has it")
+        return self
 
     def to_toml(self) -> str:
         """The recipe with every default spelt out, as TOML."""

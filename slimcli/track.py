@@ -13,8 +13,8 @@ from slimcli.errors import SlimError
 from slimcli.recipe import Recipe
 
 #: what a row of metrics.jsonl is called on a dashboard
-TRAINING = ("loss", "top1", "lr", "images_per_second")
-VALIDATION = ("top1", "top5", "loss")
+TRAINING = ("loss", "top1", "similarity", "lr", "images_per_second")
+VALIDATION = ("top1", "top5", "loss", "similarity")
 
 
 def check_tracker(name: str | None) -> None:
@@ -55,13 +55,11 @@ class Tracker:
         """Send a row of metrics.jsonl; `step` counts batches from the start of the run."""
         if self.name is None:
             return
-        values = {}
-        if row["event"] == "start":
-            values = {f"val/{key}": row[key] for key in VALIDATION}
-        else:
-            values = {f"train/{key}": row[key] for key in TRAINING} | {"stage": row["stage"]}
-            if row["event"] == "epoch":
-                values |= {f"val/{key}": row[f"val_{key}"] for key in VALIDATION}
+        start = row["event"] == "start"
+        wanted = {} if start else {f"train/{key}": key for key in TRAINING} | {"stage": "stage"}
+        wanted |= {f"val/{key}": key if start else f"val_{key}" for key in VALIDATION}
+        # a model without a classifier has no top-1, a stage without a loss has none
+        values = {name: row[key] for name, key in wanted.items() if row.get(key) is not None}
         self._try(lambda: self.accelerator.log(values, step=step))
 
     def finish(self) -> None:

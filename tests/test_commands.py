@@ -192,7 +192,7 @@ def test_calibrate_makes_a_model_that_eval_and_train_take(slim, tiny_recipe, tmp
 def test_what_is_calibrated_with_heirs_trains_the_backbone_alone(slim, tmp_path):
     words = ["--keep-rate", "0.5", "--images", 32, "--limit", 20]
     for dead, learns in (("heir", ["backbone"]), ("discard", ["life", "backbone"])):
-        slim("calibrate", "quickstart", *words, "--dead", dead, "--set", "stages.0.epochs=3", "-o", dead)
+        slim("calibrate", "paper-digits", *words, "--dead", dead, "--set", "stages.0.epochs=3", "-o", dead)
         stages = load_recipe(tmp_path / dead / "recipe.toml").stages
         assert [stage.learns for stage in stages] == learns
         assert sum(stage.epochs for stage in stages) == 5

@@ -27,7 +27,7 @@ def few_images(monkeypatch):
 
 
 def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
-    words = ["compare", "quickstart", "--methods", "life,evit,tome,random", "--keep-rate", "0.7,0.5"]
+    words = ["compare", "paper-digits", "--methods", "life,evit,tome,random", "--keep-rate", "0.7,0.5"]
     found = document(slim(*words, "--limit", 40, "--batch-size", 8, "-o", "out", "--json"))
     rows = rows_of(found)
     assert found["rows"][0]["title"] == "dense"
@@ -54,13 +54,13 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
 
 
 def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, monkeypatch, few_images):
-    words = ["compare", "quickstart", "--methods", "life", "--limit", 40, "--batch-size", 8]
+    words = ["compare", "paper-digits", "--methods", "life", "--limit", 40, "--batch-size", 8]
     calls = []
     real = compare.calibrate.calibrate
     monkeypatch.setattr(compare.calibrate, "calibrate", lambda *args: calls.append(1) or real(*args))
     assert slim(*words, "--set", "slimming.keep_rate=0.6").exit_code == 0
     assert calls == [1]
-    slim("calibrate", "quickstart", "--images", 64, "--limit", 20, "-o", "calibrated")
+    slim("calibrate", "paper-digits", "--images", 64, "--limit", 20, "-o", "calibrated")
     found = document(slim("compare", "calibrated/recipe.toml", *words[2:], "--json"))
     assert found["rows"][1]["keep_rate"] is None
     # the calibration of `slim calibrate` itself is the second
@@ -158,17 +158,17 @@ def test_a_training_that_was_interrupted_goes_on(slim, tiny_recipe, tmp_path, mo
     [
         ([], "Missing argument"),
         (["nowhere.toml"], "nowhere.toml: no such recipe"),
-        (["quickstart", "--methods", "life,tomee"], "did you mean tome?"),
-        (["quickstart", "--methods", ","], "--methods ',' names no method"),
-        (["quickstart", "--keep-rate", "0"], "--keep-rate 0"),
-        (["quickstart", "--untrained", "--epochs", "2"], "--untrained and --epochs"),
-        (["quickstart", "--epochs", "1"], "--epochs 1: quickstart has 2 stages"),
-        (["quickstart", "--methods", "dynamicvit"], "its score heads must be trained"),
-        (["quickstart", "--limit", "0"], "--limit"),
-        (["quickstart", "--resume"], "no unfinished comparison of quickstart"),
-        (["quickstart", "--resume", "-o", "nowhere"], "nowhere: is no comparison to go on with"),
-        (["quickstart", "--set", 'slimming.method="tome"'], "starts from a recipe of life regression"),
-        (["quickstart", "--set", "stages=[]", "--train"], "no stage that teaches the backbone"),
+        (["paper-digits", "--methods", "life,tomee"], "did you mean tome?"),
+        (["paper-digits", "--methods", ","], "--methods ',' names no method"),
+        (["paper-digits", "--keep-rate", "0"], "--keep-rate 0"),
+        (["paper-digits", "--untrained", "--epochs", "2"], "--untrained and --epochs"),
+        (["paper-digits", "--epochs", "1"], "--epochs 1: paper-digits has 2 stages"),
+        (["paper-digits", "--methods", "dynamicvit"], "its score heads must be trained"),
+        (["paper-digits", "--limit", "0"], "--limit"),
+        (["paper-digits", "--resume"], "no unfinished comparison of paper-digits"),
+        (["paper-digits", "--resume", "-o", "nowhere"], "nowhere: is no comparison to go on with"),
+        (["paper-digits", "--set", 'slimming.method="tome"'], "starts from a recipe of life regression"),
+        (["paper-digits", "--set", "stages=[]", "--train"], "no stage that teaches the backbone"),
     ],
 )
 def test_bad_input_is_one_clear_line(refused, words, part):

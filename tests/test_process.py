@@ -130,18 +130,19 @@ def test_two_processes_train_one_model(tmp_path, recipe):
 import sys, torch
 from pathlib import Path
 from slimcli import train
+from slimcli.training import run
 from slimcli.recipe import load_recipe
 import os
 written = []
-real = train.write_file
-train.write_file = lambda path, content: (written.append(str(path)), real(path, content))
+real = run.write_file
+run.write_file = lambda path, content: (written.append(str(path)), real(path, content))
 kept = {}
-save = train.Run.save
-def remember(self, model, top1):
+save = run.Run.save
+def remember(self, model, score, epoch):
     kept.update({name: value.clone() for name, value in model.state_dict().items()})
-    kept["top1"] = torch.tensor(top1)
-    save(self, model, top1)
-train.Run.save = remember
+    kept["top1"] = torch.tensor(score)
+    save(self, model, score, epoch)
+run.Run.save = remember
 train.train(load_recipe("tiny.toml"), "cpu")
 rank = os.environ["RANK"]
 torch.save(kept, f"rank{rank}.pt")

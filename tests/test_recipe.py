@@ -43,7 +43,7 @@ def refusal(tmp_path: Path, text: str, name: str = "mine.toml", overrides: tuple
 
 def test_every_built_in_recipe_is_valid_and_described():
     names = builtin_recipes()
-    assert {"quickstart", "digits-backbone", "cifar10-dinov2-small"} <= set(names)
+    assert {"quickstart", "paper-digits", "digits-backbone", "cifar10-dinov2-small"} <= set(names)
     for name in names:
         recipe = load_recipe(name, check_files=False)
         assert recipe.name == name

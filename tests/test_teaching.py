@@ -9,8 +9,8 @@ from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 import slimcli
-from slimcli.recipe import StageSection
-from slimcli.train import StageLoss, distillation, keep_rates_of_step
+from slimcli.recipe import AugmentationSection, StageSection
+from slimcli.training.tasks import distillation, feature_error, keep_rates_of_step, make_mixup, make_task
 
 
 def stage(**fields):
@@ -27,30 +27,50 @@ def test_distillation_is_the_divergence_from_the_dense_models_predictions():
 
 
 def test_each_loss_uses_what_it_says():
+    torch.manual_seed(0)
+    model = slimcli.slim("digits_vit", 0.5).eval()
     teacher = slimcli.slim("digits_vit", 0.5).eval()
     teacher.mode = "none"
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    with torch.no_grad():
-        dense = teacher.logits(images)
-    output = torch.randn(2, 10)
-    entropy, taught = F.cross_entropy(output, labels), distillation(output, dense)
-    by_labels = torch.nn.CrossEntropyLoss()
 
-    def value(loss):
-        return loss(output, None, labels, loss.known(images))
+    def found(**fields):
+        task = make_task(model, stage(**fields), teacher, AugmentationSection(label_smoothing=0.0))
+        task.start()
+        return task(task.batch(images, labels))["loss"].item()
 
-    assert value(StageLoss(stage(), None, by_labels)) == entropy
-    assert value(StageLoss(stage(loss="distill"), teacher, None)) == taught
     with torch.no_grad():
-        near = teacher.embedding(images)
-    for extra, expected in ((stage(features=0.5), entropy), (stage(features=0.5, loss="distill"), taught)):
-        loss = StageLoss(extra, teacher, by_labels if extra.uses_labels else None)
-        known = loss.known(images)
-        assert loss(output, near, labels, known).item() == pytest.approx(expected.item())
-        far = near + near.var().sqrt()
-        assert loss(output, far, labels, known).item() == pytest.approx(expected.item() + 0.5, rel=1e-4)
-    both = value(StageLoss(stage(loss="both"), teacher, by_labels))
-    assert both.item() == pytest.approx((entropy + taught).item() / 2)
+        dense, near = teacher.logits_and_embedding(images)
+        model.mode = "hard"
+        output, embedding = model.logits_and_embedding(images)
+    entropy, taught = F.cross_entropy(output, labels).item(), distillation(output, dense).item()
+    far = (F.mse_loss(embedding, near) / near.var()).item()
+    cosine = F.cosine_similarity(embedding, near).mean().item()
+    assert found() == pytest.approx(entropy, rel=1e-4)
+    assert found(loss="distill") == pytest.approx(taught, rel=1e-3)
+    assert found(loss="both") == pytest.approx((entropy + taught) / 2, rel=1e-4)
+    assert found(features=0.5) == pytest.approx(entropy + 0.5 * far, rel=1e-4)
+    assert found(features=0.5, loss="distill") == pytest.approx(taught + 0.5 * far, rel=1e-3)
+    assert found(loss="cosine") == pytest.approx(1 - cosine, rel=1e-3)
+
+
+def test_features_that_are_all_alike_give_a_finite_error():
+    same = torch.ones(4, 8, requires_grad=True)
+    error = feature_error(same, torch.ones(4, 8))
+    error.backward()
+    assert error.item() == 0 and torch.isfinite(same.grad).all()
+    assert torch.isfinite(feature_error(torch.ones(1, 1), torch.ones(1, 1)))
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_mixup_takes_any_number_of_images(count):
+    mix = make_mixup(AugmentationSection(mixup=0.8, cutmix=1.0), 10)
+    before = torch.randn(count, 3, 8, 8)
+    images, labels = mix(before.clone(), torch.arange(count))
+    assert images.shape == before.shape and labels.shape == (count, 10)
+    torch.testing.assert_close(labels.sum(1), torch.ones(count))
+    if count % 2:
+        # the last image has no partner
+        assert torch.equal(images[-1], before[-1]) and labels[-1].argmax() == count - 1
 
 
 def test_a_step_trains_the_highest_the_lowest_and_one_in_between():

@@ -9,7 +9,7 @@ from conftest import tiny_vit
 from slimcli import attention, measure, slim
 from slimcli.backbones.base import counted
 from slimcli.recipe import StageSection
-from slimcli.train import choose_parameters, set_training
+from slimcli.training.optimizer import choose_parameters, set_training
 
 
 def staged(learns, mode):

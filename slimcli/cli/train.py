@@ -68,7 +68,10 @@ def command(
     from slimcli.device import find_device
 
     if dry_run:
-        _print_plan(Display(as_json), train.dry_run(loaded))
+        display = Display(as_json)
+        with display.progress() as progress:
+            plan = train.dry_run(loaded, device, progress)
+        _print_plan(display, plan)
         return
     if resume == "":
         run = train.unfinished_run(loaded)
@@ -106,7 +109,7 @@ def _print_plan(display: Any, plan: dict[str, Any]) -> None:
     across(display, plan["rows"])
     slimmed = plan["rows"][1]["schedule"]
     display.line(f"patches in each block: {', '.join(str(n) for n in slimmed)}")
-    titles = ["Stage", "Learns", "Mode", "Epochs", "Updates", "lr", "Parameters (M)"]
+    titles = ["Stage", "Learns", "Mode", "Epochs", "Updates", "lr", "Parameters (M)", "Seconds"]
     body = [
         [
             str(number),
@@ -114,10 +117,13 @@ def _print_plan(display: Any, plan: dict[str, Any]) -> None:
             stage["mode"],
             str(stage["epochs"]),
             str(stage["updates"]),
-            f"{stage['lr']:g}",
+            f"{stage['lr']:g}" if "lr" in stage else "-",
             f"{stage['learning_parameters'] / 1e6:.3f}",
+            f"{stage['seconds']:.0f}",
         ]
         for number, stage in enumerate(plan["stages"], 1)
     ]
     display.table(titles, body)
+    minutes, seconds = divmod(round(plan["seconds"]), 60)
+    display.line(f"about {minutes} min {seconds} s on this machine ({plan['device']}), validation included")
     display.document(plan)

@@ -1,0 +1,160 @@
+"""The kind of stage that calibrates: the life head is taught, and how patches leave is searched, without labels."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimcli import calibrate
+from slimcli import data as datasets
+from slimcli.device import find_dtype
+from slimcli.errors import Interrupted
+from slimcli.evaluate import first_images
+from slimcli.progress import Progress
+from slimcli.schedule import Schedule
+from slimcli.store import slimming_config
+from slimcli.training.checkpoint import adopt_slimming, seed_epoch
+from slimcli.training.control import Control, Stopped
+from slimcli.training.run import Position, Run
+from slimcli.training.stages import Stage
+from slimcli.training.validation import said, validate
+
+#: candidates that a search runs over the check images, and what of a forward pass each takes
+CANDIDATES, CANDIDATE_SHARE = 17, 0.6
+#: what of a forward pass a step of fitting the life head to 32 images takes
+FIT_SHARE = 0.2
+
+
+class CalibrationStage(Stage):
+    """Does what `slim calibrate` does, on the training images, at the cost of the recipe's schedule."""
+
+    @property
+    def updates(self) -> int:
+        return 0
+
+    @property
+    def work(self) -> float:
+        return self._search_work + len(self.session.check_on)
+
+    @property
+    def _search_work(self) -> float:
+        count, checked, batch = self._numbers()
+        steps = min(max(count, calibrate.STEPS[0]), calibrate.STEPS[1])
+        layers = len(self._life_layers())
+        fits = steps if layers == 1 else steps * (1 + layers * calibrate.BRIEF)
+        candidates = (CANDIDATES if layers > 1 else CANDIDATES // 2) * checked / batch
+        whole = (count + checked) / batch + candidates * CANDIDATE_SHARE + fits * FIT_SHARE * 32 / batch
+        # in batches of the recipe's size
+        return whole * batch / self.session.recipe.data.batch_size
+
+    def _life_layers(self) -> tuple[int, ...]:
+        model = self.session.model
+        keeps = self.section.keep_schedule
+        return (model.schedule.life_layer,) if keeps else calibrate.candidate_life_layers(model.backbone.depth)
+
+    def _numbers(self) -> tuple[int, int, int]:
+        """Images to fit on and to compare candidates on, a fifth of all, and the size of their batches."""
+        session = self.session
+        wanted = calibrate.images_that_fit(session.model.backbone, self.section.images, len(self._life_layers()))
+        total = min(wanted + max(8, wanted // 4), len(session.train_set))
+        checked = max(1, total // 5)
+        return max(1, total - checked), checked, min(session.recipe.data.batch_size, 64)
+
+    def run(self, run: Run, state: dict[str, Any] | None, control: Control) -> None:
+        session, model = self.session, self.session.model
+        accelerator = session.accelerator
+        begin = time.perf_counter()
+        label = f"stage {self.number + 1}  "
+        try:
+            done = self._calibrate(control.watched(control.work.part(self._search_work, label), accelerator))
+            progress = control.watched(control.work.part(len(session.check_on), label), accelerator)
+            found = validate(session, model, "hard", progress)
+        except Stopped:
+            # nothing of it is kept: it begins again
+            if state is None and run.best_epoch is None:
+                run.checkpoint(model)
+            raise Interrupted(str(run.folder)) from None
+        best, seconds = done.tried[0], time.perf_counter() - begin
+        row = {
+            **self.row(0),
+            "batch": len(session.learn_from),
+            "images": self._numbers()[0],
+            "apart": round(best.apart, 5),
+            "agreement": round(best.agreement, 2),
+            "seconds": round(seconds, 2),
+        }
+        values = {f"val_{key}": value for key, value in found.row().items()}
+        run.add({"event": "epoch", **row, **values}, (self.epochs_before + 1) * len(session.learn_from))
+        run.save(model, found.score, (self.number + 1, 1))
+        counts = " ".join(str(count) for count in model.patches_per_layer[model.schedule.life_layer :])
+        control.log(
+            f"{self.title}: life layer {model.schedule.life_layer}, then {counts} patches, the best of "
+            f"{len(done.tried)} ways tried; slim val {said(found.row())}, {seconds:.0f} s"
+        )
+        run.position = Position(stage=self.number + 1)
+        run.checkpoint(model)
+        if control.stopping(accelerator):
+            raise Interrupted(str(run.folder))
+
+    def _calibrate(self, progress: Progress) -> calibrate.Calibration:
+        """Calibrate a copy of the model, which may be rounded to another dtype, and adopt what it found."""
+        session, model = self.session, self.session.model
+        seed_epoch(session.recipe.seed, self.epochs_before, 0)
+        count, checked, _ = self._numbers()
+        fit_on, check_on = calibrate.split(self._images(count + checked), count)
+        found = copy.deepcopy(model).requires_grad_(False)
+        dtype = find_dtype(session.recipe.precision, session.device)
+        done = calibrate.calibrate(
+            found, self.goal(), fit_on, check_on, count, session.device, dtype, progress=progress
+        )
+        best = done.tried[0]
+        adopt_slimming(model, slimming_config(found))
+        # as fitted, in float32
+        model.selector.load_state_dict(done.fitted[best.schedule.life_layer].state)
+        model.to(session.device)
+        self._share()
+        return done
+
+    def goal(self) -> calibrate.Cost | Schedule:
+        """The recipe's own schedule, or what the paper's way costs at its keep rate."""
+        model = self.session.model
+        if self.section.keep_schedule:
+            return model.schedule
+        rate = model.schedule.keep_rate
+        return calibrate.Cost(model.multiply_adds() if rate is None else model.usual_cost(rate))
+
+    def _images(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Training images of all classes, prepared as for inference, in batches."""
+        session = self.session
+        dataset = datasets.shuffled(datasets.open_dataset(session.recipe.data, train=True))
+        batch = self._numbers()[2]
+        loader = datasets.eval_loader(dataset, session.prepare, batch, session.workers, session.device)
+        return list(first_images(loader, count))
+
+    def _share(self) -> None:
+        """What the main process found is what all go on with: machines may round otherwise."""
+        if self.session.accelerator.num_processes == 1:
+            return
+        model = self.session.model
+        config = [slimming_config(model)]
+        torch.distributed.broadcast_object_list(config)
+        adopt_slimming(model, config[0])
+        for value in model.selector.state_dict().values():
+            torch.distributed.broadcast(value, 0)
+
+    @torch.no_grad()
+    def seconds(self) -> float:
+        session, model = self.session, self.session.model
+        images = self._images(self._numbers()[2])[0][0].to(session.device)
+        model.eval()
+        times = []
+        for _ in range(3):
+            clock = time.perf_counter()
+            with model.running(mode="none"):
+                model.logits(images)
+            times.append(time.perf_counter() - clock)
+        return min(times) / len(images) * session.recipe.data.batch_size * self._search_work
