@@ -91,7 +91,7 @@ def test_a_built_in_recipe_is_found_by_name_or_by_its_path_in_the_repository(tmp
         (
             'mode = "soft"',
             'mode = "sfot"',
-            "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft', 'hard' or 'straight'",
+            "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft', 'hard', 'straight' or 'calibrate'",
         ),
         ('mode = "soft"', 'mod = "soft"', "mine.toml:11: stages.0.mod: unknown field; did you mean 'mode'?"),
         ("lr = 1e-3", "lr = -1", "mine.toml:12: stages.0.lr: found -1, expected greater than 0"),

@@ -61,7 +61,7 @@ class Faults:
         """`SlimError` if nothing was learned from in a whole epoch."""
         if not learned:
             raise SlimError(
-                f"{self.title} epoch {epoch + 1}: the loss or its gradient became nan or inf in every batch{self.last}: "
+                f"{self.title} epoch {epoch + 1}: loss or gradient became nan or inf in all batches{self.last}: "
                 f"{self.advice(self.last)}"
             )
 
