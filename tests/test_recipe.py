@@ -91,7 +91,7 @@ def test_a_built_in_recipe_is_found_by_name_or_by_its_path_in_the_repository(tmp
         (
             'mode = "soft"',
             'mode = "sfot"',
-            "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft', 'hard' or 'straight'",
+            "mine.toml:11: stages.0.mode: found 'sfot', expected 'none', 'soft', 'hard', 'straight' or 'calibrate'",
         ),
         ('mode = "soft"', 'mod = "soft"', "mine.toml:11: stages.0.mod: unknown field; did you mean 'mode'?"),
         ("lr = 1e-3", "lr = -1", "mine.toml:12: stages.0.lr: found -1, expected greater than 0"),
@@ -102,7 +102,7 @@ def test_a_built_in_recipe_is_found_by_name_or_by_its_path_in_the_repository(tmp
             "lr = 1e-3\nepochs = true",
             "mine.toml:13: stages.0.epochs: found True, expected a valid integer",
         ),
-        ("lr = 1e-3", "", "mine.toml:9: stages.0.lr: is missing"),
+        ("lr = 1e-3", "", "mine.toml:9: stages.0: lr is missing"),
         ('mode = "soft"', 'mode = "hard"', "mine.toml:9: stages.0: mode = 'hard' gives the life head no gradient"),
         ('name = "digits"', 'root = "nowhere"', "mine.toml:7: data.root: 'nowhere' does not exist"),
         ("[data]", "[dta]", "mine.toml:6: dta: unknown field; did you mean 'data'?"),
@@ -172,7 +172,7 @@ def test_the_papers_ablation_and_a_dense_backbone_are_one_stage_each():
 @pytest.mark.parametrize(
     ("stage", "wrong"),
     [
-        ('learns = "life"\nmode = "hard"', "needs mode = 'soft' or 'straight'"),
+        ('learns = "life"\nmode = "hard"', "needs mode = 'soft', 'straight'"),
         ('learns = "backbone"\nmode = "none"\nkeep_rates = [0.9, 0.5]', "keep_rates are two or more"),
         ('learns = "backbone"\nmode = "hard"\nkeep_rates = [0.5]', "keep_rates are two or more"),
         ('learns = "backbone"\nmode = "hard"\nend_temperature = 3.0', "end_temperature is for the soft weights"),

@@ -30,6 +30,7 @@ class Faults:
         self.scales = session.accelerator.scaler is not None
         self.group: list[tuple[int, float]] = []
         self.in_a_row = 0
+        self.last = ""
 
     def note(self, epoch: int, epochs_before: int, batch: int, step: Step) -> str | None:
         """Take note of a batch (counted from 0); a line for the log if its update was left out.
@@ -50,7 +51,7 @@ class Faults:
             return None
         what = f"the loss became {bad[0][1]}" if bad else "the gradient became nan or inf"
         numbers = [number for number, _ in bad or group]
-        images = self.images(epochs_before, numbers)
+        images = self.last = self.images(epochs_before, numbers)
         place = f"{self.title} epoch {epoch + 1}: {what} at batch {', '.join(str(n + 1) for n in numbers)}"
         if not lost:
             return f"{place}, which is left out{images}"
@@ -60,8 +61,8 @@ class Faults:
         """`SlimError` if nothing was learned from in a whole epoch."""
         if not learned:
             raise SlimError(
-                f"{self.title} epoch {epoch + 1}: the loss or its gradient became nan or inf in every batch: "
-                f"{self.advice('')}"
+                f"{self.title} epoch {epoch + 1}: loss or gradient became nan or inf in all batches{self.last}: "
+                f"{self.advice(self.last)}"
             )
 
     def advice(self, images: str) -> str:
