@@ -100,9 +100,14 @@ def test_shell_blocks_run(page, room):
         for words in commands(block.text):
             if words[0] == "slim" and not block.parse_only and not page.is_relative_to(LAB):
                 arguments = [block.instead.get(word, word) for word in words[1:]]
-                run([*arguments, *SMALLER.get(arguments[0], [])])
+                run([*arguments, *smaller(arguments)])
             else:
                 check(words, block.where)
+
+
+def smaller(arguments):
+    named_images = arguments[0] == "show" and "--pick" not in arguments
+    return [] if named_images else SMALLER.get(arguments[0], [])
 
 
 def check(words, where):

@@ -141,7 +141,7 @@ def main() -> None:
 
     \b
     First steps:
-      slim train quickstart            train on handwritten digits, two minutes
+      slim train quickstart            slim a small model of digits, about a minute
       slim eval --keep-rate 0.7        accuracy and speed, dense against slimmed
       slim profile deit_small_patch16_224 --keep-rate 1.0,0.9,0.8,0.7
     """
