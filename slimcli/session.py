@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,21 +115,26 @@ class Session:
             SlimError: where the data has classes that the model does not have.
         """
         images = datasets.open_dataset(self.data.model_copy(update=changes), train=train)
-        self.notes += [line for line in getattr(images, "notes", ()) if line not in self.notes]
+        self._note(getattr(images, "notes", ()))
         if train:
             return images
         named = datasets.read_class_map(self.request.class_map) if self.request.class_map is not None else None
         outputs = self.model.architecture().num_outputs
         images, note = datasets.match_classes(images, self.target.class_names, outputs, named)
-        self.notes += [note] if note and note not in self.notes else []
+        self._note([note] if note else ())
         return images
 
     def loader(self, images: Any, batch_size: int | None = None) -> DataLoader[Any]:
         """Batches (images, classes) in order, prepared as for inference."""
         workers = datasets.num_workers(self.data, images, self.device)
-        return datasets.eval_loader(
-            images, self.preprocessing, batch_size or self.data.batch_size, workers, self.device
-        )
+        batch_size = batch_size or self.data.batch_size
+        found = datasets.eval_loader(images, self.preprocessing, batch_size, workers, self.device)
+        # fewer loader processes than asked for are a note of the images
+        self._note(getattr(images, "notes", ()))
+        return found
+
+    def _note(self, lines: Iterable[str]) -> None:
+        self.notes += [line for line in lines if line not in self.notes]
 
     def facts(self, batch_size: int) -> dict[str, Any]:
         """What a measurement says of how it was made."""
