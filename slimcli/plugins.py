@@ -16,7 +16,6 @@ import pluggy
 
 from slimcli import hookspecs
 from slimcli.errors import SlimError
-from slimcli.values import constructor_arguments
 
 if TYPE_CHECKING:
     import click
@@ -166,6 +165,9 @@ def find_backbone(model: nn.Module, plugin: str | None = None) -> Backbone:
 def build_model(name: str, pretrained: bool = False, plugin: str | None = None, **args: Any) -> nn.Module:
     """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
     try:
+        # pydantic is not for `slim --help`
+        from slimcli.values import constructor_arguments
+
         constructor_arguments(args)
     except ValueError as error:
         raise SlimError(f"the arguments of the model {name!r}: {error}") from None

@@ -8,9 +8,10 @@ from conftest import document
 from PIL import Image
 
 import slimcli
-from slimcli import compare, train
+from slimcli import compare
 from slimcli.errors import Interrupted
 from slimcli.recipe import load_recipe
+from slimcli.training.run import Run
 
 ALL = "life,evit,evit-nofuse,dynamicvit,tome,random"
 
@@ -134,19 +135,19 @@ def test_finished_lines_are_kept_and_not_measured_again(slim, tiny_recipe, tmp_p
 def test_a_training_that_was_interrupted_goes_on(slim, tiny_recipe, tmp_path, monkeypatch):
     words = ["compare", tiny_recipe, "--methods", "random,tome", "--keep-rate", "0.5", "--epochs", 2, "-o", "out"]
     whole = document(slim(*words[:-1], "whole", "--json"))
-    real = train.Run.checkpoint
+    real = Run.checkpoint
 
-    def stop(run, *args):
-        real(run, *args)
+    def stop(run, *args, **options):
+        real(run, *args, **options)
         if run.recipe.name.startswith("tome"):
             raise Interrupted(str(run.folder))
 
-    monkeypatch.setattr(train.Run, "checkpoint", stop)
+    monkeypatch.setattr(Run, "checkpoint", stop)
     stopped = slim(*words)
     assert stopped.exit_code == 1
     assert "--resume -o out" in stopped.stderr
     assert (tmp_path / "out" / "cells" / "random-0.5.json").is_file()
-    monkeypatch.setattr(train.Run, "checkpoint", real)
+    monkeypatch.setattr(Run, "checkpoint", real)
     found = document(slim(*words, "--resume", "--json"))
     assert len(list((tmp_path / "out" / "runs").glob("tome-*"))) == 1
     for row, other in zip(found["rows"], whole["rows"], strict=True):

@@ -401,7 +401,7 @@ def test_a_method_is_saved_and_loaded_with_the_model(name, tmp_path):
 
 @torch.no_grad()
 def test_a_method_is_served_by_every_command_or_refused_in_a_line(slim, refused, tmp_path):
-    recipe = ["quickstart", "--set", 'slimming.method="tome"']
+    recipe = ["paper-digits", "--set", 'slimming.method="tome"']
     found = slim("eval", *recipe, "--limit", 20)
     assert found.exit_code == 0
     assert "life head" not in found.stderr, "it has none to train"
@@ -412,7 +412,7 @@ def test_a_method_is_served_by_every_command_or_refused_in_a_line(slim, refused,
     for words, part in (
         (["show", "--run", "deployed"], "tome predicts no lives"),
         (["profile", "deployed", "--per-layer", "--seconds", 0], "--per-layer is for life regression"),
-        (["eval", "deployed", "--dead", "heir"], "dead = 'heir' is for life regression"),
+        (["eval", "deployed", "--dead", "heir"], "slimming.dead is for the method life: tome"),
         (["calibrate", *recipe, "--images", 8, "--limit", 8], "tome has no life head"),
     ):
         assert part in refused(*words)

@@ -26,6 +26,7 @@ from slimcli.data.augmentation import keep_one_bit
 from slimcli.errors import SlimError
 from slimcli.recipe import Recipe, load_recipe, validate
 from slimcli.schedule import Schedule, life_moments
+from slimcli.training import loop
 
 SCHEMA = Recipe.model_json_schema()
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -245,7 +246,7 @@ def test_a_small_recipe_that_is_valid_trains_a_step_or_is_refused_plainly(places
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
             recipe.output = Path(folder)
             # the figures that end a run are not what is asked about here
-            patched.setattr(train, "_summarise", lambda *_args, **_options: {})
+            patched.setattr(loop, "summarise", lambda *_args, **_options: {})
             train.train(recipe, "cpu")
     except SlimError as error:
         assert str(error)

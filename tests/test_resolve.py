@@ -38,11 +38,19 @@ VALUES: dict[str, Any] = {
     "optimizer.opt": "sgd",
     "augmentation.auto_augment": "rand-m5-n1",
     "augmentation.scale": [0.5, 1.0],
+    "stages.0.images": 64,
 }
 
 
 #: what must be set beside a field for it to mean anything
-BESIDE = {"stages.0.backbone_lr": ["stages.0.learns=both"], "optimizer.momentum": ["optimizer.opt=sgd"]}
+CALIBRATES = ['stages.0={learns = "life", mode = "calibrate"}']
+BESIDE = {
+    "stages.0.backbone_lr": ["stages.0.learns=both"],
+    "stages.0.distill_temperature": ["stages.0.loss=distill"],
+    "stages.0.images": CALIBRATES,
+    "stages.0.keep_schedule": CALIBRATES,
+    "optimizer.momentum": ["optimizer.opt=sgd"],
+}
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> list[tuple[str, Any]]:

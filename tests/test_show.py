@@ -406,7 +406,7 @@ def test_only_broken_images_write_nothing_and_fail(slim, run, tmp_path):
         (["pictures/1.png", "-o", "out.png", "--format", "svg"], "differ"),
         (["pictures/1.png", "--layer", "9"], "blocks 1 to 4"),
         (["pictures/1.png", "--keep-rate", "0.5,0.7"], "one keep rate"),
-        (["pictures/1.png", "--data", "digits"], "--data is for picking"),
+        (["pictures/1.png", "--data", "digits"], "--data has no effect with IMAGE"),
         (["--run", "nothing/here"], "no such file or folder"),
     ],
 )
