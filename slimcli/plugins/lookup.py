@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimcli.errors import SlimError
-from slimcli.recipe.values import constructor_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +50,9 @@ def find_backbone(model: nn.Module, plugin: str | None = None) -> Backbone:
 
 def build_model(name: str, pretrained: bool = False, plugin: str | None = None, **args: Any) -> nn.Module:
     """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
+    # the schema of recipes takes a while to import, which commands that only list plugins need not wait for
+    from slimcli.recipe.values import constructor_arguments
+
     try:
         constructor_arguments(args)
     except ValueError as error:
