@@ -19,10 +19,10 @@ from common import TINY, finish, parser, start, whole_numbers
 from slimcli.errors import SlimError
 from slimcli.files import write_json
 from slimcli.recipe import Recipe, SlimmingSection, StageSection, load_recipe, validate
-from slimcli.runs import METRICS
 from slimcli.schedule import Schedule, default_life_layer, falling_counts
+from slimcli.session.targets import from_recipe
 from slimcli.slimming import SlimModel
-from slimcli.targets import from_recipe
+from slimcli.store.run_folder import METRICS
 from slimcli.train import train
 
 COLUMNS = {

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from slimcli import measure
 from slimcli.cli.display import Display
 from slimcli.device import environment, find_device
+from slimcli.measure import clock
 from slimcli.progress import Progress
 
 #: arguments of a timm ViT that runs in milliseconds, for --quick
@@ -65,7 +65,7 @@ def whole_numbers(text: str) -> list[int]:
 
 def rounds(run: Callable[[], object], device: torch.device) -> int:
     """How many rounds a median needs: five, or three where one call takes longer than five seconds."""
-    return 3 if measure.timed(run, device)[1] > 5 else 5
+    return 3 if clock.timed(run, device)[1] > 5 else 5
 
 
 def contest(
@@ -81,12 +81,10 @@ def contest(
     `speedup` is the median over the rounds, `realised` the speed-up over the ratio of multiply-adds.
     """
     least = rounds(contenders[0].run, device)
-    times = measure.interleave(
-        [each.run for each in contenders], device, least, seconds, progress=progress, label=label
-    )
+    times = clock.interleave([each.run for each in contenders], device, least, seconds, progress=progress, label=label)
     rows = []
     for contender, taken in zip(contenders, times, strict=True):
-        faster = measure.speedup(times[0], taken)
+        faster = clock.speedup(times[0], taken)
         realised = faster * contender.gmacs / contenders[0].gmacs
         rows.append(
             {

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from common import TINY, finish, parser, rounds, start, verdict, whole_numbers
 
-from slimcli import measure
 from slimcli.cli.display import Display
-from slimcli.evaluate import Variant, describe
 from slimcli.layout import lay_out_for_inference
+from slimcli.measure import clock
+from slimcli.measure.evaluate import Variant, describe
+from slimcli.measure.profile import random_images
 from slimcli.plugins import build_model
-from slimcli.profile import random_images
 from slimcli.slimming import slim
 
 COLUMNS = {
@@ -51,11 +51,11 @@ def point(
 
     variants = [Variant(None), Variant(model.schedule)]
     runs = [partial(run, variant) for variant in variants]
-    times = measure.interleave(runs, device, rounds(runs[0], device), chosen.seconds)
+    times = clock.interleave(runs, device, rounds(runs[0], device), chosen.seconds)
     gmacs = [describe(model, variant.schedule)["gmacs"] for variant in variants]
     rows = []
     for index, taken in enumerate(times):
-        faster = measure.speedup(times[0], taken)
+        faster = clock.speedup(times[0], taken)
         rows.append(
             {
                 "name": f"{sweep} {at} {'slim' if index else 'dense'}",
@@ -66,7 +66,7 @@ def point(
                 "milliseconds_an_image": round(1000 * statistics.median(taken) / batch, 4),
                 "speedup": round(faster, 4),
                 "realised": round(faster * gmacs[index] / gmacs[0], 4),
-                "mib": round(measure.peak_memory_mib(runs[index], model, device), 1),
+                "mib": round(clock.peak_memory_mib(runs[index], model, device), 1),
             }
         )
     return rows

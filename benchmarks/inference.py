@@ -12,10 +12,10 @@ import torch
 from common import TINY, Contender, contest, finish, numbers, parser, start, whole_numbers
 
 from slimcli.device import find_dtype
-from slimcli.evaluate import Variant, describe
 from slimcli.layout import lay_out_for_inference
+from slimcli.measure.evaluate import Variant, describe
+from slimcli.measure.profile import random_images
 from slimcli.plugins import build_model
-from slimcli.profile import random_images
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel, slim
 

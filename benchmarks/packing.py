@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from common import TINY, finish, numbers, parser, rounds, start, whole_numbers
 
-from slimcli import measure
 from slimcli.device import find_dtype
-from slimcli.evaluate import Variant
 from slimcli.layout import lay_out_for_inference
+from slimcli.measure import clock
+from slimcli.measure.evaluate import Variant
+from slimcli.measure.profile import random_images
 from slimcli.plugins import build_model
-from slimcli.profile import random_images
 from slimcli.slimming import SlimModel, slim
 
 COLUMNS = {
@@ -59,7 +59,7 @@ def main() -> None:
                 images = random_images(plain, batch, device, find_dtype(precision, device))
                 runs = [partial(run, model, variant, images) for variant in variants for model in (plain, packed)]
                 label = f"{precision} batch {batch}"
-                times = measure.interleave(
+                times = clock.interleave(
                     runs, device, rounds(runs[0], device), chosen.seconds, progress=progress, label=label
                 )
                 for index, variant in enumerate(variants):
@@ -73,9 +73,9 @@ def main() -> None:
                             "row": rate,
                             "plain_ms": round(1000 * statistics.median(before), 3),
                             "packed_ms": round(1000 * statistics.median(after), 3),
-                            "faster": round(measure.speedup(before, after), 4),
-                            "plain_speedup": round(measure.speedup(times[0], before), 4),
-                            "packed_speedup": round(measure.speedup(times[1], after), 4),
+                            "faster": round(clock.speedup(before, after), 4),
+                            "plain_speedup": round(clock.speedup(times[0], before), 4),
+                            "packed_speedup": round(clock.speedup(times[1], after), 4),
                             "arithmetic": round(plain.cost(None) / plain.cost(variant.schedule), 4),
                         }
                     )

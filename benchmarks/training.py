@@ -16,11 +16,11 @@ import torch
 from common import TINY, finish, parser, rounds, start, verdict
 from torch import nn
 
-from slimcli import measure
 from slimcli.attention import TrainingAttention
 from slimcli.device import find_dtype
+from slimcli.measure import clock
+from slimcli.measure.profile import random_images
 from slimcli.plugins import build_model
-from slimcli.profile import random_images
 from slimcli.recipe import DataSection, ModelSection, Recipe, StageSection
 from slimcli.slimming import SlimModel, slim
 from slimcli.training.optimizer import choose_parameters, make_optimizer, set_training
@@ -124,18 +124,18 @@ def main() -> None:
     with display.progress() as progress:
         steps = [partial(Step(model, recipe, kind, chosen.precision), images, targets) for kind in STAGES.values()]
         least = rounds(steps[0], device)
-        times = measure.interleave(steps, device, least, chosen.seconds, progress=progress, label="training steps")
+        times = clock.interleave(steps, device, least, chosen.seconds, progress=progress, label="training steps")
         del steps, model
         for index, (row, kind) in enumerate(STAGES.items()):
             progress("memory", index, len(STAGES))
             alone = build()
             step = Step(alone, recipe, kind, chosen.precision)
             step(images, targets)
-            mib = measure.peak_memory_mib(partial(step, images, targets), alone, device)
+            mib = clock.peak_memory_mib(partial(step, images, targets), alone, device)
             # away from a GPU the measured peak is that of the step alone
             mib += step.state_mib() if device.type != "cuda" else 0.0
             mibs.append(mib)
-            speed, memory = measure.speedup(times[0], times[index]), mib / mibs[0]
+            speed, memory = clock.speedup(times[0], times[index]), mib / mibs[0]
             rows.append(
                 {
                     "name": row,

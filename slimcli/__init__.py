@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from slimcli.errors import SlimError
 from slimcli.hookspecs import hookimpl
 from slimcli.schedule import Architecture, Schedule
+from slimcli.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from slimcli.attention import attend, biased_attention
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
     from slimcli.methods.life import LifeModel
     from slimcli.methods.slim_model import SlimModel
     from slimcli.slimming import slim
-    from slimcli.store import load
+    from slimcli.store.model_folder import load
 
-__version__ = "0.1.0"
 __all__ = [
     "Architecture",
     "Backbone",
@@ -60,7 +60,7 @@ _LAZY = {
     "pool_mean": "slimcli.backbones.base",
     "SlimModel": "slimcli.methods.slim_model",
     "slim": "slimcli.slimming",
-    "load": "slimcli.store",
+    "load": "slimcli.store.model_folder",
     "optimize": "slimcli.layout",
 }
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 
-from slimcli import evaluate
 from slimcli.cli import main
+from slimcli.measure import evaluate
 
 # tests run side by side: one thread each is faster than two that compete
 os.environ.setdefault("OMP_NUM_THREADS", "1")

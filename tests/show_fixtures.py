@@ -13,7 +13,7 @@ from PIL import Image
 from slimcli.plugins import find_backbone
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel
-from slimcli.store import save_model
+from slimcli.store.model_folder import save_model
 
 #: how `tiny_vit` is built again from its name
 TINY_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}

@@ -113,7 +113,7 @@ def test_flex_reads_the_same_biases(monkeypatch):
     from torch.nn.attention.flex_attention import flex_attention
 
     # compiling takes half a minute on a CPU; what is tested is the score_mod
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention.kernels, "_compiled_flex", lambda: flex_attention)
     query, key, value, bias = (tensor.detach() for tensor in inputs("cpu", torch.float32, tokens=12))
     pairs, places = torch.randn(1, 2, 33, 33), torch.stack([torch.randperm(33)[:12] for _ in range(3)])
     for extra in ({}, {"pair_bias": pairs, "places": places}, {"pair_bias": pairs, "places": places[:1]}):

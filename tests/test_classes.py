@@ -8,7 +8,7 @@ from PIL import Image
 
 from slimcli.data import ImageSamples, match_classes, read_class_map
 from slimcli.errors import SlimError
-from slimcli.runs import CONFIG, WEIGHTS
+from slimcli.store.run_folder import CONFIG, WEIGHTS
 
 
 def one_a_class(*names):

@@ -8,7 +8,7 @@ from conftest import document
 
 import slimcli
 from slimcli.recipe import load_recipe
-from slimcli.targets import find_target
+from slimcli.session.targets import find_target
 
 ROW = {"keep_rate", "schedule", "gmacs", "params_millions", "images_per_second", "speedup"}
 ACCURACY = {"top1", "top5", "loss"}

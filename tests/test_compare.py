@@ -8,7 +8,7 @@ from conftest import document
 from PIL import Image
 
 import slimcli
-from slimcli import compare
+from slimcli.comparison import compare
 from slimcli.errors import Interrupted
 from slimcli.recipe import load_recipe
 from slimcli.training.run import Run
@@ -57,8 +57,8 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
 def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, monkeypatch, few_images):
     words = ["compare", "paper-digits", "--methods", "life", "--limit", 40, "--batch-size", 8]
     calls = []
-    real = compare.calibrate.calibrate
-    monkeypatch.setattr(compare.calibrate, "calibrate", lambda *args: calls.append(1) or real(*args))
+    real = compare.calibrate_model
+    monkeypatch.setattr(compare, "calibrate_model", lambda *args: calls.append(1) or real(*args))
     assert slim(*words, "--set", "slimming.keep_rate=0.6").exit_code == 0
     assert calls == [1]
     slim("calibrate", "paper-digits", "--images", 64, "--limit", 20, "-o", "calibrated")

@@ -7,7 +7,7 @@ from test_slimming import images, slimmed
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimcli.backbones.base import without_computing
+from slimcli.backbones.counting import without_computing
 from slimcli.conformance import WAITING
 
 WAYS = [

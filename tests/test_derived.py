@@ -8,7 +8,7 @@ from conftest import tiny_vit
 
 import slimcli
 from slimcli import SlimError, slim
-from slimcli.backbones.base import counted
+from slimcli.backbones.counting import counted
 from slimcli.backbones.timm_families import SMALL
 from slimcli.life import highest_first, normalise_life, place_by_value
 

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from slimcli.cli.display import Display, across
+from slimcli.measure.rows import Row
 from slimcli.progress import Part, Step, Steps
-from slimcli.rows import Row
 
 DENSE = Row(dense=True, gmacs=1.0, top1=92.5, top1_se=0.4, speedup=1.0, images=400)
 SLIM = Row(

@@ -191,16 +191,16 @@ def mine(monkeypatch):
     for block in blocks(HOOKS, "python"):
         exec(compile("\n" * (block.line - 1) + block.text, str(HOOKS), "exec"), vars(module))
     manager = plugins.plugin_manager()
-    monkeypatch.setattr(plugins, "failures", [])
+    monkeypatch.setattr(plugins.manager, "failures", [])
     manager.register(module, name="mine")
     yield module
     manager.unregister(name="mine")
-    assert plugins.failures == []
+    assert plugins.manager.failures == []
 
 
 def test_the_hooks_page_declares_its_plugin_as_slim_looks_for_it():
     (block,) = blocks(HOOKS, "toml")
-    assert tomli.loads(block.text)["project"]["entry-points"] == {plugins.GROUP: {"mine": "mine"}}
+    assert tomli.loads(block.text)["project"]["entry-points"] == {plugins.manager.GROUP: {"mine": "mine"}}
 
 
 def test_hook_examples_serve_a_model(mine, slim):

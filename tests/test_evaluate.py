@@ -1,4 +1,4 @@
-"""What `slimcli.evaluate` measures: how long it times, how far scores are known, and what of it can be told apart."""
+"""What `evaluate` measures: how long it times, how far scores are known, and what of it can be told apart."""
 
 import json
 import math
@@ -8,11 +8,12 @@ import torch
 from conftest import tiny_vit
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimcli import evaluate, measure, slim
+from slimcli import slim
 from slimcli.errors import SlimError
 from slimcli.files import write_json
-from slimcli.rows import Row, notes, read_rows
-from slimcli.scores import Accuracy, Similarity
+from slimcli.measure import clock, evaluate
+from slimcli.measure.rows import Row, notes, read_rows
+from slimcli.measure.scores import Accuracy, Similarity
 
 CPU = torch.device("cpu")
 
@@ -25,9 +26,9 @@ def loader(images, batch=4):
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_a_small_set_is_timed_for_as_long_as_there_is_time(seconds, monkeypatch):
     calls = []
-    real = measure.timed
-    monkeypatch.setattr(measure, "timed", lambda run, device: calls.append(1) or real(run, device))
-    monkeypatch.setattr(measure, "narrow", lambda times: False)
+    real = clock.timed
+    monkeypatch.setattr(clock, "timed", lambda run, device: calls.append(1) or real(run, device))
+    monkeypatch.setattr(clock, "narrow", lambda times: False)
     monkeypatch.setattr(evaluate, "MOST_SECONDS", seconds)
     rows = evaluate.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
     assert len(calls) == 2 * 3 if seconds == 0 else len(calls) > 2 * 6
@@ -35,7 +36,7 @@ def test_a_small_set_is_timed_for_as_long_as_there_is_time(seconds, monkeypatch)
 
 
 def test_timing_ends_as_soon_as_the_ratios_are_known(monkeypatch):
-    monkeypatch.setattr(measure, "timed", lambda run, device: (run(), 0.001))
+    monkeypatch.setattr(clock, "timed", lambda run, device: (run(), 0.001))
     monkeypatch.setattr(evaluate, "MOST_SECONDS", 60.0)
     (dense, row) = evaluate.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
     assert row.speedup_interval == (1.0, 1.0) and dense.speedup == 1.0

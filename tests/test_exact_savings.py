@@ -9,9 +9,10 @@ from conftest import document
 from test_slimming import SHAPES, distilled, images, slimmed
 
 from slimcli import load, slim
-from slimcli.backbones.base import Backbone, counted
+from slimcli.backbones.base import Backbone
+from slimcli.backbones.counting import counted
 from slimcli.backbones.timm_vit import build_model
-from slimcli.store import save_model
+from slimcli.store.model_folder import save_model
 
 #: kinds of block beside those of `SHAPES`
 BLOCKS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import document
 
-from slimcli.evaluate import Similarity
+from slimcli.measure.evaluate import Similarity
 
 FEATURES = ("--set", "model.num_classes=0")
 

@@ -8,7 +8,7 @@ from test_slimming import SHAPES, images, slimmed
 from torch.nn import functional as F
 
 from slimcli import slim
-from slimcli.backbones.base import counted
+from slimcli.backbones.counting import counted
 from slimcli.backbones.timm_vit import build_model
 from slimcli.life import normalise_life
 

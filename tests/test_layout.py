@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from slimcli import load, optimize, slim
-from slimcli.backbones.base import counted
+from slimcli.backbones.counting import counted
 from slimcli.layout import PackedLinear, can_pack, lay_out_for_inference, packed_bytes, rows
-from slimcli.measure import peak_memory_mib
-from slimcli.store import save_model
+from slimcli.measure.clock import peak_memory_mib
+from slimcli.store.model_folder import save_model
 
 packs = pytest.mark.skipif(not can_pack(torch.float32), reason="torch is built without oneDNN here")
 

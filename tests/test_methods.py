@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 import slimcli
 from slimcli import LifeModel, Method, SlimError, SlimModel, plugins
-from slimcli.backbones.base import counted
+from slimcli.backbones.counting import counted
 from slimcli.methods import dynamicvit
 from slimcli.methods.base import facts
 from slimcli.methods.tome import merges
-from slimcli.store import save_model
+from slimcli.store.model_folder import save_model
 
 NAMES = ("evit", "evit-nofuse", "dynamicvit", "tome", "random")
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimcli import files, runs
+from slimcli import files
 from slimcli.errors import SlimError
+from slimcli.store import run_folder
 
 
 def make_run(output: Path, name: str) -> Path:
     folder = output / name
     folder.mkdir(parents=True)
-    (folder / runs.RECIPE).write_text("")
+    (folder / run_folder.RECIPE).write_text("")
     return folder
 
 
@@ -98,10 +99,10 @@ def test_a_file_system_without_rights_is_written_to(tmp_path, monkeypatch):
 
 def test_the_latest_run_is_what_the_link_points_at(tmp_path):
     older, newer = make_run(tmp_path, "a-20260101-000000"), make_run(tmp_path, "b-20260102-000000")
-    assert runs.point_latest(older) is None
-    assert runs.latest_run(tmp_path) == older
-    assert runs.point_latest(newer) is None
-    assert runs.latest_run(tmp_path) == newer
+    assert run_folder.point_latest(older) is None
+    assert run_folder.latest_run(tmp_path) == older
+    assert run_folder.point_latest(newer) is None
+    assert run_folder.latest_run(tmp_path) == newer
 
 
 def test_without_links_a_text_file_names_the_latest_run(tmp_path, monkeypatch):
@@ -109,35 +110,35 @@ def test_without_links_a_text_file_names_the_latest_run(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     older, newer = make_run(tmp_path, "a-20260101-000000"), make_run(tmp_path, "b-20260102-000000")
-    assert runs.point_latest(older) is None
+    assert run_folder.point_latest(older) is None
     with monkeypatch.context() as patched:
         patched.setattr(os, "symlink", unsupported)
         patched.setattr(Path, "symlink_to", unsupported)
-        assert "Operation not supported" in runs.point_latest(newer)
-    assert runs.latest_run(tmp_path) == newer
-    assert runs.find_run(tmp_path / "latest") == newer
-    assert runs.point_latest(older) is None
-    assert runs.latest_run(tmp_path) == older
+        assert "Operation not supported" in run_folder.point_latest(newer)
+    assert run_folder.latest_run(tmp_path) == newer
+    assert run_folder.find_run(tmp_path / "latest") == newer
+    assert run_folder.point_latest(older) is None
+    assert run_folder.latest_run(tmp_path) == older
 
 
 def test_a_link_copied_as_a_folder_is_left_alone_and_the_newest_run_is_found(tmp_path):
     newest = make_run(tmp_path, "b-20260103-000000")
     older = make_run(tmp_path, "c-20260101-000000")
     shutil.copytree(older, tmp_path / "latest")
-    assert runs.latest_run(tmp_path) == runs.find_run(tmp_path / "latest") == newest
-    assert "folder of that name" in runs.point_latest(older)
-    assert (tmp_path / "latest" / runs.RECIPE).is_file()
-    assert runs.latest_run(tmp_path) == older
+    assert run_folder.latest_run(tmp_path) == run_folder.find_run(tmp_path / "latest") == newest
+    assert "folder of that name" in run_folder.point_latest(older)
+    assert (tmp_path / "latest" / run_folder.RECIPE).is_file()
+    assert run_folder.latest_run(tmp_path) == older
 
 
 def test_a_checkout_that_leaves_the_links_text_in_a_file(tmp_path):
     run = make_run(tmp_path, "a-20260101-000000")
     make_run(tmp_path, "b-20260103-000000")
     (tmp_path / "latest").write_text(run.name)
-    assert runs.latest_run(tmp_path) == runs.find_run(tmp_path / "latest") == run
+    assert run_folder.latest_run(tmp_path) == run_folder.find_run(tmp_path / "latest") == run
 
 
 def test_there_is_no_latest_run_where_there_are_no_runs(tmp_path):
     (tmp_path / "notes").mkdir()
-    assert runs.latest_run(tmp_path) is None
-    assert runs.latest_run(tmp_path / "nowhere") is None
+    assert run_folder.latest_run(tmp_path) is None
+    assert run_folder.latest_run(tmp_path / "nowhere") is None

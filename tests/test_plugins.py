@@ -22,9 +22,9 @@ from slimcli.backbones.timm_vit import TimmViT
 from slimcli.conformance import CHECKS, check_backbone
 from slimcli.data import open_dataset
 from slimcli.errors import SlimError
+from slimcli.plugins.scaffold import plugin_files
 from slimcli.recipe import DataSection
-from slimcli.scaffold import plugin_files
-from slimcli.targets import find_target
+from slimcli.session.targets import find_target
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,7 @@ def installed_plugin(monkeypatch):
     """Register an object as a plugin for the time of a test."""
     manager = plugins.plugin_manager()
     names = []
-    monkeypatch.setattr(plugins, "failures", [])
+    monkeypatch.setattr(plugins.manager, "failures", [])
 
     def register(plugin, name):
         manager.register(plugin, name=name)

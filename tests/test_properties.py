@@ -21,10 +21,10 @@ from PIL import Image
 from timm.data import create_transform
 
 from slimcli import data as datasets
-from slimcli import train, values
+from slimcli import train
 from slimcli.data.augmentation import keep_one_bit
 from slimcli.errors import SlimError
-from slimcli.recipe import Recipe, load_recipe, validate
+from slimcli.recipe import Recipe, load_recipe, validate, values
 from slimcli.schedule import Schedule, life_moments
 from slimcli.training import loop
 

@@ -150,7 +150,7 @@ def test_set_overrides_any_field(tmp_path):
     ("override", "line"),
     [
         ("stages.0.lr=0", "--set stages.0.lr=0: stages.0.lr: found 0, expected greater than 0"),
-        ("stages.7.lr=1", "--set stages.7.lr=1: the recipe has no stages.7"),
+        ("stages.7.lr=1", "--set stages.7.lr=1: the recipe has no stages.7 to set this in"),
         ("data.rot=x", "--set data.rot=x: data.rot: unknown field; did you mean 'root'?"),
         ("data.root=nowhere", "--set data.root=nowhere: data.root: 'nowhere' does not exist"),
         ("nonsense", "--set nonsense: expected field=value"),

@@ -19,9 +19,9 @@ from slimcli import report
 from slimcli.cli import main
 from slimcli.device import find_device
 from slimcli.errors import SlimError
+from slimcli.measure.rows import Row
 from slimcli.report import record
-from slimcli.rows import Row
-from slimcli.trade_off import Point, trade_off
+from slimcli.report.trade_off import Point, trade_off
 
 CPU = find_device("cpu")
 

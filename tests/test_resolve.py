@@ -12,9 +12,9 @@ from pydantic import BaseModel
 import slimcli
 from slimcli.errors import SlimError
 from slimcli.recipe import Recipe
-from slimcli.resolve import DECIDED, WITHOUT_EFFECT, kind_of, resolve
-from slimcli.session import Request, open_session
-from slimcli.store import save_model
+from slimcli.session.resolve import DECIDED, WITHOUT_EFFECT, kind_of, resolve
+from slimcli.session.session import Request, open_session
+from slimcli.store.model_folder import save_model
 
 #: values that are not the defaults, for fields whose schema alone does not give one
 VALUES: dict[str, Any] = {

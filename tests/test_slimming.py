@@ -9,7 +9,7 @@ from conftest import tiny_vit
 
 from slimcli import SlimError, slim
 from slimcli.life import LifeHead
-from slimcli.store import load, save_model
+from slimcli.store.model_folder import load, save_model
 
 # prefix tokens 0, 1, 2 and 5; average, attention and token pooling; LayerScale; a grid that is not square
 SHAPES = {
@@ -301,7 +301,7 @@ def test_heirs_run_in_one_graph_and_teach_the_backbone(counts):
 
 def test_what_becomes_of_the_dead_is_saved_and_checked(tmp_path):
     from slimcli import load
-    from slimcli.store import save_model
+    from slimcli.store.model_folder import save_model
 
     model = slim(tiny_vit(), 0.5, dead="heir")
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from slimcli import measure, timing
-from slimcli.timing import Load, Timing, allowed_cores, half_width, interval, narrow, speedup
+from slimcli.measure import clock, timing
+from slimcli.measure.timing import Load, Timing, allowed_cores, half_width, interval, narrow, speedup
 
 
 def test_the_speedup_is_the_median_of_paired_rounds():
@@ -62,7 +62,7 @@ def test_programs_that_take_the_cores_are_noticed():
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * allowed_cores())]
     try:
         x = torch.randn(256, 256)
-        found = measure.take_turns([lambda: x @ x] * 2, torch.device("cpu"), 3, 1.0, 1.0)
+        found = clock.take_turns([lambda: x @ x] * 2, torch.device("cpu"), 3, 1.0, 1.0)
     finally:
         for process in busy:
             process.kill()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import tiny_vit
 
-from slimcli import attention, measure, slim
-from slimcli.backbones.base import counted
+from slimcli import attention, slim
+from slimcli.backbones.counting import counted
+from slimcli.measure import clock
 from slimcli.recipe import StageSection
 from slimcli.training.optimizer import choose_parameters, set_training
 
@@ -59,7 +60,7 @@ def test_the_first_stage_computes_no_gradient_of_the_backbone():
 def test_nothing_needs_more_arithmetic_or_memory_than_dense():
     dense = staged("backbone", "none")
     full, _ = counted(lambda: step(dense.model))
-    whole = measure.peak_memory_mib(lambda: step(dense.model), dense.model, torch.device("cpu"))
+    whole = clock.peak_memory_mib(lambda: step(dense.model), dense.model, torch.device("cpu"))
     for learns, mode, share, memory in (
         ("life", "soft", 0.6, 0.6),
         ("backbone", "hard", 0.75, 1),
@@ -68,7 +69,7 @@ def test_nothing_needs_more_arithmetic_or_memory_than_dense():
         model = staged(learns, mode)
         cost, _ = counted(lambda model=model: step(model))
         assert cost < share * full, mode
-        used = measure.peak_memory_mib(lambda model=model: step(model), model, torch.device("cpu"))
+        used = clock.peak_memory_mib(lambda model=model: step(model), model, torch.device("cpu"))
         assert used < memory * whole, (learns, mode)
 
 
@@ -105,8 +106,8 @@ def test_passes_at_several_keep_rates_share_their_first_blocks(learns, mode, che
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_blocks_of_few_tokens_train_by_the_plain_formula_in_bfloat16(monkeypatch, checkpointing):
     """Again where gradient checkpointing runs them again; the fused kernel predicts."""
-    ran, real = [], attention._reference
-    monkeypatch.setattr(attention, "_reference", lambda *args: ran.append(args[1].shape[2]) or real(*args))
+    ran, real = [], attention.kernels._reference
+    monkeypatch.setattr(attention.kernels, "_reference", lambda *args: ran.append(args[1].shape[2]) or real(*args))
     model = staged("backbone", "hard").bfloat16()
     model.grad_checkpointing = checkpointing
     x = torch.randn(2, 3, 112, 112).bfloat16()

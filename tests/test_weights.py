@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import slimcli
 from slimcli.errors import SlimError
-from slimcli.store import load_weights, save_model
-from slimcli.targets import find_target
-from slimcli.weights import read_weights
+from slimcli.session.targets import find_target
+from slimcli.store.model_folder import load_weights, save_model
+from slimcli.store.weights import read_weights
 
 
 def fresh(**changes):

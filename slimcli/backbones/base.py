@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from slimcli.attention import AttentionRecorder, biased_attention
+from slimcli.backbones.counting import (
+    countable,
+    counted,
+    key_value_weights,
+    kind_of_block,
+    parabola,
+    parameter_shapes,
+    without_computing,
+)
 from slimcli.errors import SlimError
 from slimcli.schedule import Architecture, default_drop_layers, default_life_layer
 
@@ -245,7 +249,7 @@ class Backbone(ABC):
             self.num_prefix_tokens,
             self.head_reads_prefix_only,
             self.depth,
-            *_parameter_shapes(self.model),
+            *parameter_shapes(self.model),
         )
 
     @property
@@ -264,14 +268,14 @@ class Backbone(ABC):
         training = self.model.training
         self.model.eval()
         try:
-            with without_computing(), _countable(self.model):
+            with without_computing(), countable(self.model):
                 embedding, (tokens, positions) = counted(lambda: self.embed(self._images()))
                 patches = tokens.shape[1] - prefix
                 sizes = patches, max(1, patches // 2), max(1, patches // 4)
                 inputs = [(tokens[:, : prefix + n], _first(positions, n)) for n in dict.fromkeys(sizes)]
                 costs: dict[tuple[Any, ...], list[int]] = {}
                 narrow: dict[tuple[Any, ...], int] = {}
-                kinds = [_kind(block) for block in self.blocks]
+                kinds = [kind_of_block(block) for block in self.blocks]
                 for layer, kind in enumerate(kinds, 1):
                     if kind not in costs:
                         costs[kind] = [counted(partial(self.block, layer, *part))[0] for part in inputs]
@@ -281,9 +285,9 @@ class Backbone(ABC):
         finally:
             self.model.train(training)
         lengths = [part.shape[1] for part, _ in inputs]
-        curves = [_parabola(lengths, costs[kind]) for kind in kinds]
+        curves = [parabola(lengths, costs[kind]) for kind in kinds]
         key_values = tuple(
-            _key_value_weights(lengths[0], curve, narrow[kind]) for curve, kind in zip(curves, kinds, strict=True)
+            key_value_weights(lengths[0], curve, narrow[kind]) for curve, kind in zip(curves, kinds, strict=True)
         )
         per_patch = (heads[0] - heads[-1]) // max(1, sizes[0] - sizes[-1])
         return Architecture(
@@ -312,100 +316,8 @@ class Backbone(ABC):
         return torch.zeros(1, channels, *self.image_size, device=parameter.device, dtype=parameter.dtype)
 
 
-def _parameter_shapes(module: nn.Module) -> Iterator[Any]:
-    """The shapes of all parameters, and the kinds of modules that have none of their own."""
-    if not module._parameters and not module._modules:
-        yield type(module)
-    for parameter in module._parameters.values():
-        yield None if parameter is None else parameter.shape
-    for child in module._modules.values():
-        if child is not None:
-            yield from _parameter_shapes(child)
-
-
-@contextmanager
-def _countable(model: nn.Module) -> Iterator[None]:
-    """Inside it, quantized linear layers are plain ones of their size: shapes alone cannot run them."""
-    replaced = []
-    for parent in list(model.modules()):
-        for name, layer in list(parent._modules.items()):
-            sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-            weight = getattr(layer, "weight", None)
-            quantized = callable(weight) or hasattr(weight, "__tensor_flatten__")
-            if layer is not None and quantized and all(isinstance(size, int) for size in sizes):
-                parent._modules[name] = nn.Linear(*sizes)  # type: ignore[arg-type]
-                replaced.append((parent, name, layer))
-    try:
-        yield
-    finally:
-        for parent, name, layer in replaced:
-            parent._modules[name] = layer
-
-
-@contextmanager
-def without_computing() -> Iterator[None]:
-    """Run modules for the shapes alone: tensors made inside hold no numbers."""
-    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        yield
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what torch's formulas say of the operators that run inside it."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=output)
-        return output
-
-
-def counted(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Multiply-adds of the matrix products and convolutions in a call, and what it returns."""
-    counter = _Counter()  # type: ignore[no-untyped-call]
-    # fused kernels hide their products from the counter
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        result = run()
-    return counter.flops // 2, result
-
-
-def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What decides the cost of a block: the modules in it and the shapes of their parameters."""
-    modules = tuple(type(module).__name__ for module in block.modules())
-    return modules, tuple(tuple(parameter.shape) for parameter in block.parameters())
-
-
 def _first(positions: Tensor | None, count: int) -> Tensor | None:
     return None if positions is None else positions[:, :count]
-
-
-def _parabola(tokens: Sequence[int], cost: Sequence[int]) -> tuple[int, int, int]:
-    """F, W and A of the cost F + W n + 2 A n^2 of a block, from its cost at up to three numbers of tokens."""
-    if len(tokens) == 1:
-        return 0, cost[0] // tokens[0], 0
-    if len(tokens) == 2:
-        (n, m), (whole, part) = tokens, cost
-        square = (whole * m - part * n) // (n * m * (n - m))
-        return 0, (whole - square * n * n) // n, square // 2
-    (n, m, k), (whole, half, quarter) = tokens, cost
-    steep, flat = (whole - half) // (n - m), (half - quarter) // (m - k)
-    square = (steep - flat) // (n - k)
-    weights = steep - square * (n + m)
-    return whole - weights * n - square * n * n, weights, square // 2
-
-
-def _key_value_weights(tokens: int, curve: tuple[int, int, int], narrow: int) -> int:
-    """K, what each token is multiplied with where it is a key and a value only, from a block narrowed to one token.
-
-    That costs F + K n + (W - K) + 2 A n for n tokens, with F, W and A of `_parabola`. K is W where the block has
-    no narrow version: then nothing is saved.
-    """
-    fixed, weights, attention = curve
-    if tokens == 1 or narrow == fixed + weights * tokens + 2 * attention * tokens**2:
-        return weights
-    return (narrow - fixed - weights - 2 * attention * tokens) // (tokens - 1)
 
 
 def pool_mean(tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:

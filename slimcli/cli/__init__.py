@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from slimcli import __version__
 from slimcli.errors import Interrupted, SlimError
+from slimcli.version import __version__
 
 # torch's profiler and allocator otherwise write lines of their own over ours
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

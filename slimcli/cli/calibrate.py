@@ -20,7 +20,7 @@ from slimcli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from slimcli.calibration import Calibrated
+    from slimcli.calibration.workflow import Calibrated
     from slimcli.cli.display import Display
 
 
@@ -71,11 +71,11 @@ def command(
     TARGET is a recipe, a run, a model folder, a model's name or, with --model, a weights file; without one, the model
     that comes with slim. Writes a folder that `slim eval` runs at once and a recipe that `slim train` starts from.
     """
-    from slimcli.calibration import Goal, calibrate_session, new_folder
+    from slimcli.calibration.workflow import Goal, calibrate_session, new_folder
     from slimcli.cli.display import Display, across
     from slimcli.files import check_writable
-    from slimcli.runs import RECIPE, point_latest
-    from slimcli.session import Request, open_session
+    from slimcli.session.session import Request, open_session
+    from slimcli.store.run_folder import RECIPE, point_latest
 
     display = Display(as_json)
     goal = Goal(target_flops, target_speedup, keep_rates or (), keep_schedule)

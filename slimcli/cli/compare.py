@@ -62,16 +62,16 @@ def command(
     chosen = words(methods)
     if not chosen:
         raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
-    from slimcli import compare
     from slimcli.cli.display import Display
-    from slimcli.compare_table import doubts, how_trained
+    from slimcli.comparison import compare
+    from slimcli.comparison.table import doubts, how_trained
     from slimcli.device import find_device
     from slimcli.files import check_writable, write_json
+    from slimcli.measure.rows import MEASURES
     from slimcli.recipe import FILES, find_recipe
-    from slimcli.resolve import resolve
-    from slimcli.rows import MEASURES
-    from slimcli.runs import new_run_folder
-    from slimcli.session import choose_data
+    from slimcli.session.resolve import resolve
+    from slimcli.session.session import choose_data
+    from slimcli.store.run_folder import new_run_folder
 
     trains = untrained is False or epochs is not None
     path = str(find_recipe(recipe))

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from slimcli.documents import json_text
+from slimcli.measure.rows import Row, interval_text, measured, notes, read_rows
 from slimcli.progress import Progress as Report
 from slimcli.progress import no_progress
-from slimcli.rows import Row, interval_text, measured, notes, read_rows
 
 #: seconds before which nobody needs to know how long the rest will take
 PATIENCE = 2.0
@@ -137,7 +137,7 @@ def across(display: Display, rows: Sequence[Any], caption: str | None = None) ->
     """The layout of the paper's table III: a column a keep rate, a line a measure.
 
     Accuracy has its standard error beside it where the terminal is wide enough, else in the caption; what is not to
-    be trusted is marked, and the caption says why. `rows` are `slimcli.rows.Row`, or as they stand in JSON.
+    be trusted is marked, and the caption says why. `rows` are `slimcli.measure.rows.Row`, or as they stand in JSON.
     """
     rows = read_rows(rows)
     found = measured(rows)

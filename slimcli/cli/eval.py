@@ -43,8 +43,9 @@ def command(
     run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display, across
-    from slimcli.evaluate import add_evaluation, evaluate
-    from slimcli.session import Request, open_session
+    from slimcli.measure.evaluate import evaluate
+    from slimcli.session.session import Request, open_session
+    from slimcli.store.run_folder import add_evaluation
 
     display = Display(as_json)
     session = open_session(Request("eval", target, overrides, **asked))

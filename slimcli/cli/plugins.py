@@ -22,7 +22,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if ctx.invoked_subcommand is not None:
         return
     from slimcli.cli.display import Display
-    from slimcli.plugins import failures, installed
+    from slimcli.plugins import installed
+    from slimcli.plugins.manager import failures
 
     display = Display(as_json)
     plugins = installed()
@@ -105,7 +106,7 @@ def check(ctx: click.Context, name: str, model: str | None, as_json: bool) -> No
 def new(name: str, to: Path | None) -> None:
     """Write a plugin package for a model of your own: a tiny ViT, its backbone, and tests that pass."""
     from slimcli.cli.display import Display
-    from slimcli.scaffold import write_plugin
+    from slimcli.plugins.scaffold import write_plugin
 
     folder = write_plugin(name, to)
     display = Display()

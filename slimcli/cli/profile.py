@@ -18,7 +18,7 @@ from slimcli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from slimcli.rows import Row
+    from slimcli.measure.rows import Row
 
 #: under this share of the arithmetic's saving, a user should hear why
 REALISED_ENOUGH = 0.9
@@ -62,9 +62,9 @@ def command(
     TARGET is a model's name (random weights will do), a run, a model folder, a recipe or, with --model, a weights file;
     without one, the latest run, and where there is none the model that comes with slim.
     """
-    from slimcli import profile
     from slimcli.cli.display import Display
-    from slimcli.session import Request, open_session
+    from slimcli.measure import profile
+    from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
@@ -111,7 +111,7 @@ def command(
 
 def _print_rows(display: Any, rows: Sequence[Row], methods: bool) -> None:
     """A line a row, with `methods` each named by its method too. Parameters are left out where there is no room."""
-    from slimcli.rows import MEASURES, interval_text, notes
+    from slimcli.measure.rows import MEASURES, interval_text, notes
 
     keys = ["gmacs", "params_millions", "images_per_second", "speedup", "realised"]
     keys += ["latency_ms_p50", "latency_ms_p95", "peak_memory_mib"]
@@ -152,7 +152,7 @@ def likely_reason(batch: int, num_patches: int, kernel: str, device: str) -> str
 
 def _print_layers(display: Any, table: dict[str, Any]) -> None:
     from slimcli.cli.display import number
-    from slimcli.rows import Row, timing_notes
+    from slimcli.measure.rows import Row, timing_notes
 
     display.line()
     row = Row.from_json(table)

@@ -69,12 +69,12 @@ def command(
 
     check_writable(output, "folder")
 
-    from slimcli import profile
     from slimcli.cli.display import Display, across
     from slimcli.device import DTYPES, environment
-    from slimcli.evaluate import evaluate
-    from slimcli.export import bake
-    from slimcli.session import Request, open_session
+    from slimcli.measure import profile
+    from slimcli.measure.evaluate import evaluate
+    from slimcli.session.session import Request, open_session
+    from slimcli.store.card import bake
 
     display = Display(as_json)
     session = open_session(Request("prune", target, overrides, weights, **asked))

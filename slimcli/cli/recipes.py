@@ -33,7 +33,7 @@ def command(
     from slimcli.cli.display import Display
     from slimcli.files import check_writable, write_file
     from slimcli.recipe import FILES, find_recipe, summary_lines
-    from slimcli.resolve import resolve
+    from slimcli.session.resolve import resolve
 
     display = Display(as_json)
     if not check:

@@ -40,7 +40,7 @@ def command(
     from slimcli.cli.display import Display
     from slimcli.device import find_device
     from slimcli.files import check_writable
-    from slimcli.runs import LATEST, REPORT, RUNS, find_run
+    from slimcli.store.run_folder import LATEST, REPORT, RUNS, find_run
 
     display = Display(as_json)
     folders = [find_run(run) for run in runs or (RUNS / LATEST,)]

@@ -89,7 +89,7 @@ def command(
     from slimcli import pictures
     from slimcli.cli.display import Display
     from slimcli.files import check_writable
-    from slimcli.session import Request, open_session
+    from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
     form = pictures.choose_format(output, form)

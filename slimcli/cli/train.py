@@ -39,8 +39,8 @@ def command(
     every process.
     """
     from slimcli.recipe import FILES, find_recipe
-    from slimcli.resolve import resolve
-    from slimcli.runs import RECIPE, SUMMARY, find_run
+    from slimcli.session.resolve import resolve
+    from slimcli.store.run_folder import RECIPE, SUMMARY, find_run
 
     run: Path | None = None
     if resume and not find_run(Path(resume)).is_dir():

@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from slimcli.attention import AttentionRecorder
-from slimcli.backbones.base import Backbone, counted, without_computing
+from slimcli.backbones.base import Backbone
+from slimcli.backbones.counting import counted, without_computing
 from slimcli.errors import SlimError
 from slimcli.life import sort_patches, take_patches
 from slimcli.methods.slim_model import SlimModel

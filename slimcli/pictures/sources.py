@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimcli import data as datasets
 from slimcli.errors import DataError, SlimError
-from slimcli.runs import CONFIG
+from slimcli.store.run_folder import CONFIG
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:

@@ -13,14 +13,14 @@ from pathlib import Path
 import jinja2
 import torch
 
-from slimcli import __version__
 from slimcli.errors import SlimError
 from slimcli.files import write_file
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.report.gallery import Measured, measure
 from slimcli.report.page import comparison, run_page
 from slimcli.report.record import read_run, tell_apart
-from slimcli.runs import REPORT as REPORT
+from slimcli.store.run_folder import REPORT as REPORT
+from slimcli.version import __version__
 
 TEMPLATE = "report.html.jinja"
 

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slimcli import data as datasets
-from slimcli import pictures, profile
+from slimcli import pictures
 from slimcli.errors import SlimError
+from slimcli.measure import profile
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.report.record import Record
-from slimcli.session import Request, open_session
+from slimcli.session.session import Request, open_session
 
 
 @dataclass

@@ -8,12 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from slimcli import plots
+from slimcli.measure.rows import MEASURES, Row, interval_text, measured, notes, timing_notes
+from slimcli.report import plots
 from slimcli.report.gallery import Measured, gallery_page
 from slimcli.report.record import Record, points
-from slimcli.rows import MEASURES, Row, interval_text, measured, notes, timing_notes
-from slimcli.runs import RECIPE
-from slimcli.trade_off import Point, trade_off
+from slimcli.report.trade_off import Point, trade_off
+from slimcli.store.run_folder import RECIPE
 
 
 def run_page(record: Record, measured: Measured | None) -> dict[str, Any]:

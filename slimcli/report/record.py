@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from slimcli.errors import SlimError
-from slimcli.rows import Row, read_rows
-from slimcli.runs import CONFIG, ENVIRONMENT, EVALUATIONS, METRICS, RECIPE, SUMMARY
-from slimcli.store import read_config
-from slimcli.trade_off import Point
+from slimcli.measure.rows import Row, read_rows
+from slimcli.report.trade_off import Point
+from slimcli.store.model_folder import read_config
+from slimcli.store.run_folder import CONFIG, ENVIRONMENT, EVALUATIONS, METRICS, RECIPE, SUMMARY
 
 
 @dataclass

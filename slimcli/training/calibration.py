@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimcli import calibrate
 from slimcli import data as datasets
+from slimcli.calibration.goal import Cost
+from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
+from slimcli.calibration.search import BRIEF, STEPS, Calibration, calibrate_model
 from slimcli.device import find_dtype
 from slimcli.errors import Interrupted
-from slimcli.evaluate import first_images
+from slimcli.measure.evaluate import first_images
 from slimcli.progress import Progress
 from slimcli.schedule import Schedule
-from slimcli.store import slimming_config
+from slimcli.store.model_folder import slimming_config
 from slimcli.training.checkpoint import adopt_slimming, seed_epoch
 from slimcli.training.control import Control, Stopped
 from slimcli.training.run import Position, Run
@@ -43,9 +45,9 @@ class CalibrationStage(Stage):
     @property
     def _search_work(self) -> float:
         count, checked, batch = self._numbers()
-        steps = min(max(count, calibrate.STEPS[0]), calibrate.STEPS[1])
+        steps = min(max(count, STEPS[0]), STEPS[1])
         layers = len(self._life_layers())
-        fits = steps if layers == 1 else steps * (1 + layers * calibrate.BRIEF)
+        fits = steps if layers == 1 else steps * (1 + layers * BRIEF)
         candidates = (CANDIDATES if layers > 1 else CANDIDATES // 2) * checked / batch
         whole = (count + checked) / batch + candidates * CANDIDATE_SHARE + fits * FIT_SHARE * 32 / batch
         # in batches of the recipe's size
@@ -54,12 +56,12 @@ class CalibrationStage(Stage):
     def _life_layers(self) -> tuple[int, ...]:
         model = self.session.model
         keeps = self.section.keep_schedule
-        return (model.schedule.life_layer,) if keeps else calibrate.candidate_life_layers(model.backbone.depth)
+        return (model.schedule.life_layer,) if keeps else candidate_life_layers(model.backbone.depth)
 
     def _numbers(self) -> tuple[int, int, int]:
         """Images to fit on and to compare candidates on, a fifth of all, and the size of their batches."""
         session = self.session
-        wanted = calibrate.images_that_fit(session.model.backbone, self.section.images, len(self._life_layers()))
+        wanted = images_that_fit(session.model.backbone, self.section.images, len(self._life_layers()))
         total = min(wanted + max(8, wanted // 4), len(session.train_set))
         checked = max(1, total // 5)
         return max(1, total - checked), checked, min(session.recipe.data.batch_size, 64)
@@ -100,17 +102,15 @@ class CalibrationStage(Stage):
         if control.stopping(accelerator):
             raise Interrupted(str(run.folder))
 
-    def _calibrate(self, progress: Progress) -> calibrate.Calibration:
+    def _calibrate(self, progress: Progress) -> Calibration:
         """Calibrate a copy of the model, which may be rounded to another dtype, and adopt what it found."""
         session, model = self.session, self.session.model
         seed_epoch(session.recipe.seed, self.epochs_before, 0)
         count, checked, _ = self._numbers()
-        fit_on, check_on = calibrate.split(self._images(count + checked), count)
+        fit_on, check_on = split(self._images(count + checked), count)
         found = copy.deepcopy(model).requires_grad_(False)
         dtype = find_dtype(session.recipe.precision, session.device)
-        done = calibrate.calibrate(
-            found, self.goal(), fit_on, check_on, count, session.device, dtype, progress=progress
-        )
+        done = calibrate_model(found, self.goal(), fit_on, check_on, count, session.device, dtype, progress=progress)
         best = done.tried[0]
         adopt_slimming(model, slimming_config(found))
         # as fitted, in float32
@@ -119,13 +119,13 @@ class CalibrationStage(Stage):
         self._share()
         return done
 
-    def goal(self) -> calibrate.Cost | Schedule:
+    def goal(self) -> Cost | Schedule:
         """The recipe's own schedule, or what the paper's way costs at its keep rate."""
         model = self.session.model
         if self.section.keep_schedule:
             return model.schedule
         rate = model.schedule.keep_rate
-        return calibrate.Cost(model.multiply_adds() if rate is None else model.usual_cost(rate))
+        return Cost(model.multiply_adds() if rate is None else model.usual_cost(rate))
 
     def _images(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Training images of all classes, prepared as for inference, in batches."""

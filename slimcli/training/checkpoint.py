@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 
 from slimcli import data as datasets
 from slimcli.slimming import SlimModel
-from slimcli.store import schedule_from_config, slimming_config
+from slimcli.store.model_folder import schedule_from_config, slimming_config
 
 
 def adopt_slimming(model: SlimModel, config: dict[str, Any]) -> None:

@@ -8,19 +8,19 @@ from typing import Any
 
 from slimcli import data as datasets
 from slimcli.device import environment, find_dtype
-from slimcli.evaluate import evaluate
 from slimcli.files import write_file, write_json
+from slimcli.measure.evaluate import evaluate
 from slimcli.progress import Progress
 from slimcli.recipe import Recipe
-from slimcli.runs import CHECKPOINT, ENVIRONMENT, LAST, RECIPE, SUMMARY, WEIGHTS, point_latest
-from slimcli.store import load_weights, read_config
-from slimcli.track import Tracker
+from slimcli.store.model_folder import load_weights, read_config
+from slimcli.store.run_folder import CHECKPOINT, ENVIRONMENT, LAST, RECIPE, SUMMARY, WEIGHTS, point_latest
 from slimcli.training.checkpoint import adopt_slimming
 from slimcli.training.control import Control, Work, stop_signals
 from slimcli.training.plan import stages_of
 from slimcli.training.run import Run, open_run
 from slimcli.training.session import Log, Session, life_head_taught, model_config, set_up
 from slimcli.training.stages import Stage
+from slimcli.training.track import Tracker
 from slimcli.training.validation import said, validate
 
 

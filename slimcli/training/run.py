@@ -16,11 +16,11 @@ from slimcli.documents import json_text
 from slimcli.errors import SlimError
 from slimcli.files import write_file
 from slimcli.recipe import Recipe, load_recipe
-from slimcli.runs import CHECKPOINT, LAST, METRICS, RECIPE, SUMMARY, new_run_folder
 from slimcli.slimming import SlimModel
-from slimcli.store import save_model, slimming_config
-from slimcli.track import Tracker
+from slimcli.store.model_folder import save_model, slimming_config
+from slimcli.store.run_folder import CHECKPOINT, LAST, METRICS, RECIPE, SUMMARY, new_run_folder
 from slimcli.training.checkpoint import random_state
+from slimcli.training.track import Tracker
 
 
 @dataclass

@@ -15,17 +15,17 @@ from timm.data.dataset import IterableImageDataset
 from torch.utils.data import DataLoader
 
 from slimcli import data as datasets
-from slimcli.classifier import match_classifier
 from slimcli.device import find_device, make_accelerator
 from slimcli.errors import SlimError
-from slimcli.evaluate import check_classes, check_classifier
 from slimcli.files import check_writable
+from slimcli.measure.evaluate import check_classes, check_classifier
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe
+from slimcli.session.classifier import match_classifier
+from slimcli.session.targets import Target, from_recipe
 from slimcli.slimming import SlimModel
-from slimcli.targets import Target, from_recipe
-from slimcli.track import check_tracker
 from slimcli.training.optimizer import choose_parameters, make_optimizer
+from slimcli.training.track import check_tracker
 
 Log = Callable[[str], None]
 

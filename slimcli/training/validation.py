@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from slimcli.evaluate import Scores, pooled
+from slimcli.measure.evaluate import Scores, pooled
 from slimcli.progress import Progress
 from slimcli.slimming import SlimModel
 from slimcli.training.session import Session

@@ -1,0 +1,125 @@
+"""How far a slimmed model is from the dense one, on images that it was not fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimcli.measure.evaluate import Accuracy, Similarity, pooled
+from slimcli.schedule import Schedule
+from slimcli.slimming import LifeModel, SlimModel
+
+
+@dataclass
+class Checked:
+    """The images that candidates are compared on, in batches: what enters the block after each life layer, and what
+    the dense model made of it: logits (B, C), or features.
+    """
+
+    tokens: dict[int, list[Tensor]]
+    positions: list[Tensor | None]
+    outputs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who leaves first, and how patches are added to their heirs, as the life head and the slimmed model have it."""
+
+    # where the search starts: one of `REDUNDANCIES` and one of `MERGES`
+    redundancy: float = 3.5
+    merge_importance: float = 0.7
+    size_bias: float = 0.7
+
+    def set(self, model: LifeModel) -> None:
+        """Have `model` follow it."""
+        model.redundancy = self.redundancy
+        model.merge_importance, model.size_bias = self.merge_importance, self.size_bias
+
+
+#: lives by importance alone, as the paper has it
+PLAIN = Rule(0.0, 0.0, 1.0)
+
+
+@dataclass
+class Tried:
+    """A candidate: how patches leave, and how far the slimmed model is from the dense one on the check images.
+
+    `apart` is the squared error of its logits over their variance in the dense model, each image's mean taken out of
+    both, or without a classifier 1 - cosine of the features: on images that the model was trained with, predictions
+    are too sure to tell candidates apart, and rank them worse for other images than logits do.
+    `agreement` is how often it predicts the same class, in percent, or 100 cosine.
+    """
+
+    schedule: Schedule
+    rule: Rule
+    gmacs: float
+    apart: float
+    agreement: float
+
+
+@torch.no_grad()
+def check(
+    model: SlimModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    layers: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Checked:
+    """Run the dense model over the check images and remember where candidates go on from."""
+    backbone = model.backbone
+    found = Checked({layer: [] for layer in layers}, [], [])
+    for images, _targets in batches:
+        x, positions = backbone.embed(images.to(device, dtype))
+        for layer in range(1, backbone.depth + 1):
+            x = backbone.block(layer, x, positions)
+            if layer in found.tokens:
+                found.tokens[layer].append(x)
+        found.positions.append(positions)
+        found.outputs.append(pooled(backbone.head(x)))
+    return found
+
+
+@torch.no_grad()
+def distance(model: SlimModel, checked: Checked) -> tuple[float, float]:
+    """How far apart the model under its schedule and the dense one are, and their agreement, as `Tried` has them."""
+    classifies = model.architecture().num_outputs > 0
+    error = spread = same = images = 0.0
+    starts = checked.tokens[model.schedule.life_layer]
+    for tokens, positions, dense in zip(starts, checked.positions, checked.outputs, strict=True):
+        counts = model.schedule.resolve(tokens.shape[1] - model.backbone.num_prefix_tokens)
+        slim = pooled(model.backbone.head(*model.slimmed(tokens, positions, counts)))
+        images += dense.shape[0]
+        if classifies:
+            if dense.shape[-1] > 1:
+                slim, dense = (logits - logits.mean(dim=-1, keepdim=True) for logits in (slim, dense))
+            error, spread = error + float((slim - dense).square().sum()), spread + float(dense.square().sum())
+            same += float((slim.argmax(dim=-1) == dense.argmax(dim=-1)).sum())
+        else:
+            same += float(F.cosine_similarity(slim, dense, dim=-1).sum())
+    return error / spread if classifies else 1 - same / images, 100 * same / images
+
+
+Agreement = tuple[float, Accuracy | Similarity, Accuracy | Similarity]
+
+
+def comparison(before: Agreement, after: Agreement) -> dict[str, Any]:
+    """Agreement and top-1, in percent, of the slimmed model with an untaught head (before) and the fitted (after).
+
+    Without a classifier, agreement is 100 times the cosine of the features, and there is no top-1.
+    """
+
+    def half(found: Agreement) -> dict[str, float]:
+        agreed, _, slim = found
+        return {"agreement": round(agreed, 2), **{k: v for k, v in slim.row().items() if k in ("top1", "loss")}}
+
+    return {
+        "before": half(before),
+        "after": half(after),
+        "images": after[2].count,
+        "dense_top1": after[1].row().get("top1"),
+    }

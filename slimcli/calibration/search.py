@@ -1,0 +1,224 @@
+"""A working slimmed model before any training: choose the layers and the keep rate, fit the life head to attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from slimcli.calibration.fit import Fitted, fit, head_widths
+from slimcli.calibration.goal import Cost, check_cost, falling_schedule, paper_schedule
+from slimcli.calibration.judge import PLAIN, Rule, Tried, check, distance
+from slimcli.calibration.observe import candidate_life_layers, observe
+from slimcli.errors import SlimError
+from slimcli.layout import packed
+from slimcli.progress import Progress, Step, Steps, no_progress
+from slimcli.schedule import Schedule
+from slimcli.slimming import LifeModel, SlimModel
+
+#: how the number of patches may fall: exponents of `falling_counts`
+POWERS = (0.5, 0.7, 1.0)
+#: weights of what no other patch says already, beside a patch's importance
+REDUNDANCIES = (2.0, 3.5, 6.0)
+#: how patches may be added to their heirs: `merge_importance` and `size_bias` of the slimmed model
+MERGES = ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7))
+#: batches of 32 images that the life head is taught with: as many as there are images, within these bounds
+STEPS = (200, 1000)
+#: what an image that is observed, and one that a search is made with, takes beside one of these batches
+OBSERVING, SEARCHING = 0.2, 0.3
+#: the share of them that it is taught with to compare life layers
+BRIEF = 0.2
+
+
+@dataclass
+class Calibration:
+    """What `calibrate_model` did: the heads it fitted, by life layer, and every candidate, the chosen one first.
+
+    `paper` is the paper's way at the same cost, for comparison: three drops, and dead patches discarded.
+    """
+
+    fitted: dict[int, Fitted]
+    tried: list[Tried]
+    paper: Tried | None = None
+
+
+def calibrate_model(
+    model: SlimModel,
+    goal: Cost | Schedule,
+    fit_on: Iterable[tuple[Tensor, Tensor]],
+    check_on: Sequence[tuple[Tensor, Tensor]],
+    num_images: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = no_progress,
+    others: Sequence[Cost] = (),
+) -> Calibration:
+    """Teach the life head, find how patches should leave, and leave the model with the best of it.
+
+    For a cost, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept. A form of the
+    fall that is to serve `others`, lower costs, too is judged at all of them.
+    `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
+    """
+    if not isinstance(model, LifeModel):
+        raise SlimError(f"the method {model.method} has no life head to calibrate")
+    model = model.to(device, dtype).eval()
+    with packed(model.model):
+        return _calibrated(model, goal, fit_on, check_on, num_images, device, dtype, progress, others)
+
+
+def _calibrated(
+    model: LifeModel,
+    goal: Schedule | Cost,
+    fit_on: Iterable[tuple[Tensor, Tensor]],
+    check_on: Iterable[tuple[Tensor, Tensor]],
+    num_images: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    others: Sequence[Cost],
+) -> Calibration:
+    model.mode = "hard"
+    head = model.life_head
+    head.extend(*head_widths(model))
+    if not isinstance(goal, Schedule):
+        # costs are those of patches compared with each other
+        Rule().set(model)
+        # at a given cost, what it saves keeps more patches
+        model.exact_savings = True
+        layers = candidate_life_layers(model.backbone.depth)
+        check_cost(model, min(cost.multiply_adds for cost in (goal, *others)), layers)
+        if goal.multiply_adds >= model.cost(None):
+            goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
+    layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
+    work = Steps(progress, plan(layers, isinstance(goal, Schedule), num_images), numbered=True)
+    with work.step() as part:
+        observed = observe(model, fit_on, layers, device, dtype, part, num_images)
+    steps = fit_steps(num_images)
+    brief = round(BRIEF * steps) if len(layers) > 1 else steps
+    fitted = {}
+    for layer in layers:
+        with work.step() as part:
+            fitted[layer] = fit(model, observed, layer, brief, device, part)
+    checked = check(model, check_on, layers, device, dtype)
+
+    def attempt(schedule: Schedule, rule: Rule) -> Tried | None:
+        head.load_state_dict(fitted[schedule.life_layer].state)
+        rule.set(model)
+        found: list[tuple[float, float]] = []
+        for scaled in (schedule, *(model.at_cost(schedule, cost.multiply_adds) for cost in others)):
+            if scaled is None:
+                return None
+            model.schedule = scaled
+            found.append(distance(model, checked) if scaled.drops_patches() else (0.0, 100.0))
+        model.schedule = schedule
+        # in shares, so that the lowest cost, which is the farthest apart, does not decide alone
+        apart = math.prod(value for value, _ in found) ** (1 / len(found))
+        agreement = sum(value for _, value in found) / len(found)
+        return Tried(schedule, rule, model.multiply_adds(schedule) / 1e9, apart, agreement)
+
+    compared: list[Tried] = []
+    if isinstance(goal, Schedule):
+        chosen = goal
+    else:
+        with work.step() as part:
+            compared = search(model, goal, layers, attempt, part)
+        chosen = compared[0].schedule
+        with work.step() as part:
+            fitted[chosen.life_layer] = fit(model, observed, chosen.life_layer, steps, device, part)
+    del observed
+    with work.step() as part:
+        tried = choose_rule(chosen, model.dead, attempt, part)
+    plain = attempt(goal, PLAIN) if isinstance(goal, Schedule) else None
+    if plain is not None:
+        tried.append(plain)
+    tried.sort(key=_apart)
+    tried += compared
+    best, paper = tried[0], None
+    if not isinstance(goal, Schedule):
+        dead, model.dead = model.dead, "discard"
+        PLAIN.set(model)
+        three_drops = paper_schedule(model, goal)
+        if three_drops is not None and three_drops.life_layer in fitted:
+            paper = attempt(three_drops, PLAIN)
+        model.dead = dead
+    attempt(best.schedule, best.rule)
+    return Calibration(fitted, tried, paper)
+
+
+def fit_steps(num_images: int) -> int:
+    """Batches that the life head is taught with."""
+    return min(max(num_images, STEPS[0]), STEPS[1])
+
+
+def plan(layers: Sequence[int], keeps_schedule: bool, num_images: int) -> list[Step]:
+    """The steps of a calibration, and about how long each takes beside a batch that the life head is taught with."""
+    steps = fit_steps(num_images)
+    searched = not keeps_schedule
+    brief = round(BRIEF * steps) if searched and len(layers) > 1 else steps
+    return [
+        Step("observing the dense model", OBSERVING * num_images),
+        *(Step(f"fitting the life head of block {layer}", brief) for layer in layers),
+        *([Step("searching how patches should leave", SEARCHING * num_images)] if searched else []),
+        *([Step("fitting the life head that was chosen", steps)] if searched else []),
+        Step("searching who should leave first", SEARCHING * num_images),
+    ]
+
+
+def _apart(candidate: Tried) -> float:
+    return candidate.apart
+
+
+Attempt = Callable[[Schedule, Rule], Tried | None]
+
+
+def search(
+    model: SlimModel, goal: Cost, layers: Sequence[int], attempt: Attempt, progress: Progress = no_progress
+) -> list[Tried]:
+    """Try life layers first, then forms of the fall for the two best of them; all of them, the best first.
+
+    What `attempt` gives None for cannot be had.
+    """
+    power = POWERS[1]
+    first = [falling_schedule(model, goal, layer, power) for layer in layers]
+    total = len(layers) + 2 * (len(POWERS) - 1)
+    label = "searching how patches should leave"
+    tried = _attempt_all(attempt, [(found, Rule()) for found in first], progress, label, 0, total)
+    if not tried:
+        raise SlimError(f"{goal}: no schedule of this model comes to that: try a higher one")
+    chosen = [candidate.schedule.life_layer for candidate in sorted(tried, key=_apart)[:2]]
+    second = [falling_schedule(model, goal, layer, p) for layer in chosen for p in POWERS if p != power]
+    tried += _attempt_all(attempt, [(found, Rule()) for found in second], progress, label, len(layers), total)
+    return sorted(tried, key=_apart)
+
+
+def choose_rule(schedule: Schedule, dead: str, attempt: Attempt, progress: Progress = no_progress) -> list[Tried]:
+    """Try who leaves first, then how patches are added to their heirs, where they have any."""
+    total = len(REDUNDANCIES) + len(MERGES) - 1
+    label = "searching who should leave first"
+    rules = [Rule(redundancy) for redundancy in REDUNDANCIES]
+    tried = _attempt_all(attempt, [(schedule, rule) for rule in rules], progress, label, 0, total)
+    if tried and dead == "heir":
+        rule = min(tried, key=_apart).rule
+        others = [replace(rule, merge_importance=weight, size_bias=bias) for weight, bias in MERGES]
+        candidates = [(schedule, other) for other in others if other != rule]
+        tried += _attempt_all(attempt, candidates, progress, label, len(rules), total)
+    progress(label, total, total)
+    return tried
+
+
+def _attempt_all(
+    attempt: Attempt,
+    candidates: Sequence[tuple[Schedule | None, Rule]],
+    progress: Progress,
+    label: str,
+    done: int,
+    total: int,
+) -> list[Tried]:
+    found = []
+    for number, (schedule, rule) in enumerate(candidates):
+        progress(label, done + number, total)
+        found.append(None if schedule is None else attempt(schedule, rule))
+    return [candidate for candidate in found if candidate is not None]

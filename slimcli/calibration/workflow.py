@@ -1,0 +1,240 @@
+"""The calibration of a target: images, the search, the folder that is written, and the recipe beside it.
+
+`slimcli.calibration.search` holds what is done to a model; this is what `slim calibrate` and `slim compare` do with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimcli import data as datasets
+from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
+from slimcli.calibration.judge import Agreement, Tried, comparison
+from slimcli.calibration.next_recipe import next_recipe
+from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
+from slimcli.calibration.search import Calibration, calibrate_model, plan
+from slimcli.errors import SlimError
+from slimcli.files import write_file, write_json
+from slimcli.measure.evaluate import agreement, evaluate, first_images
+from slimcli.measure.rows import Row
+from slimcli.progress import Progress, Step, Steps, no_progress
+from slimcli.recipe import Recipe
+from slimcli.schedule import Schedule
+from slimcli.session.session import Session
+from slimcli.slimming import SlimModel
+from slimcli.store.model_folder import save_model
+from slimcli.store.run_folder import RECIPE, SUMMARY, WEIGHTS, new_run_folder
+
+#: the most images in a batch where none was asked for: attention maps of a training batch would fill the memory
+MOST_IN_A_BATCH = 64
+#: validation images to report on where neither the recipe nor the user says
+REPORTED = 1000
+#: the fewest images that candidates are compared on
+FEWEST_CHECKED = 8
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a calibration is to reach: at most one of a cost, a speed-up and keep rates; none: the present cost.
+
+    `flops` is in G multiply-adds an image; `speedup` is measured on the device; `keep_rates` stand for their cost at
+    three layers. With `keep_schedule` patches leave where they do, and only the life head is taught.
+    """
+
+    flops: float | None = None
+    speedup: float | None = None
+    keep_rates: Sequence[float] = ()
+    keep_schedule: bool = False
+
+    def __post_init__(self) -> None:
+        check_target("--target-flops", self.flops)
+        check_target("--target-speedup", self.speedup)
+        names = {"--target-flops": self.flops, "--target-speedup": self.speedup, "--keep-rate": self.keep_rates or None}
+        given = [name for name, value in names.items() if value is not None]
+        if len(given) > 1:
+            raise SlimError(f"{' and '.join(given)} are two goals: choose one")
+        if self.keep_schedule and (self.flops is not None or self.speedup is not None):
+            raise SlimError("--keep-schedule keeps where patches leave: choose the cost with --keep-rate")
+        if self.keep_schedule and len(self.keep_rates) > 1:
+            raise SlimError("--keep-schedule takes one keep rate: the head that is fitted serves the others too")
+
+    @property
+    def several(self) -> list[float]:
+        """The keep rates, highest first, each once."""
+        return sorted(set(self.keep_rates), reverse=True)
+
+    @property
+    def searched(self) -> list[float]:
+        """Those for which there is something to search: at 1 the model is dense, but there is something to train."""
+        return [rate for rate in self.several if rate < 1] or self.several
+
+
+@dataclass
+class Calibrated:
+    """What came of a calibration, not yet written."""
+
+    session: Session
+    found: Calibration
+    recipe: Recipe
+    #: images that the life head was fitted on, and how many were in a batch
+    images: int
+    batch_size: int
+    #: agreement with the dense model before and after, as `comparison` has it
+    report: dict[str, Any]
+    #: rows of `evaluate`: the dense model, then the calibrated one
+    rows: list[Row]
+    class_names: list[str] | None
+    notes: list[str] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        model, found = self.session.model, self.found
+        return {
+            "model": self.session.target.model_name,
+            **self.session.facts(self.batch_size),
+            "images": self.images,
+            "chosen": describe(found, model, found.tried[0]),
+            "paper": describe(found, model, found.paper) if found.paper else None,
+            "tried": [describe(found, model, candidate) for candidate in found.tried],
+            "before": self.report["before"],
+            "after": self.report["after"],
+            "rows": self.rows,
+        }
+
+    def write(self, folder: Path, document: dict[str, Any]) -> None:
+        """Write the model folder, the recipe that trains on from it, and `document` as its summary."""
+        config = {
+            **self.session.target.config,
+            "preprocessing": self.session.preprocessing,
+            "class_names": self.class_names,
+            "data": self.recipe.data.model_dump(mode="json", exclude_none=True),
+            "has_life_head": True,
+        }
+        save_model(folder, self.session.model, config)
+        model = self.recipe.model.model_copy(update={"weights": (folder / WEIGHTS).resolve(), "weights_grid": None})
+        text = self.recipe.model_copy(update={"model": model}).to_toml()
+        write_file(folder / RECIPE, text.encode())
+        write_json(folder / SUMMARY, document)
+
+
+def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress: Progress = no_progress) -> Calibrated:
+    """Calibrate the session's model for `goal` on up to `images` training images, without labels; see `Calibrated`.
+
+    The model is left with the schedule and the life head that were found, and its dense weights as they came.
+
+    Raises:
+        SlimError: where the goal cannot be reached, or the target comes without data.
+    """
+    model, device, dtype = session.model, session.device, session.dtype
+    shown = session.images(val_limit=session.data.val_limit or REPORTED)
+    batch = batch_size(session)
+    fit_on, check_on, count = images_to_fit(session, images, images // 4, batch)
+    # what is saved are the weights as they came, not rounded to what the arithmetic runs in
+    weights = {name: value.clone() for name, value in model.model.state_dict().items()}
+    model.to(device, dtype)
+    work = Steps(progress, _steps(session, goal, count), numbered=True)
+    cost = None
+    if goal.speedup is not None:
+        with work.step() as part:
+            cost = cost_for_speedup(model, goal.speedup, batch, device, dtype, part)
+    aim, others = _aim(session, goal, cost)
+
+    def agreed() -> Agreement:
+        return agreement(model, first_images(session.loader(shown, batch), len(shown)), device, dtype)
+
+    with work.step():
+        untaught = agreed()
+    with work.step() as part, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(session.recipe.seed)
+        found = calibrate_model(model, aim, fit_on, check_on, count, device, dtype, part, others)
+    with work.step():
+        taught = agreed()
+    rates = goal.several if len(goal.several) > 1 else None
+    with work.step() as part:
+        rows = evaluate(model, session.loader(shown, batch), rates, device, dtype, part)
+    model.float()
+    model.model.load_state_dict(weights)
+    session.target.has_life_head = True
+    return Calibrated(
+        session,
+        found,
+        next_recipe(session, goal.several),
+        count,
+        batch,
+        comparison(untaught, taught),
+        rows,
+        getattr(shown, "class_names", None),
+    )
+
+
+def new_folder(recipe: Recipe) -> Path:
+    """A folder for a calibration by a recipe, `NAME-calibrated-TIME` under its output."""
+    return new_run_folder(recipe.output, f"{recipe.name}-calibrated")
+
+
+def batch_size(session: Session) -> int:
+    """What was asked for, or the recipe's, which is for training, as far as it is not too large."""
+    asked = session.request.batch_size is not None or session.resolved.is_given("data.batch_size")
+    return session.data.batch_size if asked else min(session.data.batch_size, MOST_IN_A_BATCH)
+
+
+def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tuple[list[Any], list[Any], int]:
+    """Batches of training images to fit on, as many as memory holds; others to check on; how many the first are."""
+    layers = candidate_life_layers(session.model.backbone.depth)
+    count = images_that_fit(session.model.backbone, wanted, len(layers))
+    total = count + max(FEWEST_CHECKED, min(checked, count))
+    # a limit of the recipe's own is kept
+    limit = min(session.data.train_limit or total, total)
+    images = datasets.shuffled(session.images(train=True, train_limit=limit))
+    fit_on, check_on = split(list(first_images(session.loader(images, batch), total)), count)
+    return fit_on, check_on, sum(len(targets) for _, targets in fit_on)
+
+
+def _steps(session: Session, goal: Goal, count: int) -> list[Step]:
+    """The steps of a calibration, and about how long each takes."""
+    layers = (0,) if goal.keep_schedule else candidate_life_layers(session.model.backbone.depth)
+    fits = plan(layers, goal.keep_schedule, count)
+    weight = sum(step.weight for step in fits)
+    return [
+        *([Step("measuring speed", 0.3 * weight)] if goal.speedup is not None else []),
+        Step("comparing an untaught life head", 0.1 * weight),
+        Step("calibrating", weight, len(fits)),
+        Step("comparing the fitted life head", 0.1 * weight),
+        Step("evaluating", 0.3 * weight),
+    ]
+
+
+def _aim(session: Session, goal: Goal, cost_of_speedup: float | None) -> tuple[Cost | Schedule, list[Cost]]:
+    """What is searched for: a schedule or a cost, and the lower costs that the found fall is to serve too."""
+    model, searched = session.model, goal.searched
+    others = [Cost(model.usual_cost(rate)) for rate in searched[1:]]
+    if goal.keep_schedule:
+        return (model.at_keep_rate(searched[0]) if searched else model.schedule), others
+    if goal.flops is not None:
+        return Cost(goal.flops * 1e9), others
+    if cost_of_speedup is not None:
+        return Cost(cost_of_speedup), others
+    rate = searched[0] if searched else model.schedule.keep_rate
+    return Cost(model.multiply_adds() if rate is None else model.usual_cost(rate)), others
+
+
+def describe(found: Calibration, model: SlimModel, candidate: Tried) -> dict[str, Any]:
+    """A candidate as plain values: its schedule, its rule, its cost, and how far from dense it is."""
+    fitted = found.fitted[candidate.schedule.life_layer]
+    return {
+        "life_layer": candidate.schedule.life_layer,
+        "keep_rate": model.keep_rate_of(candidate.schedule, 1e9 * candidate.gmacs),
+        "drops": [list(drop) for drop in candidate.schedule.drops],
+        "patches_per_layer": list(candidate.schedule.counts or ()),
+        **vars(candidate.rule),
+        "gmacs": round(candidate.gmacs, 4),
+        "fit_error": round(fitted.life_error, 4),
+        "similarity_error": round(fitted.similarity_error, 4),
+        "apart": round(candidate.apart, 5),
+        "agreement": round(candidate.agreement, 2),
+    }

@@ -1,0 +1,1 @@
+"""Life regression beside other methods: the runs (`compare`), their `stages` and the `table`."""

@@ -1,0 +1,230 @@
+"""Cost and time of a model without a data set: throughput, latency and memory, dense and slimmed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from slimcli.attention import AttentionRecorder, running
+from slimcli.backbones.base import Backbone
+from slimcli.device import synchronise
+from slimcli.errors import SlimError
+from slimcli.layout import lay_out_for_inference, optimize
+from slimcli.measure import clock
+from slimcli.measure.evaluate import Variant, describe, schedules
+from slimcli.measure.rows import Row
+from slimcli.measure.timing import Timing, Watch
+from slimcli.progress import Progress, Step, Steps, no_progress
+from slimcli.slimming import LifeModel, SlimModel, rival
+
+#: how many times the seconds asked for may pass until speed-ups are known narrowly
+LONGER = 3.0
+DEFAULT_BATCH = {"cuda": 128, "mps": 32, "cpu": 16}
+
+
+def random_images(model: SlimModel, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A batch (B, 3, H, W) of noise in the model's own size; its content does not change the cost."""
+    generator = torch.Generator().manual_seed(0)
+    channels = model.backbone.preprocessing()["input_size"][0]
+    return torch.randn(batch_size, channels, *model.backbone.image_size, generator=generator).to(device, dtype)
+
+
+@torch.inference_mode()
+def profile(
+    model: SlimModel,
+    keep_rates: Sequence[float] | None,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    min_seconds: float = 2.0,
+    progress: Progress = no_progress,
+    exact_savings: bool = False,
+    against: Sequence[str] = (),
+) -> list[Row]:
+    """Rows for the dense model and each keep rate; with `exact_savings` all of them once more with it.
+
+    Then rows for the methods called `against` at the same keep rates.
+
+    Throughput is the median over interleaved rounds at `batch_size`, latency the p50 and p95 at batch 1, and
+    `realised` the measured speed-up over the ratio of multiply-adds: 1 means that all saved arithmetic is saved time.
+    Rounds go on for `min_seconds`, and for up to three times as long until the speed-ups are known narrowly.
+    """
+    model = optimize(model.to(device, dtype).eval())
+    steps = Steps(progress, [Step("throughput", 3.0), Step("latency", 2.0), Step("memory", 1.0)])
+    with model.running():
+        variants = all_variants(model, keep_rates, exact_savings)
+        variants += rivals(model, variants, against, device, dtype)
+        images = random_images(model, batch_size, device, dtype)
+        runs = [partial(_forward, model, variant, images) for variant in variants]
+        singles = [partial(_forward, model, variant, images[:1]) for variant in variants]
+        most = LONGER * min_seconds
+        with steps.step() as part:
+            timing = clock.take_turns(runs, device, 5, min_seconds, most, progress=part, label="throughput")
+        with steps.step() as part:
+            latencies = clock.interleave(singles, device, 20, min_seconds / 2, progress=part, label="latency")
+        rows: list[Row] = []
+        with steps.step() as part:
+            for index, variant in enumerate(variants):
+                part("memory", index, len(variants))
+                memory = clock.peak_memory_mib(runs[index], variant.rival or model, device)
+                row = _described(model, variant).also(peak_memory_mib=round(memory, 1))
+                rows.append(_timed(row, rows[0] if rows else row, timing, latencies[index], index, batch_size))
+    return rows
+
+
+def _described(model: SlimModel, variant: Variant) -> Row:
+    row = describe(variant.rival or model, variant.schedule, variant.exact_savings)
+    return row if variant.like is None else row.also(keep_rate=model.keep_rate_of(variant.like))
+
+
+def _timed(row: Row, dense: Row, timing: Timing, latency: Sequence[float], index: int, batch_size: int) -> Row:
+    """`row`, with what was timed of it: the speed-up over `dense`, images a second, latency."""
+    arithmetic = (dense.gmacs or 0.0) / row.gmacs if row.gmacs else 1.0
+    return row.also(
+        images_per_second=round(batch_size / statistics.median(timing.seconds[index]), 2),
+        realised=round(timing.speedup(index) / arithmetic, 4) if arithmetic else None,
+        latency_ms_p50=round(1000 * statistics.median(latency), 3),
+        latency_ms_p95=round(1000 * clock.percentile(latency, 0.95), 3),
+        **timing.figures(index),
+    )
+
+
+def all_variants(model: SlimModel, keep_rates: Sequence[float] | None, exact_savings: bool) -> list[Variant]:
+    """The dense model, each keep rate, and with `exact_savings` all of them once more with it.
+
+    A model whose own `exact_savings` is set is slimmed with it; the plain dense model stays the baseline.
+    """
+    chosen = schedules(model, keep_rates)
+    plain = [Variant(schedule, model.exact_savings and schedule is not None) for schedule in chosen]
+    more = [Variant(schedule, True) for schedule in chosen] if exact_savings else []
+    known = [(variant.schedule, variant.exact_savings) for variant in plain]
+    return plain + [variant for variant in more if (variant.schedule, True) not in known]
+
+
+@torch.no_grad()
+def attention(model: SlimModel, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which attention kernel runs where patches are dropped (`inference`) and where lives learn (`training`)."""
+    model = model.to(device, dtype).eval()
+    tokens, positions = model.backbone.embed(random_images(model, 1, device, dtype))
+    with AttentionRecorder() as recorder:
+        model.backbone.block(1, tokens, positions)
+    if recorder.query is None or recorder.key is None:
+        return {"inference": "the model's own", "training": "the model's own"}
+    query, key = (x.expand(batch_size, -1, -1, -1) for x in (recorder.query, recorder.key))
+    biased = model.has_heirs
+    return {
+        "inference": str(running(query, key, learns=False, kernel=model.attention, biased=biased)),
+        "training": str(running(query, key, learns=True, kernel=model.attention)),
+    }
+
+
+def _forward(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
+    model = variant.rival or model
+    variant.set(model)
+    return model.logits(images)
+
+
+def rivals(
+    model: SlimModel, variants: Sequence[Variant], against: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> list[Variant]:
+    """For each method, variants that are compared with the slimmed ones: equal keep rates, or equal cost."""
+    found = []
+    for name in against:
+        other = rival(name, model).to(device, dtype).eval()
+        lay_out_for_inference(other)
+        slimmed = [v.schedule for v in variants if v.schedule is not None and v.exact_savings == model.exact_savings]
+        found += [Variant(other.schedule_like(model, schedule), rival=other, like=schedule) for schedule in slimmed]
+    return found
+
+
+@torch.inference_mode()
+def per_layer(
+    model: SlimModel,
+    keep_rates: Sequence[float] | None,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 5,
+    progress: Progress = no_progress,
+    exact_savings: bool = False,
+) -> list[dict[str, Any]]:
+    """For each variant: patches, multiply-adds and milliseconds (median, whole batch) of every block.
+
+    What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
+    """
+    if not isinstance(model, LifeModel):
+        raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
+    model = optimize(model.to(device, dtype).eval())
+    variants = all_variants(model, keep_rates, exact_savings)
+    images = random_images(model, batch_size, device, dtype)
+    backbone, clock = model.backbone, _BlockClock(model.backbone, device)
+    seconds: list[list[list[float]]] = [[] for _ in variants]
+    model.backbone = cast(Backbone, clock)
+    watch = Watch(device.type == "cpu")
+    try:
+        with model.running():
+            for done in range(rounds + 1):
+                progress("per layer", done, rounds + 1)
+                for variant, found in zip(variants, seconds, strict=True):
+                    clock.seconds = []
+                    variant.set(model)
+                    _, whole = clock.timed(partial(model.logits, images), device)
+                    if done:
+                        found.append([*clock.seconds, whole - sum(clock.seconds)])
+    finally:
+        model.backbone = backbone
+    progress("per layer", 1, 1)
+    problem = watch.load().problem
+    trust = {"timing_reliable": problem is None, **({"timing_note": problem} if problem else {})}
+    return [{**_layer_table(model, variant, found), **trust} for variant, found in zip(variants, seconds, strict=True)]
+
+
+def _layer_table(model: LifeModel, variant: Variant, seconds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Patches, multiply-adds and the median milliseconds of every block, from the seconds of each round."""
+    row = describe(model, variant.schedule, variant.exact_savings)
+    *blocks, other = [statistics.median(column) * 1000 for column in zip(*seconds, strict=True)]
+    layers = [
+        {
+            "layer": layer,
+            "patches": patches,
+            "gmacs": round(model.block_cost(layer, variant.schedule, variant.exact_savings) / 1e9, 5),
+            "ms": round(ms, 3),
+        }
+        for layer, (patches, ms) in enumerate(zip(row.schedule, blocks, strict=True), 1)
+    ]
+    named = {"dense": row.dense, "keep_rate": row.keep_rate, "exact_savings": row.exact_savings}
+    return {**named, "layers": layers, "other_ms": round(other, 3)}
+
+
+class _BlockClock:
+    """A backbone that notes how long each of its blocks takes."""
+
+    def __init__(self, backbone: Backbone, device: torch.device) -> None:
+        self.backbone, self.device = backbone, device
+        self.seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backbone, name)
+
+    def block(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._timed(self.backbone.block, *args, **kwargs)
+
+    def masked_block(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._timed(self.backbone.masked_block, *args, **kwargs)
+
+    def narrow_block(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._timed(self.backbone.narrow_block, *args, **kwargs)
+
+    def _timed(self, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        synchronise(self.device)
+        start = time.perf_counter()
+        output = run(*args, **kwargs)
+        synchronise(self.device)
+        self.seconds.append(time.perf_counter() - start)
+        return output

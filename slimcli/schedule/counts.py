@@ -1,0 +1,83 @@
+"""How many patches each block uses, and the lives that this implies.
+
+Layers are counted from 1, as in the paper. Plain Python: no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+
+def patches_per_layer(num_patches: int, depth: int, drops: Sequence[tuple[int, float]]) -> tuple[int, ...]:
+    """N_t for t = 1..depth: after each drop layer, ceil(keep rate * N) patches go on (never fewer than one).
+
+    `drops` holds (layer, keep rate) pairs: the patches leave *after* that block.
+    """
+    rates = dict(drops)
+    counts, n = [], num_patches
+    for layer in range(1, depth + 1):
+        counts.append(n)
+        # the small offset keeps 0.55 * 100 = 55.000000000000007 from becoming 56
+        n = max(1, math.ceil(rates.get(layer, 1.0) * n - 1e-9))
+    return tuple(counts)
+
+
+def highest_keep_rate(cost: Callable[[float], float], target: float) -> float | None:
+    """The highest keep rate, in ten-thousandths, that costs at most `target`; None if even 0.01 costs more."""
+    low, high = 0.01, 1.0
+    if cost(high) <= target:
+        return high
+    if cost(low) > target:
+        return None
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= target else (low, middle)
+    return int(low * 10_000) / 10_000
+
+
+def falling_counts(num_patches: int, depth: int, life_layer: int, power: float, leave: float) -> tuple[int, ...]:
+    """N_t that falls after every block from the life layer l on: N - leave ((t - l) / (L - l))^power, at least 1.
+
+    `leave` is how many patches have left before the last block; with a power below 1 most of them leave early.
+    """
+    shares = [(max(0, layer - life_layer) / (depth - life_layer)) ** power for layer in range(1, depth + 1)]
+    return tuple(max(1, round(num_patches - leave * share)) for share in shares)
+
+
+def counts_with_total(counts: Sequence[int], total: int) -> tuple[int, ...] | None:
+    """N_t that falls as `counts` does, but N_1 + ... + N_L is `total`; None if no fall of that form comes to it.
+
+    The share of patches in each block is raised to a common power, so that few are left late and never none.
+    """
+    first = counts[0]
+
+    def real(power: float) -> list[float]:
+        return [max(1.0, first * (n / first) ** power) for n in counts]
+
+    low, high = 0.0, 1000.0
+    if not sum(real(high)) <= total <= sum(real(low)):
+        return None
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(real(middle)) > total else (low, middle)
+    found = real(high)
+    # the patches that rounding down loses go to the blocks that lost most, so that the total comes out
+    whole = [math.floor(n + 1e-9) for n in found]
+    most_lost = sorted(range(len(found)), key=lambda t: (whole[t] - found[t], t))
+    for t in most_lost[: total - sum(whole)]:
+        whole[t] += 1
+    return tuple(whole)
+
+
+def life_moments(counts: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of the lives under the schedule N_1..N_L.
+
+    The share of patches whose life is t is p_t = (N_t - N_{t+1}) / N with N_{L+1} = 0; mu = sum t p_t,
+    sigma^2 = sum (t - mu)^2 p_t. For N = 196 and keep rate 0.7 after blocks 4, 7, 10: 8.2908 and 3.3170.
+    """
+    ends = [*counts[1:], 0]
+    shares = [(n - after) / counts[0] for n, after in zip(counts, ends, strict=True)]
+    mean = sum(t * p for t, p in enumerate(shares, 1))
+    variance = sum((t - mean) ** 2 * p for t, p in enumerate(shares, 1))
+    return mean, math.sqrt(max(variance, 0.0))
