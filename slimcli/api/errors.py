@@ -21,6 +21,7 @@ def names_parameters(function: F) -> F:
             return function(*args, **kwargs)
         except SlimError as error:
             text = re.sub(r"(?<![\w-])--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error))
+            text = re.sub(r"(?<!\S)-o (?=\S)", "output ", text)
             if text == str(error):
                 raise
             raise SlimError(text) from error

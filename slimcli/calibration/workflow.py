@@ -18,7 +18,7 @@ from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
 from slimcli.calibration.judge import Agreement, Tried, comparison
 from slimcli.calibration.next_recipe import next_recipe
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
-from slimcli.calibration.search import Calibration, calibrate_model, plan
+from slimcli.calibration.search import Calibration, fit_and_search, plan
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluate import agreement, evaluate, first_images
@@ -224,7 +224,7 @@ def fit_to_goal(
     count = sum(len(images) for images, _ in fit_on)
     with work.step() as part, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return calibrate_model(model, aim, fit_on, check_on, count, device, dtype, part, others)
+        return fit_and_search(model, aim, fit_on, check_on, count, device, dtype, part, others)
 
 
 def _aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None) -> tuple[Cost | Schedule, list[Cost]]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from slimcli.cli.options import batch_size_option, command_line, common_options, keep_rate_option, set_option, words
 from slimcli.errors import Interrupted, SlimError
+
+if TYPE_CHECKING:
+    from slimcli.cli.display import Display
+    from slimcli.comparison.workflow import Compared
 
 METHODS = "life,evit,tome,random"
 
@@ -59,50 +64,24 @@ def command(
     """
     if untrained and epochs is not None:
         raise SlimError("--untrained and --epochs are both given: choose one")
-    chosen = words(methods)
-    if not chosen:
-        raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
     from slimcli.cli.display import Display
     from slimcli.comparison import compare
-    from slimcli.comparison.table import doubts, how_trained
+    from slimcli.comparison.workflow import open_comparison, run_comparison
     from slimcli.device import find_device
-    from slimcli.files import check_writable, write_json
-    from slimcli.measure.rows import MEASURES
-    from slimcli.recipe import FILES, find_recipe
-    from slimcli.session.resolve import resolve
-    from slimcli.session.session import choose_data
-    from slimcli.store.run_folder import new_run_folder
+    from slimcli.files import write_json
+    from slimcli.session.recipes import read_recipe
 
     trains = untrained is False or epochs is not None
-    path = str(find_recipe(recipe))
-    resolved = resolve(path, "compare --train" if trains else "compare", overrides, precision=precision, check=FILES)
-    section = choose_data(resolved, None, None, limit, batch_size)
-    loaded = resolved.recipe.model_copy(update={"data": section})
-    check_writable(output or loaded.output, "folder")
+    loaded = read_recipe(recipe, "compare --train" if trains else "compare", overrides, precision, limit, batch_size)
     display = Display(as_json)
-    where = find_device(device)
-    if output is None:
-        output = compare.unfinished(loaded) if resume else None
-    elif resume and not (output / compare.SETTINGS).is_file():
-        raise SlimError(f"{output}: is no comparison to go on with: start it without --resume")
-    rates: list[float | None] = [*dict.fromkeys(keep_rates)] if keep_rates else [None]
-    comparison = compare.Comparison(
-        loaded,
-        chosen,
-        rates,
-        output or Path(),
-        where,
-        epochs if epochs is not None else 0 if untrained is False else None,
-        log=display.line,
-    )
-    compare.check(comparison)
-    if output is None:
-        comparison.folder = new_run_folder(loaded.output, f"{loaded.name}-compare")
-    compare.open_folder(comparison, resume)
+    own = 0 if untrained is False else None
+    comparison = open_comparison(
+        loaded, words(methods), keep_rates or (), find_device(device), own if epochs is None else epochs, output,
+        resume, display.line,
+    )  # fmt: skip
     try:
         with display.progress() as progress:
-            comparison.progress = progress
-            document = compare.compare(comparison)
+            found = run_comparison(comparison, progress)
     except (Interrupted, KeyboardInterrupt):
         display.err.print(
             f"Stopped; what was finished is kept. Go on with the same command and --resume -o {comparison.folder}",
@@ -110,18 +89,24 @@ def command(
             soft_wrap=True,
         )
         click.get_current_context().exit(1)
-    document = {**document, "command": command_line(), "output": str(comparison.folder)}
-    write_json(comparison.folder / compare.RESULT, document)
+    document = {**found.document, "command": command_line(), "output": str(found.folder)}
+    write_json(found.folder / compare.RESULT, document)
+    _print_lines(display, found)
+    display.line(f"{found.folder} holds {compare.TABLE}, {compare.RESULT} and {compare.PLOT}.png and .svg")
+    display.document(document)
+
+
+def _print_lines(display: Display, found: Compared) -> None:
+    from slimcli.comparison.table import doubts, how_trained
+    from slimcli.measure.rows import MEASURES
 
     display.line()
-    lines = document["rows"]
+    lines = found.lines
     titles = ["Method", "Keep", "G MACs", lines[0].score_title, "Lost", "img/s", "Speed-up", "of ideal"]
     body = [[line.title, line.rate, MEASURES["gmacs"].text(line.row), *line.cells] for line in lines]
     images = lines[0].row.images
-    note = f"{images} images, {how_trained(document)}; every method costs what life costs at the keep rate"
+    note = f"{images} images, {how_trained(found.document)}; every method costs what life costs at the keep rate"
     errors = [line.row.top1_se for line in lines if line.row.top1_se is not None]
     if errors:
         note += f"\nstandard error of top-1: {min(errors):.2f} to {max(errors):.2f} points"
     display.table(titles, body, "\n".join([note, *doubts(lines)]))
-    display.line(f"{comparison.folder} holds {compare.TABLE}, {compare.RESULT} and {compare.PLOT}.png and .svg")
-    display.document(document)

@@ -23,8 +23,6 @@ from slimcli.errors import SlimError
 
 #: parameters that only choose validation images
 PICKING = ("data", "class_map", "split", "pick", "count", "seed", "limit")
-#: images in a batch, and validation images to pick from, where nobody says
-BATCH, LIMIT = 16, 1000
 
 
 @click.command("show")
@@ -88,6 +86,7 @@ def command(
 
     from slimcli import pictures
     from slimcli.cli.display import Display
+    from slimcli.cli.inline import print_picture
     from slimcli.files import check_writable
     from slimcli.session.session import Request, open_session
 
@@ -99,57 +98,32 @@ def command(
         raise SlimError(f"-o {output}: is one of the images: choose another name")
     request = Request("show IMAGE" if paths else "show", run, overrides, reads_data=not paths, **asked)
     session = open_session(request)
-    found, model = session.target, session.model
     if keep_rates is not None:
-        model.keep_rate = keep_rates[0]
-    geometry = pictures.find_geometry(model)
+        session.model.keep_rate = keep_rates[0]
+    geometry = pictures.find_geometry(session.model)
     pictures.drop_stages(geometry, layer)
     for line in session.warnings:
         display.warn(line)
-    class_names = pictures.readable(found.class_names)
     broken: list[Any] = []
-    batch = request.batch_size or (session.data.batch_size if session.resolved.is_given("data.batch_size") else BATCH)
-    prepare = session.preprocessing
     if paths:
-        stream = pictures.look(
-            model, pictures.image_batches(paths, prepare, batch, broken), session.device, session.dtype
-        )
-        expected = len(paths)
+        looked = pictures.look_at_files(session, paths, broken)
     else:
-        limit = session.data.val_limit or LIMIT
-        samples = session.images(val_limit=limit)
-        for line in session.notes:
-            display.warn(line)
-        class_names = class_names or pictures.readable(getattr(samples, "class_names", None))
-        if pick == "random":
-            samples = pictures.draw_at_random(samples, count, seed)
-        looked = pictures.look(
-            model, pictures.data_batches(samples, prepare, batch, session.device), session.device, session.dtype
-        )
         with display.progress() as progress:
-            chosen = pictures.pick(pictures.counted(looked, progress, limit), pick, count)
-        stream, expected = iter(chosen), len(chosen)
-        if not chosen:
-            display.line(f"none of {len(samples)} images changed: wherever dense is right, slim is right too")
-
-    columns = grid or (1 if expected <= 4 else 4)
+            looked = pictures.look_at_data(session, pick, count, seed, progress, display.warn)
+        if not looked.expected:
+            display.line(f"none of {looked.total} images changed: wherever dense is right, slim is right too")
+    style = pictures.Style(geometry, session.preprocessing, looked.class_names, layer, grid)
     target = output or Path(f"{paths[0].stem if len(paths) == 1 else pick if not paths else 'images'}-lives.{form}")
-    if not target.suffix:
-        target = target.with_name(f"{target.name}.{form}")
-    size = pictures.ROWS_A_FILE if columns == 1 else pictures.TILES_A_FILE
     rows: list[list[str]] = []
     entries: list[dict[str, Any]] = []
     written: list[str] = []
-    for number, part in enumerate(pictures.sheets(stream, size), 1):
-        path = target if expected <= size else target.with_name(f"{target.stem}-{number}{target.suffix}")
-        figure = pictures.draw(part, geometry, prepare, class_names, layer, min(columns, max(len(part), 2)))
-        pictures.write_sheet(path, figure, form)
-        written.append(str(path))
+    for sheet in pictures.draw_sheets(looked.outcomes, looked.expected, style, target, form):
+        written.append(str(sheet.path))
         if inline and not as_json:
-            _print_picture(display, part, figure, geometry, prepare, layer)
-        for outcome in part:
-            entry = pictures.describe(outcome, geometry, class_names)
-            entries.append({**entry, "output": str(path)})
+            print_picture(display, sheet, style)
+        for outcome in sheet.outcomes:
+            entry = pictures.describe(outcome, geometry, looked.class_names)
+            entries.append({**entry, "output": str(sheet.path)})
             rows.append(_cells(entry))
     if rows:
         display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
@@ -159,9 +133,9 @@ def command(
         display.warn(f"skipped {error}")
     display.document(
         {
-            "model": found.model_name,
-            "target": found.label,
-            "keep_rate": model.keep_rate,
+            "model": session.target.model_name,
+            "target": session.target.label,
+            "keep_rate": session.model.keep_rate,
             "schedule": list(geometry.counts),
             "life_layer": geometry.life_layer,
             "grid": list(geometry.grid),
@@ -181,33 +155,3 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     said = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
     agree = f"{entry['similarity']:.3f}" if entry["agree"] is None else "yes" if entry["agree"] else "no"
     return [fit_words(short_name(entry["image"]), 26), *said, agree]
-
-
-def _print_picture(display: Any, part: Any, figure: Any, geometry: Any, prepare: Any, layer: int | None) -> None:
-    """The picture in the terminal, as well as this one can."""
-    import io
-    import os
-
-    from PIL import Image
-
-    from slimcli import pictures
-    from slimcli.cli import inline
-
-    if not display.out.is_terminal:
-        return
-    protocol = inline.find_protocol(os.environ)
-    columns = display.out.width
-    if protocol == "blocks":
-        # too coarse for words and numbers: the bare panels
-        for outcome in part:
-            display.out.print(inline.half_blocks(pictures.strip(outcome, geometry, prepare, layer), columns), end="")
-        return
-    png = pictures.encode(figure, "png", dpi=110)
-    if protocol == "sixel":
-        picture = Image.open(io.BytesIO(png))
-        width = min(picture.width, columns * 9)
-        text = inline.sixel(picture.resize((width, picture.height * width // picture.width), Image.Resampling.LANCZOS))
-    else:
-        text = inline.kitty(png, columns) if protocol == "kitty" else inline.iterm2(png, columns)
-    display.out.file.write(text)
-    display.out.file.flush()

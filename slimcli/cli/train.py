@@ -38,8 +38,7 @@ def command(
     environment, a summary and report.html. Under `torchrun -m slimcli` or `accelerate launch -m slimcli` it uses
     every process.
     """
-    from slimcli.recipe import FILES, find_recipe
-    from slimcli.session.resolve import resolve
+    from slimcli.session.recipes import read_recipe
     from slimcli.store.run_folder import RECIPE, SUMMARY, find_run
 
     run: Path | None = None
@@ -59,7 +58,7 @@ def command(
             raise SlimError(f"{run}: is not a run: expected {RECIPE} in it")
     if recipe is None:
         raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
-    loaded = resolve(str(find_recipe(recipe)), "train", overrides, precision=precision, check=FILES).recipe
+    loaded = read_recipe(recipe, "train", overrides, precision)
     if dry_run and (run is not None or resume is not None):
         raise SlimError("--dry-run trains nothing: leave --resume out")
 
