@@ -24,8 +24,8 @@ from slimcli.slimming import SlimModel
 class Drawing:
     """What `draw_lives` drew: the files it wrote, what both models made of each image, and images it could not read.
 
-    An outcome has the `name` of the image, the `image` (3, H, W) as the model takes it, the `life` (N,) of its patches in
-    raster order, in blocks, and the classes that the `dense` and the `slim` model chose.
+    An outcome has the `name` of the image, the `image` (3, H, W) as the model takes it, the `life` (N,) of its
+    patches in raster order, in blocks, and the classes that the `dense` and the `slim` model chose.
     """
 
     files: tuple[Path, ...]

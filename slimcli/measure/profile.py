@@ -163,20 +163,20 @@ def per_layer(
     model = optimize(model.to(device, dtype).eval())
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)
-    backbone, clock = model.backbone, _BlockClock(model.backbone, device)
+    backbone, watched = model.backbone, _BlockClock(model.backbone, device)
     seconds: list[list[list[float]]] = [[] for _ in variants]
-    model.backbone = cast(Backbone, clock)
+    model.backbone = cast(Backbone, watched)
     watch = Watch(device.type == "cpu")
     try:
         with model.running():
             for done in range(rounds + 1):
                 progress("per layer", done, rounds + 1)
                 for variant, found in zip(variants, seconds, strict=True):
-                    clock.seconds = []
+                    watched.seconds = []
                     variant.set(model)
                     _, whole = clock.timed(partial(model.logits, images), device)
                     if done:
-                        found.append([*clock.seconds, whole - sum(clock.seconds)])
+                        found.append([*watched.seconds, whole - sum(watched.seconds)])
     finally:
         model.backbone = backbone
     progress("per layer", 1, 1)
