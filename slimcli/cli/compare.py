@@ -11,8 +11,7 @@ from slimcli.cli.options import batch_size_option, command_line, common_options,
 from slimcli.errors import Interrupted, SlimError
 
 if TYPE_CHECKING:
-    from slimcli.cli.display import Display
-    from slimcli.comparison.workflow import Compared
+    pass
 
 METHODS = "life,evit,tome,random"
 
@@ -65,6 +64,7 @@ def command(
     if untrained and epochs is not None:
         raise SlimError("--untrained and --epochs are both given: choose one")
     from slimcli.cli.display import Display
+    from slimcli.cli.tables import print_comparison
     from slimcli.comparison import compare
     from slimcli.comparison.workflow import open_comparison, run_comparison
     from slimcli.device import find_device
@@ -91,22 +91,6 @@ def command(
         click.get_current_context().exit(1)
     document = {**found.document, "command": command_line(), "output": str(found.folder)}
     write_json(found.folder / compare.RESULT, document)
-    _print_lines(display, found)
+    print_comparison(display, found)
     display.line(f"{found.folder} holds {compare.TABLE}, {compare.RESULT} and {compare.PLOT}.png and .svg")
     display.document(document)
-
-
-def _print_lines(display: Display, found: Compared) -> None:
-    from slimcli.comparison.table import doubts, how_trained
-    from slimcli.measure.rows import MEASURES
-
-    display.line()
-    lines = found.lines
-    titles = ["Method", "Keep", "G MACs", lines[0].score_title, "Lost", "img/s", "Speed-up", "of ideal"]
-    body = [[line.title, line.rate, MEASURES["gmacs"].text(line.row), *line.cells] for line in lines]
-    images = lines[0].row.images
-    note = f"{images} images, {how_trained(found.document)}; every method costs what life costs at the keep rate"
-    errors = [line.row.top1_se for line in lines if line.row.top1_se is not None]
-    if errors:
-        note += f"\nstandard error of top-1: {min(errors):.2f} to {max(errors):.2f} points"
-    display.table(titles, body, "\n".join([note, *doubts(lines)]))

@@ -70,43 +70,18 @@ def command(
     check_writable(output, "folder")
 
     from slimcli.cli.display import Display, across
-    from slimcli.device import DTYPES, environment
-    from slimcli.measure import profile
-    from slimcli.measure.evaluate import evaluate
+    from slimcli.device import DTYPES
+    from slimcli.session.deploy import prepare_to_deploy
     from slimcli.session.session import Request, open_session
-    from slimcli.store.card import bake
 
     display = Display(as_json)
     session = open_session(Request("prune", target, overrides, weights, **asked))
-    found, model, where, dtype = session.target, session.model, session.device, session.dtype
-    model.exact_savings = model.exact_savings or exact_savings
-    if not found.has_life_head:
-        raise SlimError(session.warnings[-1])
-    if keep_rates is not None:
-        model.keep_rate = keep_rates[0]
-    config = {**found.config, "preprocessing": session.preprocessing}
-    stored = {name: value.clone() for name, value in model.state_dict().items()}
-    images = session.images() if session.section is not None else None
-    for line in (*found.notes, *session.notes):
-        display.warn(line)
     with display.progress() as progress:
-        if images is not None:
-            batch = session.data.batch_size
-            config.setdefault("class_names", getattr(images, "class_names", None))
-            rows = evaluate(model, session.loader(images), None, where, dtype, progress)
-            note = f"Accuracy on {len(images)} images ({session.data.val_split})."
-        else:
-            batch = session.request.batch_size or profile.DEFAULT_BATCH[where.type]
-            rows = profile.profile(model, None, batch, where, dtype, progress=progress)
-            note = "No data was at hand: accuracy was not measured."
-    # measuring may have cast the weights
-    model.to("cpu", DTYPES["float32"]).load_state_dict(stored)
-    facts = environment(where)
-    measured = {key: facts[key] for key in ("device", "device_name", "threads", "versions")}
-    measured |= {"precision": session.precision, "batch_size": batch, "note": note, "rows": rows}
-    bake(output, model, config, measured, DTYPES[weights_dtype])
-    across(display, rows, note)
-    if any(row.timing_reliable is False for row in rows):
+        rate = None if keep_rates is None else keep_rates[0]
+        found = prepare_to_deploy(session, rate, exact_savings, progress, display.warn)
+    found.write(output, DTYPES[weights_dtype])
+    across(display, found.rows, found.note)
+    if any(row.timing_reliable is False for row in found.rows):
         display.warn(f"speed was not measured reliably: {output / 'README.md'} leaves it out")
     display.line(f"{output} is ready: slimcli.load({str(output)!r})")
-    display.document({"output": str(output), "model": found.model_name, **measured})
+    display.document({"output": str(output), "model": session.target.model_name, **found.measured})

@@ -87,6 +87,7 @@ def command(
     from slimcli import pictures
     from slimcli.cli.display import Display
     from slimcli.cli.inline import print_picture
+    from slimcli.cli.tables import picture_cells
     from slimcli.files import check_writable
     from slimcli.session.session import Request, open_session
 
@@ -124,7 +125,7 @@ def command(
         for outcome in sheet.outcomes:
             entry = pictures.describe(outcome, geometry, looked.class_names)
             entries.append({**entry, "output": str(sheet.path)})
-            rows.append(_cells(entry))
+            rows.append(picture_cells(entry))
     if rows:
         display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
     for path_written in written:
@@ -146,12 +147,3 @@ def command(
     )
     if broken:
         click.get_current_context().exit(1)
-
-
-def _cells(entry: dict[str, Any]) -> list[str]:
-    from slimcli.pictures import fit_words, short_name
-
-    guesses = [entry["dense"], entry["slim"]]
-    said = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
-    agree = f"{entry['similarity']:.3f}" if entry["agree"] is None else "yes" if entry["agree"] else "no"
-    return [fit_words(short_name(entry["image"]), 26), *said, agree]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -64,13 +63,15 @@ def command(
 
     from slimcli import train
     from slimcli.cli.display import Display, across
+    from slimcli.cli.tables import print_plan
     from slimcli.device import find_device
 
     if dry_run:
         display = Display(as_json)
         with display.progress() as progress:
             plan = train.dry_run(loaded, device, progress)
-        _print_plan(display, plan)
+        print_plan(display, plan)
+        display.document(plan)
         return
     if resume == "":
         run = train.unfinished_run(loaded)
@@ -99,30 +100,3 @@ def command(
     else:
         display.line(f"{folder} holds the model; next: slim eval --keep-rate 0.9,0.8,0.7,0.5")
     display.document(summary)
-
-
-def _print_plan(display: Any, plan: dict[str, Any]) -> None:
-    from slimcli.cli.display import across
-
-    display.line(f"{plan['model']}: {plan['train_images']} training images; nothing is trained")
-    across(display, plan["rows"])
-    slimmed = plan["rows"][1]["schedule"]
-    display.line(f"patches in each block: {', '.join(str(n) for n in slimmed)}")
-    titles = ["Stage", "Learns", "Mode", "Epochs", "Updates", "lr", "Parameters (M)", "Seconds"]
-    body = [
-        [
-            str(number),
-            stage["learns"],
-            stage["mode"],
-            str(stage["epochs"]),
-            str(stage["updates"]),
-            f"{stage['lr']:g}" if "lr" in stage else "-",
-            f"{stage['learning_parameters'] / 1e6:.3f}",
-            f"{stage['seconds']:.0f}",
-        ]
-        for number, stage in enumerate(plan["stages"], 1)
-    ]
-    display.table(titles, body)
-    minutes, seconds = divmod(round(plan["seconds"]), 60)
-    display.line(f"about {minutes} min {seconds} s on this machine ({plan['device']}), validation included")
-    display.document(plan)
