@@ -32,7 +32,8 @@ class Batches:
 
     def __init__(self, source: Iterable[Batch] | Tensor, model: SlimModel, labelled: bool) -> None:
         self.source, self.labelled = source, labelled
-        self.size = model.backbone.image_size
+        prepare = getattr(model._transform, "prepare", None)
+        self.size = (int(prepare["input_size"][0]) if prepare else 3, *model.backbone.image_size)
         self.outputs = model.architecture().num_outputs
 
     def __len__(self) -> int:
@@ -58,10 +59,10 @@ class Batches:
         images, labels = _parts(batch, where)
         if not isinstance(images, Tensor):
             raise SlimError(f"{where}: images are {type(images).__name__}: expected a tensor (B, 3, H, W)")
-        if images.dim() != 4 or tuple(images.shape[-2:]) != tuple(self.size):
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.size:
             hint = "; one image is no batch: use a DataLoader" if images.dim() == 3 else ""
             raise SlimError(
-                f"{where}: images are {tuple(images.shape)}: expected (B, 3, {self.size[0]}, {self.size[1]}), "
+                f"{where}: images are {tuple(images.shape)}: expected (B, {', '.join(map(str, self.size))}), "
                 f"as model.transform() makes them{hint}"
             )
         if not images.is_floating_point():

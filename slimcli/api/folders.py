@@ -28,6 +28,7 @@ def save(
     *,
     model_name: str | None = None,
     model_args: Mapping[str, Any] | None = None,
+    plugin: str | None = None,
     dtype: str = "float32",
 ) -> Path:
     """Write a model folder that `load` and every command read: weights, schedule, class names and preprocessing.
@@ -40,6 +41,7 @@ def save(
         folder: where to write; a model folder that is there is replaced.
         model_name: the dense model's name, as timm or a plugin calls it, where it cannot be found out.
         model_args: the arguments that it was built with, such as `{"num_classes": 5}`; plain JSON values.
+        plugin: whose backbone is to run it, where several plugins know the model.
         dtype: how weights are stored: "float32", "bfloat16" or "float16".
 
     Raises:
@@ -57,6 +59,8 @@ def save(
         built_from: Mapping[str, Any] = {"name": model_name, "args": dict(model_args or {})}
     else:
         built_from = model.built_from or _found_out(model)
+    if plugin is not None:
+        built_from = {**built_from, "backbone": plugin}
     reason = _differs(model, built_from)
     if reason is not None:
         raise SlimError(

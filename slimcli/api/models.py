@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slimcli.api.batches import BATCH, Images, batches_of, check_batch_size, place_of, take, twin
 from slimcli.api.errors import names_parameters
-from slimcli.calibration import workflow
+from slimcli.calibration import search, workflow
 from slimcli.calibration.judge import Tried
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
 from slimcli.device import DTYPES
@@ -156,7 +157,7 @@ def calibrate_model(
     """
     if not isinstance(model, LifeModel):
         raise SlimError(f"model: {_kind(model)} has no life head to calibrate: expected a model of slim() or load()")
-    rates = _rates(keep_rate)
+    rates = keep_rates_of(keep_rate)
     goal = workflow.Goal(target_flops, target_speedup, rates or (), keep_schedule)
     if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < FEWEST_IMAGES:
         raise SlimError(f"num_images = {num_images!r}: expected a whole number of at least {FEWEST_IMAGES}")
@@ -168,20 +169,11 @@ def calibrate_model(
     if sum(len(batch) for batch, _ in taken) < FEWEST_IMAGES:
         raise SlimError(f"images: gave fewer than {FEWEST_IMAGES}: expected some hundred")
     fit_on, check_on = split(taken, count)
-    # a copy, so that an error or Ctrl-C leaves the model as it was
-    found = copy.deepcopy(model).requires_grad_(False).to(where, DTYPES[precision])
-    fitted = sum(len(batch) for batch, _ in fit_on)
-    work = Steps(progress, workflow.goal_steps(found, goal, fitted), numbered=True)
-    done = workflow.fit_to_goal(found, goal, fit_on, check_on, len(taken[0][0]), where, DTYPES[precision], seed, work)
-    weight = next(model.parameters())
-    adopt_slimming(model, slimming_config(found))
-    # as fitted, in float32
-    model.selector.load_state_dict(done.fitted[done.tried[0].schedule.life_layer].state)
-    model.selector.to(weight.device, weight.dtype)
+    done = _calibrate(model, goal, fit_on, check_on, len(taken[0][0]), where, DTYPES[precision], seed, progress)
     return Calibration(
         tuple(_candidate(tried) for tried in done.tried),
         _candidate(done.paper) if done.paper else None,
-        fitted,
+        sum(len(batch) for batch, _ in fit_on),
         sum(len(batch) for batch, _ in check_on),
         tuple(notes),
     )
@@ -216,7 +208,7 @@ def evaluate_model(
         SlimError: for images or labels that the model does not take, or no image.
     """
     _check_model(model)
-    rates = _rates(keep_rates, "keep_rates")
+    rates = keep_rates_of(keep_rates, "keep_rates")
     where, precision = place_of(model, device, precision)
     batches, notes = batches_of(images, model, where, batch_size, train=False, labelled=True)
     if not model.is_taught:
@@ -255,7 +247,7 @@ def profile_model(
         progress: called with (label, done, total).
     """
     _check_model(model)
-    rates = _rates(keep_rates, "keep_rates")
+    rates = keep_rates_of(keep_rates, "keep_rates")
     if isinstance(against, str):
         raise SlimError(f"against = {against!r}: expected a list of methods, such as [{against!r}]")
     where, precision = place_of(model, device, precision)
@@ -274,6 +266,29 @@ def profile_model(
     return Profile(tuple(rows), size, where.type, precision, kernels, blocks)
 
 
+def _calibrate(
+    model: LifeModel,
+    goal: workflow.Goal,
+    fit_on: list[tuple[Tensor, Tensor]],
+    check_on: list[tuple[Tensor, Tensor]],
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Progress,
+) -> search.Calibration:
+    """Calibrate a copy, so that an error leaves the model as it was, and let the model adopt what it found."""
+    found = copy.deepcopy(model).requires_grad_(False).to(device, dtype)
+    work = Steps(progress, workflow.goal_steps(found, goal, sum(len(images) for images, _ in fit_on)), numbered=True)
+    done = workflow.fit_to_goal(found, goal, fit_on, check_on, batch_size, device, dtype, seed, work)
+    weight = next(model.parameters())
+    adopt_slimming(model, slimming_config(found))
+    # as fitted, in float32
+    model.selector.load_state_dict(done.fitted[done.tried[0].schedule.life_layer].state)
+    model.selector.to(weight.device, weight.dtype)
+    return done
+
+
 def _candidate(tried: Tried) -> Candidate:
     return Candidate(tried.schedule, tried.gmacs, tried.apart, tried.agreement)
 
@@ -287,7 +302,7 @@ def _check_model(model: object) -> None:
         raise SlimError(f"model: {_kind(model)} is no slimmed model: expected one of slim() or load()")
 
 
-def _rates(keep_rates: KeepRates, name: str = "keep_rate") -> list[float] | None:
+def keep_rates_of(keep_rates: KeepRates, name: str = "keep_rate") -> list[float] | None:
     """Keep rates as a list, each checked."""
     if keep_rates is None:
         return None

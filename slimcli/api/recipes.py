@@ -10,7 +10,7 @@ from typing import Any
 
 from slimcli import report, train
 from slimcli.api.errors import names_parameters
-from slimcli.api.models import KeepRates, _rates
+from slimcli.api.models import KeepRates, keep_rates_of
 from slimcli.comparison.workflow import METHODS, Compared, open_comparison, run_comparison
 from slimcli.device import find_device
 from slimcli.errors import SlimError
@@ -182,7 +182,7 @@ def compare_methods(
             raise SlimError(f"{name} = {value!r}: expected a whole number of at least {least}")
     loaded = _recipe(recipe, overrides, "compare" if epochs is None else "compare --train", limit)
     folder = None if output is None else Path(output)
-    rates = _rates(keep_rates, "keep_rates") or ()
+    rates = keep_rates_of(keep_rates, "keep_rates") or ()
     where = find_device(device)
     return run_comparison(open_comparison(loaded, methods, rates, where, epochs, folder, resume, log), progress)
 
