@@ -129,7 +129,7 @@ def _print_candidates(display: Display, done: Calibrated) -> None:
             ]
         )
     titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
-    rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].rule).items())
+    rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].ranking).items())
     note = f"Chosen with {rule}.\nApart: squared error of the dense model's logits, over their variance; "
     note += f"Agrees: same class; {len(tried)} tried"
     display.table(titles, body, note)

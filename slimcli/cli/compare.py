@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slimcli.cli.options import batch_size_option, command_line, common_options, keep_rate_option, set_option, words
 from slimcli.errors import Interrupted, SlimError
+
+if TYPE_CHECKING:
+    from slimcli.comparison.compare import Comparison
+    from slimcli.recipe import Recipe
 
 METHODS = "life,evit,tome,random"
 
@@ -64,20 +69,12 @@ def command(
         raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
     from slimcli.cli.display import Display
     from slimcli.comparison import compare
-    from slimcli.comparison.table import doubts, how_trained
     from slimcli.device import find_device
     from slimcli.files import check_writable, write_json
-    from slimcli.measure.rows import MEASURES
-    from slimcli.recipe import FILES, find_recipe
-    from slimcli.session.resolve import resolve
-    from slimcli.session.session import choose_data
     from slimcli.store.run_folder import new_run_folder
 
     trains = untrained is False or epochs is not None
-    path = str(find_recipe(recipe))
-    resolved = resolve(path, "compare --train" if trains else "compare", overrides, precision=precision, check=FILES)
-    section = choose_data(resolved, None, None, limit, batch_size)
-    loaded = resolved.recipe.model_copy(update={"data": section})
+    loaded = _read(recipe, "compare --train" if trains else "compare", overrides, precision, limit, batch_size)
     check_writable(output or loaded.output, "folder")
     display = Display(as_json)
     where = find_device(device)
@@ -85,11 +82,10 @@ def command(
         output = compare.unfinished(loaded) if resume else None
     elif resume and not (output / compare.SETTINGS).is_file():
         raise SlimError(f"{output}: is no comparison to go on with: start it without --resume")
-    rates: list[float | None] = [*dict.fromkeys(keep_rates)] if keep_rates else [None]
     comparison = compare.Comparison(
         loaded,
         chosen,
-        rates,
+        [*dict.fromkeys(keep_rates)] if keep_rates else [None],
         output or Path(),
         where,
         epochs if epochs is not None else 0 if untrained is False else None,
@@ -99,19 +95,45 @@ def command(
     if output is None:
         comparison.folder = new_run_folder(loaded.output, f"{loaded.name}-compare")
     compare.open_folder(comparison, resume)
+    document = _run(display, comparison)
+    document = {**document, "command": command_line(), "output": str(comparison.folder)}
+    write_json(comparison.folder / compare.RESULT, document)
+
+    _print_table(display, document)
+    display.line(f"{comparison.folder} holds {compare.TABLE}, {compare.RESULT} and {compare.PLOT}.png and .svg")
+    display.document(document)
+
+
+def _read(
+    recipe: str, command: str, overrides: tuple[str, ...], precision: str | None, limit: int | None, batch: int | None
+) -> Recipe:
+    from slimcli.recipe import FILES, find_recipe
+    from slimcli.session.resolve import resolve
+    from slimcli.session.session import choose_data
+
+    resolved = resolve(str(find_recipe(recipe)), command, overrides, precision=precision, check=FILES)
+    return resolved.recipe.model_copy(update={"data": choose_data(resolved, None, None, limit, batch)})
+
+
+def _run(display: Any, comparison: Comparison) -> dict[str, Any]:
+    from slimcli.comparison.compare import compare
+
     try:
         with display.progress() as progress:
             comparison.progress = progress
-            document = compare.compare(comparison)
+            return compare(comparison)
     except (Interrupted, KeyboardInterrupt):
         display.err.print(
             f"Stopped; what was finished is kept. Go on with the same command and --resume -o {comparison.folder}",
             markup=False,
             soft_wrap=True,
         )
-        click.get_current_context().exit(1)
-    document = {**document, "command": command_line(), "output": str(comparison.folder)}
-    write_json(comparison.folder / compare.RESULT, document)
+        raise click.exceptions.Exit(1) from None
+
+
+def _print_table(display: Any, document: dict[str, Any]) -> None:
+    from slimcli.comparison.table import doubts, how_trained
+    from slimcli.measure.rows import MEASURES
 
     display.line()
     lines = document["rows"]
@@ -123,5 +145,3 @@ def command(
     if errors:
         note += f"\nstandard error of top-1: {min(errors):.2f} to {max(errors):.2f} points"
     display.table(titles, body, "\n".join([note, *doubts(lines)]))
-    display.line(f"{comparison.folder} holds {compare.TABLE}, {compare.RESULT} and {compare.PLOT}.png and .svg")
-    display.document(document)

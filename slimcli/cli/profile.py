@@ -19,6 +19,7 @@ from slimcli.cli.options import (
 
 if TYPE_CHECKING:
     from slimcli.measure.rows import Row
+    from slimcli.slimming import SlimModel
 
 #: under this share of the arithmetic's saving, a user should hear why
 REALISED_ENOUGH = 0.9
@@ -64,6 +65,7 @@ def command(
     """
     from slimcli.cli.display import Display
     from slimcli.measure import profile
+    from slimcli.measure.per_layer import per_layer as per_layer_tables
     from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
@@ -79,7 +81,7 @@ def command(
             found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=others
         )
         if per_layer:
-            layers = profile.per_layer(
+            layers = per_layer_tables(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
 
@@ -87,15 +89,7 @@ def command(
     display.line(f"{found.model_name}: {session.said(batch)}")
     _print_rows(display, rows, bool(others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
-    for row in rows[1:]:
-        # what another method loses is a finding, not a fault; and what is not to be trusted needs no other reason
-        lost = row.timing_reliable is not False and (row.realised or 1.0) < REALISED_ENOUGH
-        if lost and row.method in (None, found.model.method):
-            name = "the dense model, exact," if row.dense else f"keep rate {row.name}"
-            display.warn(
-                f"{name} gives {100 * (row.realised or 0.0):.0f} % of the arithmetic's saving: "
-                f"{likely_reason(batch, found.model.num_patches, kernels['inference'], where.type)}"
-            )
+    _warn_of_lost_speed(display, found.model, rows, batch, kernels["inference"], where.type)
     for table in layers or []:
         _print_layers(display, table)
     document = {
@@ -107,6 +101,21 @@ def command(
     if layers is not None:
         document["per_layer"] = layers
     display.document(document)
+
+
+def _warn_of_lost_speed(
+    display: Any, model: SlimModel, rows: Sequence[Row], batch: int, kernel: str, device: str
+) -> None:
+    """Where time does not follow arithmetic, say so, and why it may be."""
+    for row in rows[1:]:
+        # what another method loses is a finding, not a fault; and what is not to be trusted needs no other reason
+        lost = row.timing_reliable is not False and (row.realised or 1.0) < REALISED_ENOUGH
+        if lost and row.method in (None, model.method):
+            name = "the dense model, exact," if row.dense else f"keep rate {row.name}"
+            display.warn(
+                f"{name} gives {100 * (row.realised or 0.0):.0f} % of the arithmetic's saving: "
+                f"{likely_reason(batch, model.num_patches, kernel, device)}"
+            )
 
 
 def _print_rows(display: Any, rows: Sequence[Row], methods: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +21,10 @@ from slimcli.cli.options import (
     target_options,
 )
 from slimcli.errors import SlimError
+
+if TYPE_CHECKING:
+    from slimcli.pictures import Geometry, Outcome
+    from slimcli.session.session import Session
 
 #: parameters that only choose validation images
 PICKING = ("data", "class_map", "split", "pick", "count", "seed", "limit")
@@ -79,12 +84,7 @@ def command(
 
     IMAGE is a file, a folder or a pattern; without one, a few images of the validation data are picked.
     """
-    if keep_rates is not None and len(keep_rates) > 1:
-        raise SlimError("--keep-rate takes one keep rate here: a picture shows one schedule")
-    if images:
-        refuse_given("with IMAGE: it is for picking validation images", *PICKING)
-    elif pick != "random":
-        refuse_given(f"with --pick {pick}", "seed")
+    _refuse(images, pick, keep_rates)
 
     from slimcli import pictures
     from slimcli.cli.display import Display
@@ -97,81 +97,111 @@ def command(
     paths = pictures.find_images(images) if images else []
     if output is not None and any(path.is_file() and output.absolute() == path.absolute() for path in paths):
         raise SlimError(f"-o {output}: is one of the images: choose another name")
-    request = Request("show IMAGE" if paths else "show", run, overrides, reads_data=not paths, **asked)
-    session = open_session(request)
-    found, model = session.target, session.model
+    session = open_session(Request("show IMAGE" if paths else "show", run, overrides, reads_data=not paths, **asked))
     if keep_rates is not None:
-        model.keep_rate = keep_rates[0]
-    geometry = pictures.find_geometry(model)
+        session.model.keep_rate = keep_rates[0]
+    geometry = pictures.find_geometry(session.model)
     pictures.drop_stages(geometry, layer)
-    for line in session.warnings:
-        display.warn(line)
-    class_names = pictures.readable(found.class_names)
     broken: list[Any] = []
-    batch = request.batch_size or (session.data.batch_size if session.resolved.is_given("data.batch_size") else BATCH)
-    prepare = session.preprocessing
-    if paths:
-        stream = pictures.look(
-            model, pictures.image_batches(paths, prepare, batch, broken), session.device, session.dtype
-        )
-        expected = len(paths)
-    else:
-        limit = session.data.val_limit or LIMIT
-        samples = session.images(val_limit=limit)
-        for line in session.notes:
-            display.warn(line)
-        class_names = class_names or pictures.readable(getattr(samples, "class_names", None))
-        if pick == "random":
-            samples = pictures.draw_at_random(samples, count, seed)
-        looked = pictures.look(
-            model, pictures.data_batches(samples, prepare, batch, session.device), session.device, session.dtype
-        )
-        with display.progress() as progress:
-            chosen = pictures.pick(pictures.counted(looked, progress, limit), pick, count)
-        stream, expected = iter(chosen), len(chosen)
-        if not chosen:
-            display.line(f"none of {len(samples)} images changed: wherever dense is right, slim is right too")
-
+    picking = None if paths else (pick, count, seed)
+    stream, expected, class_names = _look(display, session, paths, broken, picking)
     columns = grid or (1 if expected <= 4 else 4)
     target = output or Path(f"{paths[0].stem if len(paths) == 1 else pick if not paths else 'images'}-lives.{form}")
     if not target.suffix:
         target = target.with_name(f"{target.name}.{form}")
-    size = pictures.ROWS_A_FILE if columns == 1 else pictures.TILES_A_FILE
-    rows: list[list[str]] = []
-    entries: list[dict[str, Any]] = []
+    shown = (geometry, session.preprocessing, layer)
     written: list[str] = []
-    for number, part in enumerate(pictures.sheets(stream, size), 1):
-        path = target if expected <= size else target.with_name(f"{target.stem}-{number}{target.suffix}")
-        figure = pictures.draw(part, geometry, prepare, class_names, layer, min(columns, max(len(part), 2)))
+    entries: list[dict[str, Any]] = []
+    for path, part in _parts(stream, expected, target, columns):
+        figure = pictures.draw(part, *shown[:2], class_names, layer, min(columns, max(len(part), 2)))
         pictures.write_sheet(path, figure, form)
         written.append(str(path))
         if inline and not as_json:
-            _print_picture(display, part, figure, geometry, prepare, layer)
-        for outcome in part:
-            entry = pictures.describe(outcome, geometry, class_names)
-            entries.append({**entry, "output": str(path)})
-            rows.append(_cells(entry))
-    if rows:
-        display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
-    for path_written in written:
-        display.line(f"{path_written} written")
-    for error in broken:
-        display.warn(f"skipped {error}")
-    display.document(
-        {
-            "model": found.model_name,
-            "target": found.label,
-            "keep_rate": model.keep_rate,
-            "schedule": list(geometry.counts),
-            "life_layer": geometry.life_layer,
-            "grid": list(geometry.grid),
-            "written": written,
-            "images": entries,
-            "skipped": [str(error) for error in broken],
-        }
-    )
+            _print_picture(display, part, figure, *shown)
+        entries += [{**pictures.describe(each, geometry, class_names), "output": str(path)} for each in part]
+    _print_outcomes(display, entries, written, broken)
+    skipped = [str(error) for error in broken]
+    display.document({**_facts(session, geometry), "written": written, "images": entries, "skipped": skipped})
     if broken:
         click.get_current_context().exit(1)
+
+
+def _refuse(images: Sequence[str], pick: str, keep_rates: Sequence[float] | None) -> None:
+    if keep_rates is not None and len(keep_rates) > 1:
+        raise SlimError("--keep-rate takes one keep rate here: a picture shows one schedule")
+    if images:
+        refuse_given("with IMAGE: it is for picking validation images", *PICKING)
+    elif pick != "random":
+        refuse_given(f"with --pick {pick}", "seed")
+
+
+def _parts(
+    stream: Iterator[Outcome], expected: int, target: Path, columns: int
+) -> Iterator[tuple[Path, Sequence[Outcome]]]:
+    """The outcomes of each file and its name: numbered where there are several."""
+    from slimcli import pictures
+
+    size = pictures.ROWS_A_FILE if columns == 1 else pictures.TILES_A_FILE
+    for number, part in enumerate(pictures.sheets(stream, size), 1):
+        yield target if expected <= size else target.with_name(f"{target.stem}-{number}{target.suffix}"), part
+
+
+def _facts(session: Session, geometry: Geometry) -> dict[str, Any]:
+    """What a document says of the model."""
+    return {
+        "model": session.target.model_name,
+        "target": session.target.label,
+        "keep_rate": session.model.keep_rate,
+        "schedule": list(geometry.counts),
+        "life_layer": geometry.life_layer,
+        "grid": list(geometry.grid),
+    }
+
+
+def _look(
+    display: Any, session: Session, paths: Sequence[Path], broken: list[Any], picking: tuple[str, int, int] | None
+) -> tuple[Iterator[Outcome], int, list[str] | None]:
+    """What the model sees in the images, how many come, and the names of the classes.
+
+    `picking` says which validation images, how many and by which seed, where no image was named; images that cannot
+    be read are added to `broken`.
+    """
+    from slimcli import pictures
+
+    for line in session.warnings:
+        display.warn(line)
+    model, device, dtype = session.model, session.device, session.dtype
+    class_names = pictures.readable(session.target.class_names)
+    asked = session.request.batch_size
+    batch = asked or (session.data.batch_size if session.resolved.is_given("data.batch_size") else BATCH)
+    prepare = session.preprocessing
+    if picking is None:
+        batches = pictures.image_batches(paths, prepare, batch, broken)
+        return pictures.look(model, batches, device, dtype), len(paths), class_names
+    pick, count, seed = picking
+    limit = session.data.val_limit or LIMIT
+    samples = session.images(val_limit=limit)
+    for line in session.notes:
+        display.warn(line)
+    class_names = class_names or pictures.readable(getattr(samples, "class_names", None))
+    if pick == "random":
+        samples = pictures.draw_at_random(samples, count, seed)
+    looked = pictures.look(model, pictures.data_batches(samples, prepare, batch, device), device, dtype)
+    with display.progress() as progress:
+        chosen = pictures.pick(pictures.counted(looked, progress, limit), pick, count)
+    if not chosen:
+        display.line(f"none of {len(samples)} images changed: wherever dense is right, slim is right too")
+    return iter(chosen), len(chosen), class_names
+
+
+def _print_outcomes(display: Any, entries: Sequence[dict[str, Any]], written: Sequence[str], broken: list[Any]) -> None:
+    rows = [_cells(entry) for entry in entries]
+    if rows:
+        display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
+    for path in written:
+        display.line(f"{path} written")
+    for error in broken:
+        display.warn(f"skipped {error}")
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
