@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         BlockTime,
         BlockTimes,
         Calibration,
-        Candidate,
         Evaluation,
         Profile,
         calibrate_model,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     )
     from slimcli.attention import attend, biased_attention
     from slimcli.backbones.base import Backbone, pool_mean
+    from slimcli.calibration.judge import Candidate
     from slimcli.comparison.workflow import Compared
     from slimcli.conformance import check_backbone, conformance_tests
     from slimcli.layout import optimize
@@ -102,7 +102,7 @@ _LAZY = {
     "BlockTime": "slimcli.api.models",
     "BlockTimes": "slimcli.api.models",
     "Calibration": "slimcli.api.models",
-    "Candidate": "slimcli.api.models",
+    "Candidate": "slimcli.calibration.judge",
     "Compared": "slimcli.comparison.workflow",
     "Drawing": "slimcli.api.lives",
     "Evaluation": "slimcli.api.models",

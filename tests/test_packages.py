@@ -45,7 +45,12 @@ def slim(installed: Path, folder: Path, *words: str) -> str:
 
 
 def test_the_wheel_carries_types_recipes_templates_and_the_embedded_model(installed: Path) -> None:
-    for name in ("py.typed", "recipes/quickstart.toml", "report.html.jinja", "assets/digits_vit/model.safetensors"):
+    for name in (
+        "py.typed",
+        "recipes/quickstart.toml",
+        "report/report.html.jinja",
+        "assets/digits_vit/model.safetensors",
+    ):
         assert list((installed / "slimcli").rglob(Path(name).name)), name
 
 

@@ -13,16 +13,17 @@ from torch import Tensor
 from slimcli.api.batches import BATCH, Images, batches_of, check_batch_size, place_of, take, twin
 from slimcli.api.errors import names_parameters
 from slimcli.calibration import search, workflow
-from slimcli.calibration.judge import Tried
+from slimcli.calibration.judge import Candidate
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.measure import profile
 from slimcli.measure.evaluate import evaluate
+from slimcli.measure.per_layer import per_layer as per_layer_tables
 from slimcli.measure.rows import Row
 from slimcli.methods.life import LifeModel
 from slimcli.progress import Progress, Steps, no_progress
-from slimcli.schedule import Schedule, check_keep_rate
+from slimcli.schedule import check_keep_rate
 from slimcli.slimming import SlimModel
 from slimcli.store.model_folder import slimming_config
 from slimcli.training.checkpoint import adopt_slimming
@@ -31,21 +32,6 @@ KeepRates = float | Sequence[float] | None
 
 #: the fewest images that a calibration makes sense with
 FEWEST_IMAGES = 8
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to drop patches that a calibration tried, and how far it is from the dense model on held-out images.
-
-    `gmacs` are G multiply-adds an image. `apart` is the squared error of the logits over their variance, or without a
-    classifier 1 - the cosine of the features: 0 is the dense model. `agreement` is how often both predict the same
-    class, in percent, or 100 times that cosine. Calibrated for several keep rates, both are means over them.
-    """
-
-    schedule: Schedule
-    gmacs: float
-    apart: float
-    agreement: float
 
 
 @dataclass(frozen=True)
@@ -134,8 +120,8 @@ def calibrate_model(
     """Make a slimmed model good without training or labels, in place: teach its life head, choose its schedule.
 
     The dense weights stay as they are. Without a goal the cost is that of the present schedule. The first `num_images`
-    images are fitted on, and a quarter as many after them compared on; of fewer, a fifth is kept to compare on. They
-    should come in random order. A model of `slim(..., dead="heir")` loses least.
+    images are fitted on, and a quarter as many after them compared on; of fewer, a fifth is kept for that. They should
+    come in random order. A model of `slim(..., dead="heir")` loses least.
 
     Args:
         model: a model of life regression, from `slim` or `load`.
@@ -162,8 +148,7 @@ def calibrate_model(
     if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < FEWEST_IMAGES:
         raise SlimError(f"num_images = {num_images!r}: expected a whole number of at least {FEWEST_IMAGES}")
     where, precision = place_of(model, device, precision)
-    layers = candidate_life_layers(model.backbone.depth)
-    count = images_that_fit(model.backbone, num_images, len(layers))
+    count = images_that_fit(model.backbone, num_images, len(candidate_life_layers(model.backbone.depth)))
     batches, notes = batches_of(images, model, where, batch_size, train=True, labelled=False)
     taken = take(batches, count + max(workflow.FEWEST_CHECKED, count // 4))
     if sum(len(batch) for batch, _ in taken) < FEWEST_IMAGES:
@@ -171,8 +156,8 @@ def calibrate_model(
     fit_on, check_on = split(taken, count)
     done = _calibrate(model, goal, fit_on, check_on, len(taken[0][0]), where, DTYPES[precision], seed, progress)
     return Calibration(
-        tuple(_candidate(tried) for tried in done.tried),
-        _candidate(done.paper) if done.paper else None,
+        tuple(done.tried),
+        done.paper,
         sum(len(batch) for batch, _ in fit_on),
         sum(len(batch) for batch, _ in check_on),
         tuple(notes),
@@ -257,7 +242,7 @@ def profile_model(
     rows = profile.profile(found, rates, size, where, dtype, seconds, progress, exact_savings, against)
     tables: list[dict[str, Any]] = []
     if per_layer:
-        tables = profile.per_layer(found, rates, size, where, dtype, progress=progress, exact_savings=exact_savings)
+        tables = per_layer_tables(found, rates, size, where, dtype, progress=progress, exact_savings=exact_savings)
     kernels = profile.attention(found, size, where, dtype)
     blocks = tuple(
         BlockTimes(Row.from_json(table), tuple(BlockTime(**block) for block in table["layers"]), table["other_ms"])
@@ -287,10 +272,6 @@ def _calibrate(
     model.selector.load_state_dict(done.fitted[done.tried[0].schedule.life_layer].state)
     model.selector.to(weight.device, weight.dtype)
     return done
-
-
-def _candidate(tried: Tried) -> Candidate:
-    return Candidate(tried.schedule, tried.gmacs, tried.apart, tried.agreement)
 
 
 def _kind(model: object) -> str:

@@ -16,7 +16,7 @@ from slimcli.slimming import LifeModel, SlimModel
 
 
 @dataclass
-class Checked:
+class CheckSet:
     """The images that candidates are compared on, in batches: what enters the block after each life layer, and what
     the dense model made of it: logits (B, C), or features.
     """
@@ -27,7 +27,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Ranking:
     """Who leaves first, and how patches are added to their heirs, as the life head and the slimmed model have it."""
 
     # where the search starts: one of `REDUNDANCIES` and one of `MERGES`
@@ -42,11 +42,11 @@ class Rule:
 
 
 #: lives by importance alone, as the paper has it
-PLAIN = Rule(0.0, 0.0, 1.0)
+PLAIN = Ranking(0.0, 0.0, 1.0)
 
 
-@dataclass
-class Tried:
+@dataclass(frozen=True)
+class Candidate:
     """A candidate: how patches leave, and how far the slimmed model is from the dense one on the check images.
 
     `apart` is the squared error of its logits over their variance in the dense model, each image's mean taken out of
@@ -56,23 +56,23 @@ class Tried:
     """
 
     schedule: Schedule
-    rule: Rule
+    ranking: Ranking
     gmacs: float
     apart: float
     agreement: float
 
 
 @torch.no_grad()
-def check(
+def observe_checks(
     model: SlimModel,
     batches: Iterable[tuple[Tensor, Tensor]],
     layers: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
-) -> Checked:
+) -> CheckSet:
     """Run the dense model over the check images and remember where candidates go on from."""
     backbone = model.backbone
-    found = Checked({layer: [] for layer in layers}, [], [])
+    found = CheckSet({layer: [] for layer in layers}, [], [])
     for images, _targets in batches:
         x, positions = backbone.embed(images.to(device, dtype))
         for layer in range(1, backbone.depth + 1):
@@ -85,12 +85,12 @@ def check(
 
 
 @torch.no_grad()
-def distance(model: SlimModel, checked: Checked) -> tuple[float, float]:
-    """How far apart the model under its schedule and the dense one are, and their agreement, as `Tried` has them."""
+def distance(model: SlimModel, check_set: CheckSet) -> tuple[float, float]:
+    """How far apart the model under its schedule and the dense one are, and their agreement: see `Candidate`."""
     classifies = model.architecture().num_outputs > 0
     error = spread = same = images = 0.0
-    starts = checked.tokens[model.schedule.life_layer]
-    for tokens, positions, dense in zip(starts, checked.positions, checked.outputs, strict=True):
+    starts = check_set.tokens[model.schedule.life_layer]
+    for tokens, positions, dense in zip(starts, check_set.positions, check_set.outputs, strict=True):
         counts = model.schedule.resolve(tokens.shape[1] - model.backbone.num_prefix_tokens)
         slim = pooled(model.backbone.head(*model.slimmed(tokens, positions, counts)))
         images += dense.shape[0]

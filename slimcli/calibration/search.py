@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimcli.calibration.fit import Fitted, fit, head_widths
 from slimcli.calibration.goal import Cost, check_cost, falling_schedule, paper_schedule
-from slimcli.calibration.judge import PLAIN, Rule, Tried, check, distance
+from slimcli.calibration.judge import PLAIN, Candidate, CheckSet, Ranking, distance, observe_checks
 from slimcli.calibration.observe import candidate_life_layers, observe
 from slimcli.errors import SlimError
 from slimcli.layout import packed
@@ -41,8 +41,8 @@ class Calibration:
     """
 
     fitted: dict[int, Fitted]
-    tried: list[Tried]
-    paper: Tried | None = None
+    tried: list[Candidate]
+    paper: Candidate | None = None
 
 
 def fit_and_search(
@@ -81,11 +81,10 @@ def _calibrated(
     others: Sequence[Cost],
 ) -> Calibration:
     model.mode = "hard"
-    head = model.life_head
-    head.extend(*head_widths(model))
+    model.life_head.extend(*head_widths(model))
     if not isinstance(goal, Schedule):
         # costs are those of patches compared with each other
-        Rule().set(model)
+        Ranking().set(model)
         # at a given cost, what it saves keeps more patches
         model.exact_savings = True
         layers = candidate_life_layers(model.backbone.depth)
@@ -102,24 +101,8 @@ def _calibrated(
     for layer in layers:
         with work.step() as part:
             fitted[layer] = fit(model, observed, layer, brief, device, part)
-    checked = check(model, check_on, layers, device, dtype)
-
-    def attempt(schedule: Schedule, rule: Rule) -> Tried | None:
-        head.load_state_dict(fitted[schedule.life_layer].state)
-        rule.set(model)
-        found: list[tuple[float, float]] = []
-        for scaled in (schedule, *(model.at_cost(schedule, cost.multiply_adds) for cost in others)):
-            if scaled is None:
-                return None
-            model.schedule = scaled
-            found.append(distance(model, checked) if scaled.drops_patches() else (0.0, 100.0))
-        model.schedule = schedule
-        # in shares, so that the lowest cost, which is the farthest apart, does not decide alone
-        apart = math.prod(value for value, _ in found) ** (1 / len(found))
-        agreement = sum(value for _, value in found) / len(found)
-        return Tried(schedule, rule, model.multiply_adds(schedule) / 1e9, apart, agreement)
-
-    compared: list[Tried] = []
+    attempt = Attempt(model, fitted, observe_checks(model, check_on, layers, device, dtype), others)
+    compared: list[Candidate] = []
     if isinstance(goal, Schedule):
         chosen = goal
     else:
@@ -130,22 +113,55 @@ def _calibrated(
             fitted[chosen.life_layer] = fit(model, observed, chosen.life_layer, steps, device, part)
     del observed
     with work.step() as part:
-        tried = choose_rule(chosen, model.dead, attempt, part)
+        tried = choose_ranking(chosen, model.dead, attempt, part)
     plain = attempt(goal, PLAIN) if isinstance(goal, Schedule) else None
     if plain is not None:
         tried.append(plain)
-    tried.sort(key=_apart)
-    tried += compared
-    best, paper = tried[0], None
-    if not isinstance(goal, Schedule):
-        dead, model.dead = model.dead, "discard"
+    tried = [*sorted(tried, key=_apart), *compared]
+    paper = None if isinstance(goal, Schedule) else _paper(attempt, goal)
+    attempt(tried[0].schedule, tried[0].ranking)
+    return Calibration(fitted, tried, paper)
+
+
+@dataclass
+class Attempt:
+    """Tries a candidate on the model, which is left with it: the head that was fitted, a schedule and a ranking."""
+
+    model: LifeModel
+    fitted: dict[int, Fitted]
+    check_set: CheckSet
+    #: lower costs that the form of the schedule is to serve too
+    others: Sequence[Cost] = ()
+
+    def __call__(self, schedule: Schedule, ranking: Ranking) -> Candidate | None:
+        """How far the candidate is from dense; None where the form comes to none of `others`."""
+        model = self.model
+        model.life_head.load_state_dict(self.fitted[schedule.life_layer].state)
+        ranking.set(model)
+        found: list[tuple[float, float]] = []
+        for scaled in (schedule, *(model.at_cost(schedule, cost.multiply_adds) for cost in self.others)):
+            if scaled is None:
+                return None
+            model.schedule = scaled
+            found.append(distance(model, self.check_set) if scaled.drops_patches() else (0.0, 100.0))
+        model.schedule = schedule
+        # in shares, so that the lowest cost, which is the farthest apart, does not decide alone
+        apart = math.prod(value for value, _ in found) ** (1 / len(found))
+        agreement = sum(value for _, value in found) / len(found)
+        return Candidate(schedule, ranking, model.multiply_adds(schedule) / 1e9, apart, agreement)
+
+
+def _paper(attempt: Attempt, goal: Cost) -> Candidate | None:
+    """The paper's way at the same cost: three drops, dead patches discarded; None where it cannot be had."""
+    model = attempt.model
+    dead, model.dead = model.dead, "discard"
+    try:
         PLAIN.set(model)
         three_drops = paper_schedule(model, goal)
-        if three_drops is not None and three_drops.life_layer in fitted:
-            paper = attempt(three_drops, PLAIN)
+        known = three_drops is not None and three_drops.life_layer in attempt.fitted
+        return attempt(three_drops, PLAIN) if three_drops is not None and known else None
+    finally:
         model.dead = dead
-    attempt(best.schedule, best.rule)
-    return Calibration(fitted, tried, paper)
 
 
 def fit_steps(num_images: int) -> int:
@@ -167,16 +183,13 @@ def plan(layers: Sequence[int], keeps_schedule: bool, num_images: int) -> list[S
     ]
 
 
-def _apart(candidate: Tried) -> float:
+def _apart(candidate: Candidate) -> float:
     return candidate.apart
-
-
-Attempt = Callable[[Schedule, Rule], Tried | None]
 
 
 def search(
     model: SlimModel, goal: Cost, layers: Sequence[int], attempt: Attempt, progress: Progress = no_progress
-) -> list[Tried]:
+) -> list[Candidate]:
     """Try life layers first, then forms of the fall for the two best of them; all of them, the best first.
 
     What `attempt` gives None for cannot be had.
@@ -185,40 +198,42 @@ def search(
     first = [falling_schedule(model, goal, layer, power) for layer in layers]
     total = len(layers) + 2 * (len(POWERS) - 1)
     label = "searching how patches should leave"
-    tried = _attempt_all(attempt, [(found, Rule()) for found in first], progress, label, 0, total)
+    tried = _attempt_all(attempt, [(found, Ranking()) for found in first], progress, label, 0, total)
     if not tried:
         raise SlimError(f"{goal}: no schedule of this model comes to that: try a higher one")
     chosen = [candidate.schedule.life_layer for candidate in sorted(tried, key=_apart)[:2]]
     second = [falling_schedule(model, goal, layer, p) for layer in chosen for p in POWERS if p != power]
-    tried += _attempt_all(attempt, [(found, Rule()) for found in second], progress, label, len(layers), total)
+    tried += _attempt_all(attempt, [(found, Ranking()) for found in second], progress, label, len(layers), total)
     return sorted(tried, key=_apart)
 
 
-def choose_rule(schedule: Schedule, dead: str, attempt: Attempt, progress: Progress = no_progress) -> list[Tried]:
+def choose_ranking(
+    schedule: Schedule, dead: str, attempt: Attempt, progress: Progress = no_progress
+) -> list[Candidate]:
     """Try who leaves first, then how patches are added to their heirs, where they have any."""
     total = len(REDUNDANCIES) + len(MERGES) - 1
     label = "searching who should leave first"
-    rules = [Rule(redundancy) for redundancy in REDUNDANCIES]
-    tried = _attempt_all(attempt, [(schedule, rule) for rule in rules], progress, label, 0, total)
+    rankings = [Ranking(redundancy) for redundancy in REDUNDANCIES]
+    tried = _attempt_all(attempt, [(schedule, ranking) for ranking in rankings], progress, label, 0, total)
     if tried and dead == "heir":
-        rule = min(tried, key=_apart).rule
-        others = [replace(rule, merge_importance=weight, size_bias=bias) for weight, bias in MERGES]
-        candidates = [(schedule, other) for other in others if other != rule]
-        tried += _attempt_all(attempt, candidates, progress, label, len(rules), total)
+        ranking = min(tried, key=_apart).ranking
+        others = [replace(ranking, merge_importance=weight, size_bias=bias) for weight, bias in MERGES]
+        candidates = [(schedule, other) for other in others if other != ranking]
+        tried += _attempt_all(attempt, candidates, progress, label, len(rankings), total)
     progress(label, total, total)
     return tried
 
 
 def _attempt_all(
     attempt: Attempt,
-    candidates: Sequence[tuple[Schedule | None, Rule]],
+    candidates: Sequence[tuple[Schedule | None, Ranking]],
     progress: Progress,
     label: str,
     done: int,
     total: int,
-) -> list[Tried]:
+) -> list[Candidate]:
     found = []
-    for number, (schedule, rule) in enumerate(candidates):
+    for number, (schedule, ranking) in enumerate(candidates):
         progress(label, done + number, total)
-        found.append(None if schedule is None else attempt(schedule, rule))
+        found.append(None if schedule is None else attempt(schedule, ranking))
     return [candidate for candidate in found if candidate is not None]

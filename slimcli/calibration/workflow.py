@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimcli import data as datasets
 from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
-from slimcli.calibration.judge import Agreement, Tried, comparison
+from slimcli.calibration.judge import Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
 from slimcli.calibration.search import Calibration, fit_and_search, plan
@@ -241,15 +241,15 @@ def _aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None) -> tuple[C
     return Cost(model.multiply_adds() if rate is None else model.usual_cost(rate)), others
 
 
-def describe(found: Calibration, model: SlimModel, candidate: Tried) -> dict[str, Any]:
-    """A candidate as plain values: its schedule, its rule, its cost, and how far from dense it is."""
+def describe(found: Calibration, model: SlimModel, candidate: Candidate) -> dict[str, Any]:
+    """A candidate as plain values: its schedule, its ranking, its cost, and how far from dense it is."""
     fitted = found.fitted[candidate.schedule.life_layer]
     return {
         "life_layer": candidate.schedule.life_layer,
         "keep_rate": model.keep_rate_of(candidate.schedule, 1e9 * candidate.gmacs),
         "drops": [list(drop) for drop in candidate.schedule.drops],
         "patches_per_layer": list(candidate.schedule.counts or ()),
-        **vars(candidate.rule),
+        **vars(candidate.ranking),
         "gmacs": round(candidate.gmacs, 4),
         "fit_error": round(fitted.life_error, 4),
         "similarity_error": round(fitted.similarity_error, 4),

@@ -58,6 +58,7 @@ def command(
     from slimcli.cli.display import Display
     from slimcli.cli.tables import print_layers, print_profile
     from slimcli.measure import profile
+    from slimcli.measure.per_layer import per_layer as per_layer_tables
     from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
@@ -73,7 +74,7 @@ def command(
             found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=others
         )
         if per_layer:
-            layers = profile.per_layer(
+            layers = per_layer_tables(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +21,12 @@ from slimcli.cli.options import (
     target_options,
 )
 from slimcli.errors import SlimError
+
+if TYPE_CHECKING:
+    from slimcli.cli.display import Display
+    from slimcli.pictures import Geometry
+    from slimcli.pictures.drawing import Looked
+    from slimcli.session.session import Session
 
 #: parameters that only choose validation images
 PICKING = ("data", "class_map", "split", "pick", "count", "seed", "limit")
@@ -77,17 +84,12 @@ def command(
 
     IMAGE is a file, a folder or a pattern; without one, a few images of the validation data are picked.
     """
-    if keep_rates is not None and len(keep_rates) > 1:
-        raise SlimError("--keep-rate takes one keep rate here: a picture shows one schedule")
-    if images:
-        refuse_given("with IMAGE: it is for picking validation images", *PICKING)
-    elif pick != "random":
-        refuse_given(f"with --pick {pick}", "seed")
+    _refuse(images, pick, keep_rates)
 
     from slimcli import pictures
     from slimcli.cli.display import Display
     from slimcli.cli.inline import print_picture
-    from slimcli.cli.tables import picture_cells
+    from slimcli.cli.tables import print_pictures
     from slimcli.files import check_writable
     from slimcli.session.session import Request, open_session
 
@@ -103,47 +105,58 @@ def command(
         session.model.keep_rate = keep_rates[0]
     geometry = pictures.find_geometry(session.model)
     pictures.drop_stages(geometry, layer)
-    for line in session.warnings:
-        display.warn(line)
     broken: list[Any] = []
-    if paths:
-        looked = pictures.look_at_files(session, paths, broken)
-    else:
-        with display.progress() as progress:
-            looked = pictures.look_at_data(session, pick, count, seed, progress, display.warn)
-        if not looked.expected:
-            display.line(f"none of {looked.total} images changed: wherever dense is right, slim is right too")
+    looked = _look(display, session, paths, broken, (pick, count, seed))
     style = pictures.Style(geometry, session.preprocessing, looked.class_names, layer, grid)
     target = output or Path(f"{paths[0].stem if len(paths) == 1 else pick if not paths else 'images'}-lives.{form}")
-    rows: list[list[str]] = []
     entries: list[dict[str, Any]] = []
     written: list[str] = []
     for sheet in pictures.draw_sheets(looked.outcomes, looked.expected, style, target, form):
         written.append(str(sheet.path))
         if inline and not as_json:
             print_picture(display, sheet, style)
-        for outcome in sheet.outcomes:
-            entry = pictures.describe(outcome, geometry, looked.class_names)
-            entries.append({**entry, "output": str(sheet.path)})
-            rows.append(picture_cells(entry))
-    if rows:
-        display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
-    for path_written in written:
-        display.line(f"{path_written} written")
-    for error in broken:
-        display.warn(f"skipped {error}")
-    display.document(
-        {
-            "model": session.target.model_name,
-            "target": session.target.label,
-            "keep_rate": session.model.keep_rate,
-            "schedule": list(geometry.counts),
-            "life_layer": geometry.life_layer,
-            "grid": list(geometry.grid),
-            "written": written,
-            "images": entries,
-            "skipped": [str(error) for error in broken],
-        }
-    )
+        found = (pictures.describe(outcome, geometry, looked.class_names) for outcome in sheet.outcomes)
+        entries += [{**entry, "output": str(sheet.path)} for entry in found]
+    print_pictures(display, entries, written, broken)
+    skipped = [str(error) for error in broken]
+    display.document({**_facts(session, geometry), "written": written, "images": entries, "skipped": skipped})
     if broken:
         click.get_current_context().exit(1)
+
+
+def _refuse(images: Sequence[str], pick: str, keep_rates: Sequence[float] | None) -> None:
+    if keep_rates is not None and len(keep_rates) > 1:
+        raise SlimError("--keep-rate takes one keep rate here: a picture shows one schedule")
+    if images:
+        refuse_given("with IMAGE: it is for picking validation images", *PICKING)
+    elif pick != "random":
+        refuse_given(f"with --pick {pick}", "seed")
+
+
+def _look(
+    display: Display, session: Session, paths: Sequence[Path], broken: list[Any], picking: tuple[str, int, int]
+) -> Looked:
+    """What the models make of the images that are named, or of validation images picked."""
+    from slimcli import pictures
+
+    for line in session.warnings:
+        display.warn(line)
+    if paths:
+        return pictures.look_at_files(session, paths, broken)
+    with display.progress() as progress:
+        looked = pictures.look_at_data(session, *picking, progress, display.warn)
+    if not looked.expected:
+        display.line(f"none of {looked.total} images changed: wherever dense is right, slim is right too")
+    return looked
+
+
+def _facts(session: Session, geometry: Geometry) -> dict[str, Any]:
+    """What a document says of the model."""
+    return {
+        "model": session.target.model_name,
+        "target": session.target.label,
+        "keep_rate": session.model.keep_rate,
+        "schedule": list(geometry.counts),
+        "life_layer": geometry.life_layer,
+        "grid": list(geometry.grid),
+    }

@@ -82,7 +82,7 @@ def print_candidates(display: Display, done: Calibrated) -> None:
             ]
         )
     titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
-    rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].rule).items())
+    rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].ranking).items())
     note = f"Chosen with {rule}.\nApart: squared error of the dense model's logits, over their variance; "
     note += f"Agrees: same class; {len(tried)} tried"
     display.table(titles, body, note)
@@ -143,7 +143,20 @@ def print_plan(display: Display, plan: dict[str, Any]) -> None:
     display.line(f"about {minutes} min {seconds} s on this machine ({plan['device']}), validation included")
 
 
-def picture_cells(entry: dict[str, Any]) -> list[str]:
+def print_pictures(
+    display: Display, entries: Sequence[dict[str, Any]], written: Sequence[str], broken: Sequence[Exception]
+) -> None:
+    """A line for each image that was drawn, then the files, and the images that could not be read."""
+    rows = [_picture_cells(entry) for entry in entries]
+    if rows:
+        display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
+    for path in written:
+        display.line(f"{path} written")
+    for error in broken:
+        display.warn(f"skipped {error}")
+
+
+def _picture_cells(entry: dict[str, Any]) -> list[str]:
     """The line of an image: its name, what both models took it for, and whether they agree."""
     from slimcli.pictures import fit_words, short_name
 

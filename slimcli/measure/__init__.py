@@ -1,1 +1,1 @@
-"""What is measured (`evaluate`, `profile`), how (`clock`, `timing`, `scores`) and what comes of it (`rows`)."""
+"""What is measured (`evaluate`, `profile`, `per_layer`), how (`clock`, `timing`, `scores`), and the `rows` of it."""

@@ -37,66 +37,98 @@ def draw(
     layers = drop_stages(geometry, layer)
     if columns > 1:
         layers = layers[-1:]
-    titles = panel_titles(outcomes[0], geometry, layers)
-    first = 0 if columns == 1 else 1
-    titles = titles[first:]
-    side = PANEL if columns == 1 else TILE
-    height, width = outcomes[0].image.shape[1:]
-    panel_width, panel_height = side * width / max(height, width), side * height / max(height, width)
-    size, small = (10.0, 8.0) if columns == 1 else (7.5, 6.5)
-    # narrow panels stand as far apart as their titles need
-    pitch = max(panel_width, *(_width(title, small, bold=True) for title in titles))
-    row_width = len(titles) * pitch + (len(titles) - 1) * GAP
-    two_lines = row_width < 9.0
-    head = (3.3 if two_lines else 2.2) * size / 72 + 1.8 * small / 72
-    row_height = panel_height + head + GAP
-    lines = -(-len(outcomes) // columns)
-    with_numbers = _numbers_fit(panel_width, panel_height, geometry)
-    with_bar = not with_numbers
-    foot = 0.55 if with_bar else 0.0
     note = _stage_note(geometry, layers) if layer is None and columns == 1 else ""
-    note_height = 1.6 * small / 72 if note else 0.0
-    total_width = columns * row_width + (columns - 1) * 3 * GAP + 2 * MARGIN
-    total_height = lines * row_height + foot + note_height + 2 * MARGIN
-    figure = Figure((total_width, total_height), facecolor="white")
+    first = 0 if columns == 1 else 1
+    titles = panel_titles(outcomes[0], geometry, layers)[first:]
+    sheet = _Sheet(len(outcomes), columns, outcomes[0].image.shape[1:], titles, geometry, note)
+    for number, outcome in enumerate(outcomes):
+        left, top = sheet.corner(number)
+        sheet.caption(outcome, class_names, left, top)
+        drawn = panels(outcome, geometry, prepare, layers)[first:]
+        for index, pixels in enumerate(drawn):
+            axes = sheet.panel(index, pixels, left, top)
+            if sheet.with_numbers and index + first == 1:
+                _write_lives(axes, outcome, geometry, pixels, *sheet.panel_size)
+    sheet.foot()
+    return sheet.figure
 
-    def place(left: float, top: float, wide: float, high: float) -> Axes:
-        return figure.add_axes(
-            (left / total_width, 1 - (top + high) / total_height, wide / total_width, high / total_height)
+
+class _Sheet:
+    """A figure with room for so many outcomes, and where everything stands in it. Lengths are inches."""
+
+    def __init__(
+        self,
+        count: int,
+        columns: int,
+        image_size: Sequence[int],
+        titles: Sequence[str],
+        geometry: Geometry,
+        note: str,
+    ) -> None:
+        self.columns, self.titles, self.geometry, self.note = columns, titles, geometry, note
+        self.image_size = height, width = image_size
+        side = PANEL if columns == 1 else TILE
+        self.panel_size = side * width / max(height, width), side * height / max(height, width)
+        self.size, self.small = (10.0, 8.0) if columns == 1 else (7.5, 6.5)
+        # narrow panels stand as far apart as their titles need
+        self.pitch = max(self.panel_size[0], *(_width(title, self.small, bold=True) for title in titles))
+        self.row_width = len(titles) * self.pitch + (len(titles) - 1) * GAP
+        self.two_lines = self.row_width < 9.0
+        self.head = (3.3 if self.two_lines else 2.2) * self.size / 72 + 1.8 * self.small / 72
+        self.row_height = self.panel_size[1] + self.head + GAP
+        self.with_numbers = _numbers_fit(*self.panel_size, geometry)
+        self.end = MARGIN + -(-count // columns) * self.row_height
+        self.foot_height = 0.0 if self.with_numbers else 0.55
+        note_height = 1.6 * self.small / 72 if note else 0.0
+        self.width = columns * self.row_width + (columns - 1) * 3 * GAP + 2 * MARGIN
+        self.height = self.end + self.foot_height + note_height + MARGIN
+        self.figure = Figure((self.width, self.height), facecolor="white")
+
+    def corner(self, number: int) -> tuple[float, float]:
+        """Left and top of an outcome."""
+        line, column = divmod(number, self.columns)
+        return MARGIN + column * (self.row_width + 3 * GAP), MARGIN + line * self.row_height
+
+    def place(self, left: float, top: float, wide: float, high: float) -> Axes:
+        return self.figure.add_axes(
+            (left / self.width, 1 - (top + high) / self.height, wide / self.width, high / self.height)
         )
 
-    def write(text: str, left: float, baseline: float, points: float, **style: Any) -> None:
-        figure.text(left / total_width, 1 - baseline / total_height, text, size=points, parse_math=False, **style)
+    def write(self, text: str, left: float, baseline: float, points: float, **style: Any) -> None:
+        self.figure.text(left / self.width, 1 - baseline / self.height, text, size=points, parse_math=False, **style)
 
-    for number, outcome in enumerate(outcomes):
-        line, column = divmod(number, columns)
-        left = MARGIN + column * (row_width + 3 * GAP)
-        top = MARGIN + line * row_height
+    def caption(self, outcome: Outcome, class_names: Sequence[str] | None, left: float, top: float) -> None:
+        """The image's name and what the models say of it."""
+        size, width, two_lines = self.size, self.row_width, self.two_lines
         said, colour = verdict(outcome, class_names), INK if outcome.agree is not False else ALARM
         name = short_name(outcome.name)
         if outcome.target is not None:
             name += f" (is {class_name(outcome.target, class_names)})"
-        name = fit(name, row_width if two_lines else row_width - _width(f"   {said}", size), size)
+        name = fit(name, width if two_lines else width - _width(f"   {said}", size), size)
         ahead = 0.0 if two_lines else _width(f"{name}   ", size, bold=True)
         below = (2.6 if two_lines else 1.2) * size / 72
-        write(name, left, top + 1.2 * size / 72, size, color=INK, weight="bold")
-        write(fit(said, row_width - ahead, size), left + ahead, top + below, size, color=colour)
-        drawn = panels(outcome, geometry, prepare, layers)[first:]
-        for index, (title, pixels) in enumerate(zip(titles, drawn, strict=True)):
-            x = left + index * (pitch + GAP)
-            write(title, x, top + head - 0.6 * small / 72, small, color=QUIET)
-            axes = place(x, top + head, panel_width, panel_height)
-            axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")
-            axes.set(xlim=(0, width), ylim=(height, 0))
-            axes.set_axis_off()
-            if with_numbers and index + first == 1:
-                _write_lives(axes, outcome, geometry, pixels, panel_width, panel_height)
-    end = MARGIN + lines * row_height
-    if with_bar:
-        _draw_bar(place(MARGIN, end + 0.12, min(4.0, total_width - 2 * MARGIN), 0.13), geometry, small)
-    if note:
-        write(fit(note, total_width - 2 * MARGIN, small), MARGIN, end + foot + 1.1 * small / 72, small, color=QUIET)
-    return figure
+        self.write(name, left, top + 1.2 * size / 72, size, color=INK, weight="bold")
+        self.write(fit(said, width - ahead, size), left + ahead, top + below, size, color=colour)
+
+    def panel(self, index: int, pixels: Pixels, left: float, top: float) -> Axes:
+        """A picture under its title."""
+        height, width = self.image_size
+        x, y = left + index * (self.pitch + GAP), top + self.head
+        self.write(self.titles[index], x, y - 0.6 * self.small / 72, self.small, color=QUIET)
+        axes = self.place(x, y, *self.panel_size)
+        axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        return axes
+
+    def foot(self) -> None:
+        """What the colours mean, where no numbers say it, and the note."""
+        room, small = self.width - 2 * MARGIN, self.small
+        if not self.with_numbers:
+            _draw_bar(self.place(MARGIN, self.end + 0.12, min(4.0, room), 0.13), self.geometry, small)
+        if self.note:
+            baseline = self.end + self.foot_height + 1.1 * small / 72
+            self.write(fit(self.note, room, small), MARGIN, baseline, small, color=QUIET)
 
 
 def panel_titles(outcome: Outcome, geometry: Geometry, layers: Sequence[int]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import sys
+import logging
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from slimcli.errors import SlimError
 if TYPE_CHECKING:
     pass
 
+
+logger = logging.getLogger(__name__)
 
 GROUP = "slim"
 BUILT_IN = {"timm": "slimcli.plugins.timm_models", "methods": "slimcli.plugins.built_in_methods"}
@@ -51,7 +53,7 @@ def failed(plugin: str, asked: str, error: Exception) -> None:
     failure = Failure(plugin, f"{package} {version}".strip(), asked, error)
     if not any((known.plugin, known.asked) == (plugin, asked) for known in failures):
         failures.append(failure)
-        print(f"slim: {failure} (`slim plugins --debug` shows where)", file=sys.stderr)
+        logger.warning("slim: %s (`slim plugins --debug` shows where)", failure)
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def write_report(
         "left_out": left_out,
         "command": shlex.join(["slim", "report", *(str(record.folder) for record in records)]),
     }
-    loader = jinja2.PackageLoader("slimcli", package_path="")
+    loader = jinja2.PackageLoader("slimcli.report", package_path="")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     write_file(output, environment.get_template(TEMPLATE).render(page).encode())
     return left_out

@@ -17,7 +17,7 @@ from PIL import Image
 from slimcli import data as datasets
 from slimcli import pictures
 from slimcli.errors import SlimError
-from slimcli.measure import profile
+from slimcli.measure.per_layer import per_layer
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.report.record import Record
 from slimcli.session.session import Request, open_session
@@ -74,7 +74,7 @@ def measure(
     if not outcomes:
         raise SlimError("there are no validation images to look at")
     with steps.step() as part:
-        layers = profile.per_layer(model, None, batch, device, dtype, rounds=9, progress=part)
+        layers = per_layer(model, None, batch, device, dtype, rounds=9, progress=part)
     return Measured(
         _gallery(outcomes, count),
         torch.stack([outcome.life for outcome in outcomes]).numpy(),

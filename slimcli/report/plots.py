@@ -206,7 +206,7 @@ def name_of(measure: Measure) -> str:
 
 
 def patches_by_block(dense: dict[str, Any], slim: dict[str, Any]) -> Markup:
-    """Patches that each block uses, from two tables of `profile.per_layer`."""
+    """Patches that each block uses, from two tables of `per_layer`."""
 
     def draw(axes: Axes) -> str:
         blocks = [layer["layer"] for layer in slim["layers"]]
@@ -224,7 +224,7 @@ def patches_by_block(dense: dict[str, Any], slim: dict[str, Any]) -> Markup:
 
 
 def time_by_block(dense: dict[str, Any], slim: dict[str, Any], batch_size: int) -> Markup:
-    """Milliseconds that each block takes, from two tables of `profile.per_layer`."""
+    """Milliseconds that each block takes, from two tables of `per_layer`."""
 
     def draw(axes: Axes) -> str:
         totals = []

@@ -116,6 +116,39 @@ def resolve(
     Raises:
         SlimError: for a target that is not there, an unknown or impossible field, and one without effect.
     """
+    text, weights = _target_of(text, weights, model)
+    found, raw, sources = _start(text, pretrained, embedded, default_dead)
+    if img_size is not None and found.kind != "name":
+        raise SlimError(
+            "--img-size is for a model's name: a run or a recipe has its own size (--set model.img_size=...)"
+        )
+    if not isinstance(raw, dict):
+        validate(raw, found.label)
+    given = _set_fields(raw, sources, overrides, command)
+    options: dict[Location, tuple[str, Any]] = {
+        ("model", "weights"): ("--weights", str(weights) if weights is not None else None),
+        ("model", "img_size"): ("--img-size", img_size),
+        ("slimming", "dead"): ("--dead", dead),
+        ("precision",): ("--precision", precision),
+    }
+    _set_options(raw, sources, given, options)
+    if found.kind != "recipe":
+        found.has_data = bool(raw.get("data"))
+        raw.setdefault("data", {})
+    # what stands in a file of slim's own was valid when it was written
+    found.recipe = validate(raw, found.label, sources, check_files=False)
+    found.given = given
+    _refuse_without_effect(found, command)
+    require_files(found.recipe, found.label, sources, check)
+    return found
+
+
+def _target_of(text: str | None, weights: Path | None, model: str | None) -> tuple[str | None, Path | None]:
+    """The words of the target and the weights file that replaces its own, if there is one.
+
+    Raises:
+        SlimError: where two of them say the same, or weights come without a model.
+    """
     if text is not None and _is_weights_file(text):
         if weights is not None:
             raise SlimError(f"{text} and --weights {weights} are both weights: choose one")
@@ -132,19 +165,11 @@ def resolve(
             raise SlimError(f"--model {model}: expected a model's name, such as vit_small_patch16_224")
     elif text is None and weights is not None:
         raise SlimError(f"--weights {weights}: of which model? Name a target, or the model with --model NAME")
-    found, raw, sources = _start(text, pretrained, embedded, default_dead)
-    if img_size is not None and found.kind != "name":
-        raise SlimError(
-            "--img-size is for a model's name: a run or a recipe has its own size (--set model.img_size=...)"
-        )
-    options = {
-        ("model", "weights"): ("--weights", str(weights) if weights is not None else None),
-        ("model", "img_size"): ("--img-size", img_size),
-        ("slimming", "dead"): ("--dead", dead),
-        ("precision",): ("--precision", precision),
-    }
-    if not isinstance(raw, dict):
-        validate(raw, found.label)
+    return text, weights
+
+
+def _set_fields(raw: Any, sources: dict[Location, str], overrides: Sequence[str], command: str) -> dict[Location, str]:
+    """Set the fields of `overrides` in `raw`; return the place of each and how it was set. Changes `sources` too."""
     given: dict[Location, str] = {}
     for override in overrides:
         twice = any(place[0] == "slimming" and place[-1] in (*SCHEDULES, "keep_rate") for place in given)
@@ -154,28 +179,31 @@ def resolve(
             # a field of a section that the target does not have, and the command has no use for either
             _refuse_unused(override.partition("=")[0].strip(), f"--set {override}", command)
             raise
-        sources = {known: source for known, source in sources.items() if known[: len(place)] != place}
+        for known in [known for known in sources if known[: len(place)] == place]:
+            del sources[known]
         sources[place] = f"--set {override}"
         given |= dict.fromkeys(leaves(place, _at(raw, place)), f"--set {override}")
+    return given
+
+
+def _set_options(
+    raw: dict[str, Any],
+    sources: dict[Location, str],
+    given: dict[Location, str],
+    options: dict[Location, tuple[str, Any]],
+) -> None:
+    """Set the fields that options of their own stand for; `SlimError` where one was set already."""
     for place, (flag, value) in options.items():
         if value is None:
             continue
         if place in given:
             raise SlimError(f"{given[place]} and {flag} {value} are both given: choose one")
-        section = raw if len(place) == 1 else raw.get(place[0])
+        *above, name = map(str, place)
+        section = raw.get(above[0]) if above else raw
         if not isinstance(section, dict):
-            section = raw[place[0]] = {}
-        section[place[-1]] = value
+            section = raw[above[0]] = {}
+        section[name] = value
         given[place] = sources[place] = f"{flag} {value}"
-    if found.kind != "recipe":
-        found.has_data = bool(raw.get("data"))
-        raw.setdefault("data", {})
-    # what stands in a file of slim's own was valid when it was written
-    found.recipe = validate(raw, found.label, sources, check_files=False)
-    found.given = given
-    _refuse_without_effect(found, command)
-    require_files(found.recipe, found.label, sources, check)
-    return found
 
 
 def _is_weights_file(text: str) -> bool:

@@ -16,7 +16,7 @@ from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
 
 
-class Known(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What the dense model makes of a batch, float32: logits (B, C) and image embeddings (B, E), as far as needed."""
 
     logits: Tensor | None = None
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
     labels: Tensor
-    known: Known
+    known: TeacherOutput
 
 
 class Task(nn.Module, ABC):
@@ -82,15 +82,15 @@ class Task(nn.Module, ABC):
         return Batch(images, targets, labels, self.known(images))
 
     @torch.no_grad()
-    def known(self, images: Tensor) -> Known:
+    def known(self, images: Tensor) -> TeacherOutput:
         """What the dense model makes of the images, as far as the loss uses it."""
         if not self.stage.uses_teacher:
-            return Known()
+            return TeacherOutput()
         assert self.teacher is not None
         if self.stage.features > 0:
             logits, embedding = self.teacher.logits_and_embedding(images)
-            return Known(logits.float(), embedding.float())
-        return Known(self.teacher.logits(images).float())
+            return TeacherOutput(logits.float(), embedding.float())
+        return TeacherOutput(self.teacher.logits(images).float())
 
     def forward(self, batch: Batch, keep_rate: float | None = None) -> dict[str, Tensor]:
         """Loss and hits of a batch at a keep rate of the stage; None is the recipe's own schedule."""
@@ -152,9 +152,9 @@ class CosineTask(Task):
     measure = "cosine x 100"
 
     @torch.no_grad()
-    def known(self, images: Tensor) -> Known:
+    def known(self, images: Tensor) -> TeacherOutput:
         assert self.teacher is not None
-        return Known(embedding=self.teacher.embedding(images).float())
+        return TeacherOutput(embedding=self.teacher.embedding(images).float())
 
     def compare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.known.embedding is not None
