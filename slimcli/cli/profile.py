@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,13 +15,6 @@ from slimcli.cli.options import (
     target_options,
     words,
 )
-
-if TYPE_CHECKING:
-    from slimcli.measure.rows import Row
-    from slimcli.slimming import SlimModel
-
-#: under this share of the arithmetic's saving, a user should hear why
-REALISED_ENOUGH = 0.9
 
 
 @click.command("profile")
@@ -64,6 +56,7 @@ def command(
     without one, the latest run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display
+    from slimcli.cli.tables import print_layers, print_profile
     from slimcli.measure import profile
     from slimcli.measure.per_layer import per_layer as per_layer_tables
     from slimcli.session.session import Request, open_session
@@ -87,11 +80,12 @@ def command(
 
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {session.said(batch)}")
-    _print_rows(display, rows, bool(others))
+    print_profile(display, rows, bool(others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
-    _warn_of_lost_speed(display, found.model, rows, batch, kernels["inference"], where.type)
+    for line in profile.kept_back(rows, found.model, batch, where, kernels["inference"]):
+        display.warn(line)
     for table in layers or []:
-        _print_layers(display, table)
+        print_layers(display, table)
     document = {
         "model": found.model_name,
         **session.facts(batch),
@@ -101,75 +95,3 @@ def command(
     if layers is not None:
         document["per_layer"] = layers
     display.document(document)
-
-
-def _warn_of_lost_speed(
-    display: Any, model: SlimModel, rows: Sequence[Row], batch: int, kernel: str, device: str
-) -> None:
-    """Where time does not follow arithmetic, say so, and why it may be."""
-    for row in rows[1:]:
-        # what another method loses is a finding, not a fault; and what is not to be trusted needs no other reason
-        lost = row.timing_reliable is not False and (row.realised or 1.0) < REALISED_ENOUGH
-        if lost and row.method in (None, model.method):
-            name = "the dense model, exact," if row.dense else f"keep rate {row.name}"
-            display.warn(
-                f"{name} gives {100 * (row.realised or 0.0):.0f} % of the arithmetic's saving: "
-                f"{likely_reason(batch, model.num_patches, kernel, device)}"
-            )
-
-
-def _print_rows(display: Any, rows: Sequence[Row], methods: bool) -> None:
-    """A line a row, with `methods` each named by its method too. Parameters are left out where there is no room."""
-    from slimcli.measure.rows import MEASURES, interval_text, notes
-
-    keys = ["gmacs", "params_millions", "images_per_second", "speedup", "realised"]
-    keys += ["latency_ms_p50", "latency_ms_p95", "peak_memory_mib"]
-
-    def table() -> tuple[list[str], list[list[str]]]:
-        shown = [MEASURES[key] for key in keys]
-        titles = ["Keep", *(measure.short for measure in shown)]
-        body = []
-        for row in rows:
-            name = f"{row.method} {row.name}" if methods and row.method else row.name
-            # a mark after each figure would not fit 80 columns: the ratios have it, and the caption speaks of all
-            cells = [m.text(row, unit=m.key == "realised", doubt=m.key in ("speedup", "realised")) for m in shown]
-            body.append([name, *cells])
-        return titles, body
-
-    titles, body = table()
-    if display.too_wide(titles, body):
-        keys.remove("params_millions")
-        titles, body = table()
-    caption = ["of ideal: speed-up over the ratio of multiply-adds", "p50, p95: latency at batch 1"]
-    ratios = [row for row in rows if row.speedup_interval and row is not rows[0]]
-    intervals = [f"{row.name} {interval_text(row)}" for row in ratios]
-    if intervals and not methods:
-        caption.append(f"95 % interval of the speed-up: {', '.join(intervals)}")
-    display.table(titles, body, "\n".join([*caption, *notes(rows)]))
-
-
-def likely_reason(batch: int, num_patches: int, kernel: str, device: str) -> str:
-    """Why time may not follow arithmetic. `kernel` is what runs the attention."""
-    if kernel.endswith("(math)"):
-        return "attention runs unfused here: see --precision, and timm's TIMM_FUSED_ATTN"
-    if batch * num_patches < 2048:
-        return f"{batch} images of {num_patches} patches are too little work for this device; try a larger --batch-size"
-    if device == "cuda":
-        return "launching kernels may take longer than running them; try a larger --batch-size, or torch.compile"
-    return "other programs may be using the device; run again with --seconds 10, and see --per-layer"
-
-
-def _print_layers(display: Any, table: dict[str, Any]) -> None:
-    from slimcli.cli.display import number
-    from slimcli.measure.rows import Row, timing_notes
-
-    display.line()
-    row = Row.from_json(table)
-    display.line(row.name if row.dense else f"keep rate {row.name}")
-    body = [
-        [str(layer["layer"]), str(layer["patches"]), number(layer["gmacs"], 4), number(layer["ms"], 2)]
-        for layer in table["layers"]
-    ]
-    body.append(["other", "", "", number(table["other_ms"], 2)])
-    said = "\n".join(f"do not trust the times: {note}" for note in timing_notes([row]))
-    display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body, said or None)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from slimcli.attention import KERNELS, TrainingAttention
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
+from slimcli.methods.described import Described
 from slimcli.schedule import (
     Architecture,
     Schedule,
@@ -37,7 +38,7 @@ RETURNS = ("output", "embedding", "both")
 LIFE_SETTINGS: Mapping[str, Any] = {"dead": "discard", "redundancy": 0.0, "merge_importance": 0.0, "size_bias": 1.0}
 
 
-class SlimModel(nn.Module, ABC):
+class SlimModel(Described, nn.Module, ABC):
     """A Vision Transformer that drops patches. Call it like the model it was made from.
 
     `model` is the dense model, unchanged and shared. The keep rate and the mode can be set at any time. This class is
@@ -228,6 +229,8 @@ class SlimModel(nn.Module, ABC):
         other = type(self)(self.backbone, schedule, self.temperature)
         setattr(other, self.selector_name, self.selector)
         other.configure(self.configuration())
+        other.describe_as(self)
+        other._untaught = self._untaught
         return other
 
     @property
