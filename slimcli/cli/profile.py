@@ -37,6 +37,7 @@ REALISED_ENOUGH = 0.9
     help="Also measure other methods in the same run: evit, dynamicvit, tome, random.",
 )
 @click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
+@click.option("--operators", is_flag=True, help="Also count the operators of a forward pass, part by part.")
 @click.option(
     "--exact-savings", is_flag=True, help="Also without the work for tokens that nothing reads; the same logits."
 )
@@ -52,6 +53,7 @@ def command(
     batch_size: int | None,
     against: str | None,
     per_layer: bool,
+    operators: bool,
     exact_savings: bool,
     seconds: float,
     overrides: tuple[str, ...],
@@ -64,6 +66,7 @@ def command(
     without one, the latest run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display
+    from slimcli.measure import operators as operator_counts
     from slimcli.measure import profile
     from slimcli.measure.per_layer import per_layer as per_layer_tables
     from slimcli.session.session import Request, open_session
@@ -75,6 +78,7 @@ def command(
         display.warn(line)
     batch = batch_size or profile.DEFAULT_BATCH[where.type]
     layers: list[dict[str, Any]] | None = None
+    counted: list[dict[str, Any]] | None = None
     with display.progress() as progress:
         others = words(against)
         rows = profile.profile(
@@ -84,7 +88,8 @@ def command(
             layers = per_layer_tables(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
-
+        if operators:
+            counted = operator_counts.operators(found.model, keep_rates, batch, where, dtype, exact_savings, others)
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {session.said(batch)}")
     _print_rows(display, rows, bool(others))
@@ -92,6 +97,8 @@ def command(
     _warn_of_lost_speed(display, found.model, rows, batch, kernels["inference"], where.type)
     for table in layers or []:
         _print_layers(display, table)
+    if counted is not None:
+        _print_operators(display, counted)
     document = {
         "model": found.model_name,
         **session.facts(batch),
@@ -100,6 +107,8 @@ def command(
     }
     if layers is not None:
         document["per_layer"] = layers
+    if counted is not None:
+        document["operators"] = counted
     display.document(document)
 
 
@@ -173,3 +182,21 @@ def _print_layers(display: Any, table: dict[str, Any]) -> None:
     body.append(["other", "", "", number(table["other_ms"], 2)])
     said = "\n".join(f"do not trust the times: {note}" for note in timing_notes([row]))
     display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body, said or None)
+
+
+def _print_operators(display: Any, counted: Sequence[dict[str, Any]]) -> None:
+    """A line a model: operators of each part, the sum, its ratio to the dense model's, and the bytes moved."""
+    from slimcli.cli.display import number
+    from slimcli.measure.operators import PARTS
+    from slimcli.measure.rows import Row
+
+    body = []
+    for found in counted:
+        row = Row.from_json(found)
+        name = row.name if row.dense or row.method in (None, "life") else f"{row.method} {row.name}"
+        cells = [str(found["parts"][part]["operators"]) for part in PARTS]
+        ratio = found["operators"] / counted[0]["operators"]
+        body.append([name, *cells, str(found["operators"]), number(ratio, 2), number(found["bytes"] / 2**20, 0)])
+    caption = "operators of torch in a forward pass, views left out; MiB: read and written by them, for the whole batch"
+    display.line()
+    display.table(["Keep", *(part.capitalize() for part in PARTS), "All", "To dense", "MiB"], body, caption)

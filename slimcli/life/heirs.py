@@ -62,7 +62,7 @@ def plan(
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
             rows = (order + row_table(order.shape[0], n, order.device)).flatten()
-            groups, unit = (x.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, n)) for x in (groups, unit))
+            groups, unit = (x.flatten(0, 1).index_select(0, rows).view(x.shape) for x in (groups, unit))
         heirs = torch.bmm(unit[:, stay:], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
         left.append((names[:, stay:], names.gather(1, heirs)))
         names = names[:, :stay]
@@ -76,7 +76,7 @@ def plan(
 
 
 def _cheapest_last(unit: Tensor, root: Tensor, stay: int) -> Tensor:
-    """Places (B, n): the `stay` groups that are dearest to join, in the order they have, then the others, dearest first.
+    """Places (B, n): the `stay` groups dearest to join, in the order they have, then the others, dearest first.
 
     `unit` (B, n, C) are the groups' features, of length 1, and `root` (B, n, 1) the roots of their masses.
     """

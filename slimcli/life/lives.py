@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from slimcli.life.tables import patch_rows, prefix_rows, row_table, table
 
+
 def normalise_life(score: Tensor, life_mean: float, life_std: float, eps: float = 1e-6) -> Tensor:
     """Importance scores (B, N) to lives (B, N) with the given mean and standard deviation in each image (eq. 3).
 

@@ -7,7 +7,6 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slimcli import life as lives
 from slimcli.attention import NEVER
@@ -137,9 +136,8 @@ class LifeModel(SlimModel):
         if schedule is None:
             return architecture.multiply_adds()
         head = self.life_head
-        plan = Planning(
-            head.similarity_dim, head.context_dim, self.dead == "heir" or self.redundancy > 0, self.redundancy > 0
-        )
+        heirs, ranks = self.dead == "heir", self.redundancy > 0
+        plan = Planning(head.similarity_dim, head.context_dim, heirs or ranks, ranks, heirs)
         layers = range(1, schedule.depth)
         taken_over = sum(self._taken_over(architecture, layer, schedule) for layer in layers)
         return architecture.multiply_adds(schedule.resolve(self.num_patches), plan) - taken_over
