@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from slimcli.life.lives import highest_first, normalise_life, take_rows
 from slimcli.life.tables import place_table, row_table, table
+from slimcli.schedule.counts import PLANNING_ROUNDS, planned_counts
 
 #: the highest exponent of a patch's mass: what a few outliers weigh is finite then
 MOST = 40.0
@@ -44,8 +45,9 @@ def plan(
     sqrt(m_i m_j) (1 - cos(f_i, f_j)): the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with
     s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by
     exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
-    clustering, close to Ward's, with as many joined at a time as leave at a time. With `redundancy` 0 the least
-    important leave, whether they are like others or not.
+    clustering, close to Ward's, in three rounds at most: those that leave between two of `planned_counts` are decided
+    on together, the cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the
+    least important leave, whether they are like others or not.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
     names = highest_first(standard)
@@ -56,7 +58,7 @@ def plan(
         mass = (standard.gather(1, names) / redundancy).clamp(max=MOST).exp().unsqueeze(-1)
         groups = torch.cat((groups, mass), dim=-1)
     left: list[tuple[Tensor, Tensor]] = []
-    for n, stay in itertools.pairwise(counts):
+    for n, stay in itertools.pairwise(planned_counts(counts)):
         unit = F.normalize(groups[..., : features.shape[-1]], dim=-1)
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
@@ -119,7 +121,8 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     gone = table(lambda: places >= prefix + torch.tensor(counts, device=device).unsqueeze(1), "gone", *key)
     heir = torch.where(gone, heirs.unsqueeze(1), places)
     part_of = heir
-    for _ in range((times - 1).bit_length()):
+    # one that took over leaves to an heir of its own, once a round
+    for _ in range((min(times, PLANNING_ROUNDS) - 1).bit_length()):
         part_of = part_of.gather(2, part_of)
     ones = table(lambda: torch.ones(tokens, device=device), "ones", tokens, device)
     nothing = table(lambda: torch.zeros(tokens, tokens, device=device, dtype=dtype), "zeros", tokens, dtype, device)
