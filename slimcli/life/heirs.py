@@ -45,7 +45,7 @@ def plan(
     sqrt(m_i m_j) (1 - cos(f_i, f_j)): the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with
     s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by
     exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
-    clustering, close to Ward's, in three rounds at most: those that leave between two of `planned_counts` are decided
+    clustering, close to Ward's, in four rounds at most: those that leave between two of `planned_counts` are decided
     on together, the cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the
     least important leave, whether they are like others or not.
     """

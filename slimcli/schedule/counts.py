@@ -84,11 +84,11 @@ def life_moments(counts: Sequence[int]) -> tuple[float, float]:
 
 
 #: in how many rounds who leaves and who takes over is decided, however often patches leave
-PLANNING_ROUNDS = 3
+PLANNING_ROUNDS = 4
 
 
 def planned_counts(counts: Iterable[int]) -> tuple[int, ...]:
-    """Of the falling patch counts N_1..N_L those, four at most, at which it is decided anew who leaves next.
+    """Of the falling patch counts N_1..N_L those, five at most, at which it is decided anew who leaves next.
 
     The first, the last, and those that lie evenly between them in the number of times that patches leave.
     """
