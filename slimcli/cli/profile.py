@@ -77,8 +77,7 @@ def command(
     for line in found.notes:
         display.warn(line)
     batch = batch_size or profile.DEFAULT_BATCH[where.type]
-    layers: list[dict[str, Any]] | None = None
-    counted: list[dict[str, Any]] | None = None
+    details: dict[str, list[dict[str, Any]]] = {}
     with display.progress() as progress:
         others = words(against)
         rows = profile.profile(
@@ -89,26 +88,25 @@ def command(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
         if operators:
-            counted = operator_counts.operators(found.model, keep_rates, batch, where, dtype, exact_savings, others)
+            details["operators"] = operator_counts.operators(
+                found.model, keep_rates, batch, where, dtype, exact_savings, others
+            )
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {session.said(batch)}")
     _print_rows(display, rows, bool(others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     _warn_of_lost_speed(display, found.model, rows, batch, kernels["inference"], where.type)
-    for table in layers or []:
+    for table in details.get("per_layer", ()):
         _print_layers(display, table)
-    if counted is not None:
-        _print_operators(display, counted)
+    if operators:
+        _print_operators(display, details["operators"])
     document = {
         "model": found.model_name,
         **session.facts(batch),
         "attention": kernels,
         "rows": rows,
+        **details,
     }
-    if layers is not None:
-        document["per_layer"] = layers
-    if counted is not None:
-        document["operators"] = counted
     display.document(document)
 
 
