@@ -29,6 +29,7 @@ from slimcli.cli.options import (
     help="Also measure other methods in the same run: evit, dynamicvit, tome, random.",
 )
 @click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
+@click.option("--operators", is_flag=True, help="Also count the operators of a forward pass, part by part.")
 @click.option(
     "--exact-savings", is_flag=True, help="Also without the work for tokens that nothing reads; the same logits."
 )
@@ -44,6 +45,7 @@ def command(
     batch_size: int | None,
     against: str | None,
     per_layer: bool,
+    operators: bool,
     exact_savings: bool,
     seconds: float,
     overrides: tuple[str, ...],
@@ -56,7 +58,8 @@ def command(
     without one, the latest run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display
-    from slimcli.cli.tables import print_layers, print_profile
+    from slimcli.cli.tables import print_layers, print_operators, print_profile
+    from slimcli.measure import operators as operator_counts
     from slimcli.measure import profile
     from slimcli.measure.per_layer import per_layer as per_layer_tables
     from slimcli.session.session import Request, open_session
@@ -67,31 +70,35 @@ def command(
     for line in found.notes:
         display.warn(line)
     batch = batch_size or profile.DEFAULT_BATCH[where.type]
-    layers: list[dict[str, Any]] | None = None
+    details: dict[str, list[dict[str, Any]]] = {}
     with display.progress() as progress:
         others = words(against)
         rows = profile.profile(
             found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=others
         )
         if per_layer:
-            layers = per_layer_tables(
+            details["per_layer"] = per_layer_tables(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
-
+        if operators:
+            details["operators"] = operator_counts.operators(
+                found.model, keep_rates, batch, where, dtype, exact_savings, others
+            )
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {session.said(batch)}")
     print_profile(display, rows, bool(others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     for line in profile.kept_back(rows, found.model, batch, where, kernels["inference"]):
         display.warn(line)
-    for table in layers or []:
+    for table in details.get("per_layer", ()):
         print_layers(display, table)
+    if operators:
+        print_operators(display, details["operators"])
     document = {
         "model": found.model_name,
         **session.facts(batch),
         "attention": kernels,
         "rows": rows,
+        **details,
     }
-    if layers is not None:
-        document["per_layer"] = layers
     display.document(document)

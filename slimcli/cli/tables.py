@@ -56,6 +56,22 @@ def print_layers(display: Display, table: dict[str, Any]) -> None:
     display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body, said or None)
 
 
+def print_operators(display: Display, counted: Sequence[dict[str, Any]]) -> None:
+    """A line a model: operators of each part, the sum, its ratio to the dense model's, and the bytes moved."""
+    from slimcli.measure.operators import PARTS
+
+    body = []
+    for found in counted:
+        row = Row.from_json(found)
+        name = row.name if row.dense or row.method in (None, "life") else f"{row.method} {row.name}"
+        cells = [str(found["parts"][part]["operators"]) for part in PARTS]
+        ratio = found["operators"] / counted[0]["operators"]
+        body.append([name, *cells, str(found["operators"]), number(ratio, 2), number(found["bytes"] / 2**20, 0)])
+    caption = "operators of torch in a forward pass, views left out; MiB: read and written by them, for the whole batch"
+    display.line()
+    display.table(["Keep", *(part.capitalize() for part in PARTS), "All", "To dense", "MiB"], body, caption)
+
+
 def print_candidates(display: Display, done: Calibrated) -> None:
     """The best ways to drop patches that a calibration tried."""
     tried, paper = done.found.tried, done.found.paper
