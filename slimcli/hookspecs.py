@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from slimcli.backbones.base import Backbone
     from slimcli.methods.slim_model import SlimModel
+    from slimcli.runtimes.base import Runtime
 
 hookspec = pluggy.HookspecMarker("slim")
 hookimpl = pluggy.HookimplMarker("slim")
@@ -69,6 +70,12 @@ def slim_open_dataset(name: str, root: Path | None, split: str, train: bool) -> 
 @hookspec
 def slim_register_methods(register: Callable[[str, type[SlimModel], str], None]) -> None:
     """Add rules by which patches leave: call `register(name, class, a line about it)` for each; see docs/methods.md."""
+    raise NotImplementedError
+
+
+@hookspec
+def slim_runtimes() -> list[type[Runtime]]:
+    """Where models run: classes made from `slimcli.runtimes.Runtime`, for `slim export --to` and `--runtime`."""
     raise NotImplementedError
 
 

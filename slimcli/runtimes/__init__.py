@@ -1,0 +1,47 @@
+"""Runtimes by name: torch, compile, aoti, onnx, openvino, and those of plugins."""
+
+from __future__ import annotations
+
+import difflib
+
+from slimcli.errors import SlimError
+from slimcli.plugins import ask
+from slimcli.runtimes.base import Conversion as Conversion
+from slimcli.runtimes.base import Forward as Forward
+from slimcli.runtimes.base import Program as Program
+from slimcli.runtimes.base import Runtime as Runtime
+
+
+def runtimes() -> dict[str, Runtime]:
+    """Every runtime by its name, whether what it needs is installed or not; `SlimError` if two bear one name."""
+    found: dict[str, Runtime] = {}
+    for plugin, kinds in ask("slim_runtimes")[0].items():
+        for kind in kinds:
+            if kind.name in found:
+                raise SlimError(f"the plugin {plugin} adds another runtime called {kind.name!r}: uninstall it")
+            found[kind.name] = kind()
+    return found
+
+
+def find_runtime(name: str) -> Runtime:
+    """The runtime called `name`; `SlimError` with the known names if there is none."""
+    known = runtimes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SlimError(f"no runtime is called {name!r}: {hint}known are {', '.join(known)}")
+    return known[name]
+
+
+def find_runtimes(names: list[str], precision: str = "float32") -> list[Runtime]:
+    """Runtimes by their names, ready to be used; `all` stands for those that are installed and have the precision.
+
+    Raises:
+        SlimError: for an unknown name, a missing package, or a precision that one does not have.
+    """
+    if names == ["all"]:
+        return [found for found in runtimes().values() if not found.missing() and precision in found.precisions]
+    chosen = [find_runtime(name) for name in names]
+    for found in chosen:
+        found.require(precision)
+    return chosen

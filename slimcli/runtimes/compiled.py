@@ -1,0 +1,29 @@
+"""torch.compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from slimcli.device import DTYPES
+from slimcli.errors import SlimError
+from slimcli.runtimes.base import Conversion, Forward, Program, Runtime
+from slimcli.runtimes.eager import TorchProgram, in_dtype
+
+
+class Compile(Runtime):
+    """One graph, compiled in this process when it first runs."""
+
+    name = "compile"
+    about = "torch.compile, in this process; needs a C++ compiler on a CPU"
+    precisions = ("float32", "bfloat16")
+
+    def prepare(self, model: Forward, conversion: Conversion) -> Program:
+        # packed layers are for what is not compiled
+        own = model if conversion.precision == "float32" else in_dtype(model, conversion.precision)
+        module = torch.compile(own, dynamic=False)
+        return TorchProgram(module, DTYPES[conversion.precision])
+
+    def open(self, folder: Path, precision: str) -> Program:
+        raise SlimError(f"the runtime {self.name} keeps no file")
