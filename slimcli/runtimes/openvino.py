@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -98,10 +100,12 @@ def _quantized(converted: Any, path: Path, model: Forward, conversion: Conversio
     names = kept_in_float(onnx.load(str(path)), model)
     there = {operation.get_friendly_name() for operation in converted.get_ops()}
     batches = as_numpy(conversion.calibration)
-    return nncf.quantize(
-        converted,
-        nncf.Dataset(batches),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(batches),
-        ignored_scope=nncf.IgnoredScope(names=[name for name in names if name in there]),
-    )
+    # its progress bars go to stdout, which may hold a document
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return nncf.quantize(
+            converted,
+            nncf.Dataset(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(batches),
+            ignored_scope=nncf.IgnoredScope(names=[name for name in names if name in there]),
+        )
