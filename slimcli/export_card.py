@@ -76,7 +76,7 @@ def _program(runtime: str, prepare: dict[str, Any], conversion: Conversion, outp
     fixed = conversion.batch_size
     more = [f"batch = numpy.repeat(batch, {fixed}, axis=0)"] if fixed not in (None, 1) else []
     said = (
-        ['print(output[0])']
+        ["print(output[0])"]
         if output == EMBEDDINGS
         else [
             "chances = numpy.exp(output[0] - output[0].max())",

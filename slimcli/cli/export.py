@@ -26,9 +26,7 @@ from slimcli.errors import SlimError
 @click.argument("target", required=False)
 @target_options
 @click.option("--to", "runtime", required=True, help="Where it will run: onnx, openvino, aoti or torch.")
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write, new or empty."
-)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write, new or empty.")
 @keep_rate_option("One keep rate, 1 for the dense model.  [default: the target's own]")
 @click.option(
     "--precision",
@@ -38,11 +36,11 @@ from slimcli.errors import SlimError
     show_default=True,
     help="What the arithmetic runs in there.",
 )
-@click.option(
-    "--batch-size", "fixed", type=click.IntRange(min=1), help="Images in every batch.  [default: any number]"
-)
+@click.option("--batch-size", "fixed", type=click.IntRange(min=1), help="Images in every batch.  [default: any number]")
 @click.option("--exact-savings", is_flag=True, help="Without the work for tokens that nothing reads.")
-@click.option("--images", "count", type=click.IntRange(min=1), default=64, show_default=True, help="Images to check on.")
+@click.option(
+    "--images", "count", type=click.IntRange(min=1), default=64, show_default=True, help="Images to check on."
+)
 @click.option(
     "--calibration-images",
     type=click.IntRange(min=1),
@@ -110,12 +108,7 @@ def command(
         size = (most + batch - 1) // batch
         return (pixels for pixels, _ in islice(session.loader(samples, batch), size))
 
-    calibration = []
-    if to_precision == "int8":
-        learning = session.images(train=True) if session.request.data is None else session.images()
-        if isinstance(learning, ImageSamples):
-            learning.limit(calibration_images)
-        calibration = list(batches(learning, calibration_images))
+    calibration = session.first_batches(calibration_images) if to_precision == "int8" else []
     for line in (*found.notes, *session.notes):
         display.warn(line)
     try:
@@ -126,15 +119,19 @@ def command(
     except Inexact as error:
         click.echo(f"Error: {error}", err=True)
         raise click.exceptions.Exit(1) from None
-    same = f"{checked.agreement:.1f} % of the predictions equal" if model.architecture().num_outputs else (
-        f"mean cosine {checked.agreement / 100:.4f}"
+    same = (
+        f"{checked.agreement:.1f} % of the predictions equal"
+        if model.architecture().num_outputs
+        else (f"mean cosine {checked.agreement / 100:.4f}")
     )
     display.line(
         f"checked on {checked.images} images: {same}, largest difference {checked.difference:.2g} "
         f"({100 * checked.relative:.2g} % of the largest output)"
     )
     size = " x ".join(map(str, session.preprocessing["input_size"]))
-    display.line(f"{output} is ready for {runtime}: images of {size}, {f'{fixed} at a time' if fixed else 'any number'}")
+    display.line(
+        f"{output} is ready for {runtime}: images of {size}, {f'{fixed} at a time' if fixed else 'any number'}"
+    )
     display.document(
         {
             "output": str(output),

@@ -118,3 +118,10 @@ dead_option = click.option(
     help="What becomes of a patch whose life is over: gone, or added to the one most like it.  [default: the target's]",
 )
 batch_size_option = click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.")
+runtime_option = click.option(
+    "--runtime",
+    "runtimes",
+    metavar="NAME[:PRECISION],...",
+    help="Measure in these runtimes, on the CPU: torch, compile, aoti, onnx, onnx:int8, openvino, ...; all: every one "
+    "that is installed.",
+)

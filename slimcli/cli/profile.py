@@ -12,6 +12,8 @@ from slimcli.cli.options import (
     common_options,
     dead_option,
     keep_rate_option,
+    refuse_given,
+    runtime_option,
     set_option,
     target_options,
     words,
@@ -43,6 +45,7 @@ REALISED_ENOUGH = 0.9
 @click.option(
     "--seconds", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Shortest time to measure."
 )
+@runtime_option
 @dead_option
 @set_option
 @common_options
@@ -54,6 +57,7 @@ def command(
     per_layer: bool,
     exact_savings: bool,
     seconds: float,
+    runtimes: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
     **asked: Any,
@@ -69,6 +73,12 @@ def command(
     from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
+    if runtimes is not None:
+        refuse_given("with --runtime: it takes NAME:PRECISION, on the CPU", "device", "precision")
+        refuse_given("with --runtime", "against", "per_layer")
+        asked["device"] = "cpu"
+        _in_runtimes(display, words(runtimes), target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
+        return
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
     found, where, dtype = session.target, session.device, session.dtype
     for line in found.notes:
@@ -118,6 +128,33 @@ def _warn_of_lost_speed(
             )
 
 
+def _in_runtimes(
+    display: Any,
+    names: list[str],
+    target: str | None,
+    overrides: tuple[str, ...],
+    keep_rates: list[float] | None,
+    batch_size: int | None,
+    exact_savings: bool,
+    seconds: float,
+    asked: dict[str, Any],
+) -> None:
+    """The same, in runtimes by name."""
+    from slimcli import profile
+    from slimcli.runtimes.measuring import find_places, profile_places
+    from slimcli.session import Request, open_session
+
+    places = find_places(names)
+    session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
+    batch = batch_size or profile.DEFAULT_BATCH["cpu"]
+    with display.progress() as progress:
+        rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings)
+    facts = {key: value for key, value in session.facts(batch).items() if key != "precision"}
+    display.line(f"{session.target.model_name}: cpu, {facts['threads']} threads, batch {batch}")
+    _print_rows(display, rows, False)
+    display.document({"model": session.target.model_name, **facts, "rows": rows})
+
+
 def _print_rows(display: Any, rows: Sequence[Row], methods: bool) -> None:
     """A line a row, with `methods` each named by its method too. Parameters are left out where there is no room."""
     from slimcli.measure.rows import MEASURES, interval_text, notes
@@ -137,6 +174,9 @@ def _print_rows(display: Any, rows: Sequence[Row], methods: bool) -> None:
         return titles, body
 
     titles, body = table()
+    if not any(row.peak_memory_mib for row in rows):
+        keys.remove("peak_memory_mib")
+        titles, body = table()
     if display.too_wide(titles, body):
         keys.remove("params_millions")
         titles, body = table()

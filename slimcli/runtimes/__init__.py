@@ -31,17 +31,3 @@ def find_runtime(name: str) -> Runtime:
         hint = f"did you mean {near[0]}? " if near else ""
         raise SlimError(f"no runtime is called {name!r}: {hint}known are {', '.join(known)}")
     return known[name]
-
-
-def find_runtimes(names: list[str], precision: str = "float32") -> list[Runtime]:
-    """Runtimes by their names, ready to be used; `all` stands for those that are installed and have the precision.
-
-    Raises:
-        SlimError: for an unknown name, a missing package, or a precision that one does not have.
-    """
-    if names == ["all"]:
-        return [found for found in runtimes().values() if not found.missing() and precision in found.precisions]
-    chosen = [find_runtime(name) for name in names]
-    for found in chosen:
-        found.require(precision)
-    return chosen

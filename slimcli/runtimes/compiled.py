@@ -8,7 +8,7 @@ import torch
 
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
-from slimcli.runtimes.base import Conversion, Forward, Program, Runtime
+from slimcli.runtimes.base import Conversion, Forward, Program, Runtime, example, first_line
 from slimcli.runtimes.eager import TorchProgram, in_dtype
 
 
@@ -23,7 +23,12 @@ class Compile(Runtime):
         # packed layers are for what is not compiled
         own = model if conversion.precision == "float32" else in_dtype(model, conversion.precision)
         module = torch.compile(own, dynamic=False)
-        return TorchProgram(module, DTYPES[conversion.precision])
+        program = TorchProgram(module, DTYPES[conversion.precision])
+        try:
+            program.run(example(model, conversion))
+        except Exception as error:  # no compiler here, or what it says
+            raise SlimError(f"torch.compile cannot compile the model here: {first_line(error)}") from error
+        return program
 
     def open(self, folder: Path, precision: str) -> Program:
         raise SlimError(f"the runtime {self.name} keeps no file")
