@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from slimcli.backbones.base import Backbone
     from slimcli.methods.slim_model import SlimModel
-    from slimcli.runtimes.base import Runtime
 
 hookspec = pluggy.HookspecMarker("slim")
 hookimpl = pluggy.HookimplMarker("slim")
@@ -74,7 +73,7 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
 
 
 @hookspec
-def slim_runtimes() -> list[type[Runtime]]:
+def slim_runtimes() -> list[type[Any]]:
     """Where models run: classes made from `slimcli.runtimes.Runtime`, for `slim export --to` and `--runtime`."""
     raise NotImplementedError
 

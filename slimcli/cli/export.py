@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from slimcli.cli import debug_option
 from slimcli.cli.options import (
     class_map_option,
     data_option,
     dead_option,
-    debug_option,
     json_option,
     keep_rate_option,
     set_option,
@@ -76,7 +76,7 @@ def command(
     """
     if keep_rates is not None and len(keep_rates) > 1:
         raise SlimError("--keep-rate takes one keep rate here: it is baked in")
-    from slimcli.exporting import Inexact, check_free, export_model
+    from slimcli.deployment.export import Inexact, check_free, export_model
     from slimcli.runtimes import find_runtime
 
     check_free(output)
@@ -86,7 +86,7 @@ def command(
     where.require(to_precision)
     from slimcli.cli.display import Display
     from slimcli.data.samples import ImageSamples
-    from slimcli.session import Request, open_session
+    from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
     session = open_session(Request("export", target, overrides, device="cpu", **asked))

@@ -6,17 +6,20 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from slimcli.cli.options import dead_option, debug_option, json_option, keep_rate_option, set_option
+from slimcli.cli import debug_option
+from slimcli.cli.options import dead_option, json_option, keep_rate_option, set_option
 from slimcli.errors import SlimError
 
 if TYPE_CHECKING:
     from slimcli.cli.display import Display
-    from slimcli.prediction import Prediction, Predictor
+    from slimcli.deployment.prediction import Prediction, Predictor
+    from slimcli.progress import Progress
 
 
 @click.command("predict")
@@ -48,9 +51,7 @@ if TYPE_CHECKING:
 @set_option
 @json_option
 @debug_option
-@click.pass_context
 def command(
-    ctx: click.Context,
     images: tuple[str, ...],
     target: str | None,
     top: int,
@@ -76,60 +77,69 @@ def command(
             raise SlimError(
                 f"{word}: no such file or folder: expected images, folders of them, or - for names on stdin"
             )
-    from slimcli.files import check_writable
+    from slimcli.files import check_writable, write_file
 
     for path in (table, embeddings):
         if path is not None:
             check_writable(path, "file")
     from slimcli.cli.display import Display
-    from slimcli.prediction import BATCH, image_names, predict, write_embeddings
+    from slimcli.deployment.prediction import BATCH, image_names, predict, write_embeddings
 
     display = Display(as_json)
     predictor = _predictor(display, target, embeddings is not None, asked)
-    failed = 0
+    names = image_names(images, click.get_text_stream("stdin"))
     total = 0 if "-" in images else sum(1 for _ in image_names(images))
-
     with display.progress() as progress:
-
-        def found() -> Iterator[Prediction]:
-            nonlocal failed
-            names = image_names(images, click.get_text_stream("stdin"))
-            for done, prediction in enumerate(predict(predictor, names, batch_size or BATCH)):
-                progress(f"image {done + 1}", done + 1, max(total, done + 1) if total else 0)
-                if prediction.error is not None:
-                    failed += 1
-                    display.warn(prediction.error)
-                yield prediction
-
+        watch = _Watch(display, progress, total)
+        found = watch.told(predict(predictor, names, batch_size or BATCH))
         if embeddings is not None:
-            count = write_embeddings(embeddings, found())
+            count = write_embeddings(embeddings, found)
             display.line(f"{embeddings}: embeddings of {count} images by {predictor.label}")
         elif table is not None:
-            from slimcli.files import write_file
-
-            write_file(table, lambda file: _csv(file, predictor, found(), top))
+            write_file(table, lambda file: _csv(file, predictor, found, top))
             display.line(f"{table}: classes by {predictor.label}")
         elif as_json:
-            _json(predictor, found(), top)
+            _json(predictor, found, top)
         else:
-            for prediction in found():
-                if prediction.error is None:
-                    said = ", ".join(
-                        f"{predictor.name_of(number)} {100 * chance:.1f} %" for number, chance in prediction.top(top)
-                    )
-                    display.line(f"{prediction.image}: {said}")
+            _lines(display, predictor, found, top)
     predictor.program.close()
-    if failed:
-        display.warn(f"{failed} of the images could not be read")
-        ctx.exit(1)
+    if watch.failed:
+        display.warn(f"{watch.failed} of the images could not be read")
+        raise click.exceptions.Exit(1)
+
+
+@dataclass
+class _Watch:
+    """Tells how far it is, and of images that could not be read."""
+
+    display: Display
+    progress: Progress
+    total: int
+    failed: int = 0
+
+    def told(self, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
+        for done, prediction in enumerate(predictions, 1):
+            self.progress(f"image {done}", done, max(self.total, done) if self.total else 0)
+            if prediction.error is not None:
+                self.failed += 1
+                self.display.warn(prediction.error)
+            yield prediction
+
+
+def _lines(display: Display, predictor: Predictor, predictions: Iterator[Prediction], top: int) -> None:
+    """A line an image."""
+    for prediction in predictions:
+        if prediction.error is None:
+            said = (f"{predictor.name_of(number)} {100 * chance:.1f} %" for number, chance in prediction.top(top))
+            display.line(f"{prediction.image}: {', '.join(said)}")
 
 
 def _predictor(display: Display, target: str | None, embeddings: bool, asked: dict[str, Any]) -> Predictor:
     """The model or the artefact that is asked for; options that an artefact has decided itself are refused."""
     from slimcli.cli.options import refuse_given
-    from slimcli.exporting import is_export
-    from slimcli.prediction import predictor_of_export, predictor_of_model
-    from slimcli.session import Request, open_session
+    from slimcli.deployment.export import is_export
+    from slimcli.deployment.prediction import predictor_of_export, predictor_of_model
+    from slimcli.session.session import Request, open_session
 
     keep_rates = asked.pop("keep_rates")
     if keep_rates is not None and len(keep_rates) > 1:

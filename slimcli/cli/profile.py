@@ -140,9 +140,9 @@ def _in_runtimes(
     asked: dict[str, Any],
 ) -> None:
     """The same, in runtimes by name."""
-    from slimcli import profile
+    from slimcli.measure import profile
     from slimcli.runtimes.measuring import find_places, profile_places
-    from slimcli.session import Request, open_session
+    from slimcli.session.session import Request, open_session
 
     places = find_places(names)
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))

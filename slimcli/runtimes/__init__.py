@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from slimcli.errors import SlimError
-from slimcli.plugins import ask
+from slimcli.plugins.manager import ask
 from slimcli.runtimes.base import Conversion as Conversion
 from slimcli.runtimes.base import Forward as Forward
 from slimcli.runtimes.base import Program as Program

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
@@ -22,7 +24,7 @@ class Compile(Runtime):
     def prepare(self, model: Forward, conversion: Conversion) -> Program:
         # packed layers are for what is not compiled
         own = model if conversion.precision == "float32" else in_dtype(model, conversion.precision)
-        module = torch.compile(own, dynamic=False)
+        module = cast(nn.Module, torch.compile(own, dynamic=False))
         program = TorchProgram(module, DTYPES[conversion.precision])
         try:
             program.run(example(model, conversion))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.layout import optimize
-from slimcli.runs import CONFIG, WEIGHTS
 from slimcli.runtimes.base import Conversion, Forward, Program, Runtime
+from slimcli.store.run_folder import CONFIG, WEIGHTS
 
 
 class TorchProgram(Program):

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from slimcli import measure
 from slimcli.errors import SlimError
-from slimcli.evaluate import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
-from slimcli.profile import LONGER, all_variants, random_images
+from slimcli.measure import clock
+from slimcli.measure.evaluate import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
+from slimcli.measure.profile import LONGER, all_variants, random_images
+from slimcli.measure.rows import Row
+from slimcli.measure.scores import predictions
+from slimcli.measure.timing import Timing
 from slimcli.progress import Progress, Step, Steps, no_progress
-from slimcli.rows import Row
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
-from slimcli.scores import predictions
 from slimcli.slimming import SlimModel
-from slimcli.timing import Timing
 
 CPU = torch.device("cpu")
 #: images that int8 is set by: noise where nothing but time is measured, and real ones elsewhere
@@ -132,12 +132,12 @@ def profile_places(
     with steps.step() as part, _prepared(model, variants, places, [images], part) as runs:
         calls = [partial(run.program.run, images[:batch_size]) for run in runs]
         with steps.step() as part:
-            timing = measure.take_turns(
+            timing = clock.take_turns(
                 calls, CPU, 5, min_seconds, LONGER * min_seconds, progress=part, label="throughput"
             )
         singles = [partial(run.program.run, images[:1]) for run in runs]
         with steps.step() as part:
-            latencies = measure.interleave(singles, CPU, 20, min_seconds / 2, progress=part, label="latency")
+            latencies = clock.interleave(singles, CPU, 20, min_seconds / 2, progress=part, label="latency")
     rows: list[Row] = []
     for index, (run, figures) in enumerate(zip(runs, _figures(runs, timing), strict=True)):
         row = describe(model, run.variant.schedule, run.variant.exact_savings)
@@ -149,7 +149,7 @@ def profile_places(
                 images_per_second=round(batch_size / statistics.median(timing.seconds[index]), 2),
                 realised=round(figures["speedup"] / ideal, 4) if ideal else None,
                 latency_ms_p50=round(1000 * statistics.median(latencies[index]), 3),
-                latency_ms_p95=round(1000 * measure.percentile(latencies[index], 0.95), 3),
+                latency_ms_p95=round(1000 * clock.percentile(latencies[index], 0.95), 3),
                 **figures,
             )
         )
@@ -197,7 +197,7 @@ def evaluate_places(
             raise SlimError("there are no images to evaluate on")
         calls = [partial(run.program.run, full) for run in runs]
         with steps.step() as part:
-            timing = measure.take_turns(calls, CPU, FEWEST_ROUNDS, 0.0, MOST_SECONDS, progress=part)
+            timing = clock.take_turns(calls, CPU, FEWEST_ROUNDS, 0.0, MOST_SECONDS, progress=part)
     return [
         describe(model, run.variant.schedule, run.variant.exact_savings).also(
             runtime=run.place.name,

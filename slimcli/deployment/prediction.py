@@ -17,8 +17,8 @@ from torch import Tensor
 
 from slimcli.data import eval_transform
 from slimcli.data.read import is_image_name, read_image
+from slimcli.deployment.export import open_export
 from slimcli.errors import DataError, SlimError
-from slimcli.exporting import open_export
 from slimcli.files import write_file
 from slimcli.layout import optimize
 from slimcli.runtimes import Program

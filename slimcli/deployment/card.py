@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from slimcli import __version__
 from slimcli.runtimes.base import EMBEDDINGS, IMAGES, Conversion
 from slimcli.slimming import SlimModel
+from slimcli.version import __version__
 
 if TYPE_CHECKING:
-    from slimcli.exporting import Checked
+    from slimcli.deployment.export import Checked
 
 #: the lines that run an artefact on `batch` and leave `output`, by runtime
 RUN = {

@@ -15,16 +15,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from slimcli import __version__
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.files import check_writable, write_error, write_file, write_json
 from slimcli.progress import Progress, no_progress
-from slimcli.runs import CONFIG
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime
 from slimcli.runtimes.eager import TorchProgram
 from slimcli.slimming import SlimModel
-from slimcli.store import save_model, slimming_config
+from slimcli.store.model_folder import save_model, slimming_config
+from slimcli.store.run_folder import CONFIG
+from slimcli.version import __version__
 
 FORMAT, VERSION = "slim-export", 1
 #: config.json of an artefact that is larger was not written by slim
@@ -126,7 +126,7 @@ def export_model(
         problem = checked.problem(precision)
         if problem is not None:
             raise Inexact(f"{folder}: not written: on {checked.images} images {problem}")
-        from slimcli.export_card import export_card
+        from slimcli.deployment.card import export_card
 
         card = export_card(own, runtime.name, config, conversion, checked, forward.output)
         write_file(place / "README.md", card.encode())
