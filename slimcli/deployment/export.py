@@ -149,6 +149,7 @@ def check_free(folder: Path) -> None:
     check_writable(folder, "folder")
 
 
+@torch.inference_mode()
 def check(
     program: Program, own: Program, images: Iterable[Tensor], classifies: bool, batch_size: int | None = None
 ) -> Checked:
