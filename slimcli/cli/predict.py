@@ -87,7 +87,7 @@ def command(
 
     display = Display(as_json)
     predictor = _predictor(display, target, embeddings is not None, asked)
-    names = image_names(images, click.get_text_stream("stdin"))
+    names = image_names(images, sys.stdin)
     total = 0 if "-" in images else sum(1 for _ in image_names(images))
     with display.progress() as progress:
         watch = _Watch(display, progress, total)
