@@ -15,12 +15,11 @@ from slimcli.cli.options import (
     data_option,
     dead_option,
     keep_rate_option,
-    refuse_given,
+    places_on_cpu,
     runtime_option,
     set_option,
     split_option,
     target_options,
-    words,
 )
 from slimcli.errors import SlimError
 
@@ -57,23 +56,17 @@ def command(
     from slimcli.store.run_folder import add_evaluation
 
     display = Display(as_json)
-    if runtimes is not None:
-        from slimcli.runtimes.measuring import find_places
-
-        refuse_given("with --runtime: it takes NAME:PRECISION, on the CPU", "device", "precision")
-        asked["device"] = "cpu"
-        places = find_places(words(runtimes))
+    places = places_on_cpu(runtimes, asked)
     session = open_session(Request("eval", target, overrides, **asked))
     images = session.images()
     batch_size = session.data.batch_size
     for line in (*session.warnings, *session.notes):
         display.warn(line)
     with display.progress() as progress:
-        if runtimes is not None:
+        if places:
             from slimcli.runtimes.measuring import CALIBRATION, evaluate_places
 
-            quantized = any(place.precision == "int8" for place in places)
-            calibration = session.first_batches(CALIBRATION) if quantized else []
+            calibration = session.first_batches(CALIBRATION) if any(p.precision == "int8" for p in places) else []
             rows = evaluate_places(session.model, session.loader(images), keep_rates, places, calibration, progress)
         else:
             rows = evaluate(session.model, session.loader(images), keep_rates, session.device, session.dtype, progress)
@@ -92,7 +85,7 @@ def command(
         "has_life_head": found.has_life_head,
         "rows": rows,
     }
-    if found.run is not None and runtimes is None:
+    if found.run is not None and not places:
         kept = {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         try:
             add_evaluation(found.run, kept)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +21,9 @@ from slimcli.cli.options import (
     target_options,
 )
 from slimcli.errors import SlimError
+
+if TYPE_CHECKING:
+    from slimcli.runtimes import Runtime
 
 
 @click.command("export")
@@ -74,18 +78,10 @@ def command(
     It is checked on real images, the target's own or those of --data: slim's model and the artefact must give the same,
     or nothing is written and the exit code is 1.
     """
-    if keep_rates is not None and len(keep_rates) > 1:
-        raise SlimError("--keep-rate takes one keep rate here: it is baked in")
-    from slimcli.deployment.export import Inexact, check_free, export_model
-    from slimcli.runtimes import find_runtime
-
-    check_free(output)
-    where = find_runtime(runtime)
-    if not where.files:
-        raise SlimError(f"--to {runtime}: keeps no file: expected another runtime")
-    where.require(to_precision)
+    where = _ready(runtime, to_precision, output, keep_rates)
     from slimcli.cli.display import Display
     from slimcli.data.samples import ImageSamples
+    from slimcli.deployment.export import Inexact, export_model
     from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
@@ -99,49 +95,36 @@ def command(
     images = session.images()
     if isinstance(images, ImageSamples):
         images.limit(count)
-    config = {**found.config, "preprocessing": session.preprocessing}
-    config.setdefault("class_names", getattr(images, "class_names", None))
-    config = {key: value for key, value in config.items() if key in ("model", "preprocessing", "class_names")}
-    batch = fixed or min(session.data.batch_size, 16)
-
-    def batches(samples: Any, most: int) -> Any:
-        size = (most + batch - 1) // batch
-        return (pixels for pixels, _ in islice(session.loader(samples, batch), size))
-
-    calibration = session.first_batches(calibration_images) if to_precision == "int8" else []
+    config = {"class_names": getattr(images, "class_names", None), **found.config}
+    config = {"model": config["model"], "preprocessing": session.preprocessing, "class_names": config["class_names"]}
+    batch = fixed or 16
+    batches = (pixels for pixels, _ in islice(session.loader(images, batch), -(-count // batch)))
+    calibration = session.first_batches(calibration_images, batch) if to_precision == "int8" else []
     for line in (*found.notes, *session.notes):
         display.warn(line)
     try:
         with display.progress() as progress:
-            checked = export_model(
-                model, where, output, config, batches(images, count), to_precision, fixed, calibration, progress
-            )
+            checked = export_model(model, where, output, config, batches, to_precision, fixed, calibration, progress)
     except Inexact as error:
         click.echo(f"Error: {error}", err=True)
         raise click.exceptions.Exit(1) from None
-    same = (
-        f"{checked.agreement:.1f} % of the predictions equal"
-        if model.architecture().num_outputs
-        else (f"mean cosine {checked.agreement / 100:.4f}")
-    )
-    display.line(
-        f"checked on {checked.images} images: {same}, largest difference {checked.difference:.2g} "
-        f"({100 * checked.relative:.2g} % of the largest output)"
-    )
     size = " x ".join(map(str, session.preprocessing["input_size"]))
-    display.line(
-        f"{output} is ready for {runtime}: images of {size}, {f'{fixed} at a time' if fixed else 'any number'}"
-    )
-    display.document(
-        {
-            "output": str(output),
-            "model": found.model_name,
-            "runtime": runtime,
-            "precision": to_precision,
-            "batch_size": fixed,
-            "images": checked.images,
-            "largest_difference": checked.difference,
-            "relative_difference": checked.relative,
-            "agreement": checked.agreement,
-        }
-    )
+    display.line(f"checked on {checked}")
+    display.line(f"{output} is ready for {runtime}: {f'always {fixed}' if fixed else 'any number of'} images of {size}")
+    said = {"runtime": runtime, "precision": to_precision, "batch_size": fixed, **asdict(checked)}
+    display.document({"output": str(output), "model": found.model_name, **said})
+
+
+def _ready(runtime: str, precision: str, output: Path, keep_rates: list[float] | None) -> Runtime:
+    """The runtime; `SlimError` where it, its precision or the folder cannot be had."""
+    if keep_rates is not None and len(keep_rates) > 1:
+        raise SlimError("--keep-rate takes one keep rate here: it is baked in")
+    from slimcli.deployment.export import check_free
+    from slimcli.runtimes import find_runtime
+
+    check_free(output)
+    found = find_runtime(runtime)
+    if not found.files:
+        raise SlimError(f"--to {runtime}: keeps no file: expected another runtime")
+    found.require(precision)
+    return found

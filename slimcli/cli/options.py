@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -13,6 +13,9 @@ from click.core import ParameterSource
 from slimcli.cli import debug_option
 from slimcli.errors import SlimError
 from slimcli.schedule import check_keep_rate
+
+if TYPE_CHECKING:
+    from slimcli.runtimes.measuring import Place
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,6 +100,21 @@ def refuse_given(reason: str, *names: str) -> None:
     for parameter in context.command.params:
         if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
             raise SlimError(f"{parameter.opts[0]} has no effect {reason}")
+
+
+def places_on_cpu(runtimes: str | None, asked: dict[str, Any]) -> list[Place]:
+    """The runtimes that --runtime names, measured on the CPU, which is set in `asked`; none where it is not given."""
+    if runtimes is None:
+        return []
+    from slimcli.runtimes.measuring import find_places
+
+    refuse_given("with --runtime: it takes NAME:PRECISION, on the CPU", "device", "precision")
+    refuse_given("with --runtime", "against", "per_layer")
+    asked["device"] = "cpu"
+    found = find_places(words(runtimes))
+    if not found:
+        raise SlimError("--runtime: names no runtime: expected NAME[:PRECISION], such as onnx:int8")
+    return found
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; progress on stderr.")

@@ -12,7 +12,7 @@ from slimcli.cli.options import (
     common_options,
     dead_option,
     keep_rate_option,
-    refuse_given,
+    places_on_cpu,
     runtime_option,
     set_option,
     target_options,
@@ -21,6 +21,7 @@ from slimcli.cli.options import (
 
 if TYPE_CHECKING:
     from slimcli.measure.rows import Row
+    from slimcli.runtimes.measuring import Place
     from slimcli.slimming import SlimModel
 
 #: under this share of the arithmetic's saving, a user should hear why
@@ -73,11 +74,9 @@ def command(
     from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
-    if runtimes is not None:
-        refuse_given("with --runtime: it takes NAME:PRECISION, on the CPU", "device", "precision")
-        refuse_given("with --runtime", "against", "per_layer")
-        asked["device"] = "cpu"
-        _in_runtimes(display, words(runtimes), target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
+    places = places_on_cpu(runtimes, asked)
+    if places:
+        _in_runtimes(display, places, target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
         return
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
     found, where, dtype = session.target, session.device, session.dtype
@@ -102,12 +101,7 @@ def command(
     _warn_of_lost_speed(display, found.model, rows, batch, kernels["inference"], where.type)
     for table in layers or []:
         _print_layers(display, table)
-    document = {
-        "model": found.model_name,
-        **session.facts(batch),
-        "attention": kernels,
-        "rows": rows,
-    }
+    document = {"model": found.model_name, **session.facts(batch), "attention": kernels, "rows": rows}
     if layers is not None:
         document["per_layer"] = layers
     display.document(document)
@@ -130,7 +124,7 @@ def _warn_of_lost_speed(
 
 def _in_runtimes(
     display: Any,
-    names: list[str],
+    places: list[Place],
     target: str | None,
     overrides: tuple[str, ...],
     keep_rates: list[float] | None,
@@ -141,10 +135,9 @@ def _in_runtimes(
 ) -> None:
     """The same, in runtimes by name."""
     from slimcli.measure import profile
-    from slimcli.runtimes.measuring import find_places, profile_places
+    from slimcli.runtimes.measuring import profile_places
     from slimcli.session.session import Request, open_session
 
-    places = find_places(names)
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
     batch = batch_size or profile.DEFAULT_BATCH["cpu"]
     with display.progress() as progress:

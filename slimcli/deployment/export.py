@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from slimcli.deployment.card import export_card
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.files import check_writable, write_error, write_file, write_json
@@ -59,6 +60,16 @@ class Checked:
     difference: float
     relative: float
     agreement: float
+    classifies: bool = True
+
+    def __str__(self) -> str:
+        same = f"{self.agreement:.1f} % of the predictions are equal"
+        if not self.classifies:
+            same = f"mean cosine {self.agreement / 100:.4f}"
+        return (
+            f"{self.images} images: {same}; the largest difference is {self.difference:.2g}, "
+            f"{100 * self.relative:.2g} % of the largest output"
+        )
 
     def problem(self, precision: str) -> str | None:
         """Why it is not good enough at a precision; None if it is."""
@@ -123,11 +134,8 @@ def export_model(
             checked = check(program, TorchProgram(forward, torch.float32), images, forward.classifies, batch_size)
         finally:
             program.close()
-        problem = checked.problem(precision)
-        if problem is not None:
+        if problem := checked.problem(precision):
             raise Inexact(f"{folder}: not written: on {checked.images} images {problem}")
-        from slimcli.deployment.card import export_card
-
         card = export_card(own, runtime.name, config, conversion, checked, forward.output)
         write_file(place / "README.md", card.encode())
         place.chmod(0o755)
@@ -170,7 +178,7 @@ def check(
         count += batch.shape[0]
     if not count:
         raise SlimError("there are no images to check the artefact on, or too few for one batch")
-    return Checked(count, largest, largest / scale if scale else largest, 100 * agree / count)
+    return Checked(count, largest, largest / scale if scale else largest, 100 * agree / count, classifies)
 
 
 def export_config(

@@ -138,14 +138,14 @@ class Session:
     def _note(self, lines: Iterable[str]) -> None:
         self.notes += [line for line in lines if line not in self.notes]
 
-    def first_batches(self, count: int) -> list[Tensor]:
-        """Batches (b, 3, H, W) of `count` images, those to train on where there are any, to set int8 by."""
+    def first_batches(self, count: int, size: int = 16) -> list[Tensor]:
+        """Full batches (`size`, 3, H, W) of `count` images, those to train on where there are any, to set int8 by."""
         images = self.images(train=self.request.data is None)
         if isinstance(images, ImageSamples):
             images.limit(count)
         found: list[Tensor] = []
-        for batch, _ in self.loader(images, min(self.data.batch_size, 16)):
-            found.append(batch)
+        for batch, _ in self.loader(images, size):
+            found += [batch] if len(batch) == size or not found else []
             if sum(map(len, found)) >= count:
                 break
         return found
