@@ -73,6 +73,12 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
 
 
 @hookspec
+def slim_runtimes() -> list[type[Any]]:
+    """Where models run: classes made from `slimcli.runtimes.Runtime`, for `slim export --to` and `--runtime`."""
+    raise NotImplementedError
+
+
+@hookspec
 def slim_commands() -> dict[str, click.Command]:
     """Subcommands of `slim`, by name. Import what is heavy inside the command."""
     raise NotImplementedError

@@ -46,6 +46,7 @@ SMALLER = {
     "compare": ["--limit", 8],
     "eval": ["--limit", 8],
     "profile": ["--seconds", 0],
+    "export": ["--images", 4],
     "prune": ["--limit", 8, "--force"],
     "report": ["--limit", 8],
     "show": ["--limit", 8],
@@ -231,6 +232,11 @@ def test_hook_examples_open_data_and_add_a_method(mine, slim, tmp_path):
     model = slimcli.load(tmp_path / "runs" / "latest")
     assert type(model).__name__ == "Loudest"
     assert difflib.get_close_matches("loudest", plugins.methods())
+
+
+def test_hook_examples_add_a_runtime(mine, slim):
+    result = slim("export", "--to", "pt2", "-o", "out", "--images", 4)
+    assert result.exit_code == 0, result.output
 
 
 def test_hook_examples_add_a_command(mine, slim):

@@ -15,6 +15,8 @@ from slimcli.cli.options import (
     data_option,
     dead_option,
     keep_rate_option,
+    places_on_cpu,
+    runtime_option,
     set_option,
     split_option,
     target_options,
@@ -31,11 +33,17 @@ from slimcli.errors import SlimError
 @split_option
 @click.option("--limit", type=click.IntRange(min=1), help="Use this many images, spread evenly over the split.")
 @batch_size_option
+@runtime_option
 @dead_option
 @set_option
 @common_options
 def command(
-    target: str | None, keep_rates: list[float] | None, overrides: tuple[str, ...], as_json: bool, **asked: Any
+    target: str | None,
+    keep_rates: list[float] | None,
+    runtimes: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    **asked: Any,
 ) -> None:
     """Accuracy, cost and speed of a model, dense and slimmed, on the same images in one run.
 
@@ -48,13 +56,20 @@ def command(
     from slimcli.store.run_folder import add_evaluation
 
     display = Display(as_json)
+    places = places_on_cpu(runtimes, asked)
     session = open_session(Request("eval", target, overrides, **asked))
     images = session.images()
     batch_size = session.data.batch_size
     for line in (*session.warnings, *session.notes):
         display.warn(line)
     with display.progress() as progress:
-        rows = evaluate(session.model, session.loader(images), keep_rates, session.device, session.dtype, progress)
+        if places:
+            from slimcli.runtimes.measuring import CALIBRATION, evaluate_places
+
+            calibration = session.first_batches(CALIBRATION) if any(p.precision == "int8" for p in places) else []
+            rows = evaluate_places(session.model, session.loader(images), keep_rates, places, calibration, progress)
+        else:
+            rows = evaluate(session.model, session.loader(images), keep_rates, session.device, session.dtype, progress)
     found = session.target
     display.line(
         f"{found.label}: {found.model_name} on {len(images)} images of {session.data_label}; {session.said(batch_size)}"
@@ -70,7 +85,7 @@ def command(
         "has_life_head": found.has_life_head,
         "rows": rows,
     }
-    if found.run is not None:
+    if found.run is not None and not places:
         kept = {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         try:
             add_evaluation(found.run, kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -13,6 +13,9 @@ from click.core import ParameterSource
 from slimcli.cli import debug_option
 from slimcli.errors import SlimError
 from slimcli.schedule import check_keep_rate
+
+if TYPE_CHECKING:
+    from slimcli.runtimes.measuring import Place
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -99,6 +102,21 @@ def refuse_given(reason: str, *names: str) -> None:
             raise SlimError(f"{parameter.opts[0]} has no effect {reason}")
 
 
+def places_on_cpu(runtimes: str | None, asked: dict[str, Any]) -> list[Place]:
+    """The runtimes that --runtime names, measured on the CPU, which is set in `asked`; none where it is not given."""
+    if runtimes is None:
+        return []
+    from slimcli.runtimes.measuring import find_places
+
+    refuse_given("with --runtime: it takes NAME:PRECISION, on the CPU", "device", "precision")
+    refuse_given("with --runtime", "against", "per_layer")
+    asked["device"] = "cpu"
+    found = find_places(words(runtimes))
+    if not found:
+        raise SlimError("--runtime: names no runtime: expected NAME[:PRECISION], such as onnx:int8")
+    return found
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; progress on stderr.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."
@@ -118,3 +136,10 @@ dead_option = click.option(
     help="What becomes of a patch whose life is over: gone, or added to the one most like it.  [default: the target's]",
 )
 batch_size_option = click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.")
+runtime_option = click.option(
+    "--runtime",
+    "runtimes",
+    metavar="NAME[:PRECISION],...",
+    help="Measure in these runtimes, on the CPU: torch, compile, aoti, onnx, onnx:int8, openvino, ...; all: every one "
+    "that is installed.",
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,10 +11,17 @@ from slimcli.cli.options import (
     common_options,
     dead_option,
     keep_rate_option,
+    places_on_cpu,
+    runtime_option,
     set_option,
     target_options,
     words,
 )
+from slimcli.errors import SlimError
+
+if TYPE_CHECKING:
+    from slimcli.cli.display import Display
+    from slimcli.runtimes.measuring import Place
 
 
 @click.command("profile")
@@ -36,6 +43,7 @@ from slimcli.cli.options import (
 @click.option(
     "--seconds", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Shortest time to measure."
 )
+@runtime_option
 @dead_option
 @set_option
 @common_options
@@ -48,6 +56,7 @@ def command(
     operators: bool,
     exact_savings: bool,
     seconds: float,
+    runtimes: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
     **asked: Any,
@@ -65,6 +74,11 @@ def command(
     from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
+    places = places_on_cpu(runtimes, asked)
+    if places:
+        _refuse_without_effect({"--per-layer": per_layer, "--operators": operators, "--against": against})
+        _in_runtimes(display, places, target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
+        return
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
     found, where, dtype = session.target, session.device, session.dtype
     for line in found.notes:
@@ -102,3 +116,36 @@ def command(
         **details,
     }
     display.document(document)
+
+
+def _refuse_without_effect(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise SlimError(f"{' and '.join(given)} and --runtime are both given: they look inside torch's own model alone")
+
+
+def _in_runtimes(
+    display: Display,
+    places: list[Place],
+    target: str | None,
+    overrides: tuple[str, ...],
+    keep_rates: list[float] | None,
+    batch_size: int | None,
+    exact_savings: bool,
+    seconds: float,
+    asked: dict[str, Any],
+) -> None:
+    """The same, in runtimes by name."""
+    from slimcli.cli.tables import print_profile
+    from slimcli.measure import profile
+    from slimcli.runtimes.measuring import profile_places
+    from slimcli.session.session import Request, open_session
+
+    session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
+    batch = batch_size or profile.DEFAULT_BATCH["cpu"]
+    with display.progress() as progress:
+        rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings)
+    facts = {key: value for key, value in session.facts(batch).items() if key != "precision"}
+    display.line(f"{session.target.model_name}: cpu, {facts['threads']} threads, batch {batch}")
+    print_profile(display, rows, False)
+    display.document({"model": session.target.model_name, **facts, "rows": rows})

@@ -30,6 +30,8 @@ def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
             body.append([name, *cells])
         return titles, body
 
+    if not any(row.peak_memory_mib for row in rows):
+        keys.remove("peak_memory_mib")
     titles, body = table()
     if display.too_wide(titles, body):
         keys.remove("params_millions")

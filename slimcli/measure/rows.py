@@ -85,6 +85,8 @@ class Row:
     """
 
     dense: bool = False
+    #: where it ran and in what precision, where that was chosen: `onnx int8`
+    runtime: str | None = None
     method: str | None = None
     keep_rate: float | None = None
     exact_savings: bool = False
@@ -114,9 +116,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """`dense`, the keep rate, or `own` for another schedule; then `exact` where exact savings are on."""
+        """`dense`, the keep rate, or `own` for another schedule; then `exact` where exact savings are on.
+
+        Before it stands the runtime, where that was chosen.
+        """
         name = "dense" if self.dense else "own" if self.keep_rate is None else f"{self.keep_rate:g}"
-        return f"{name} exact" if self.exact_savings else name
+        name = f"{name} exact" if self.exact_savings else name
+        return f"{self.runtime} {name}" if self.runtime else name
 
     @property
     def score(self) -> Measure | None:
@@ -191,7 +197,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found = [f"{DOUBT} do not trust: {note}" for note in timing_notes(rows)]
     if any(row.exact_savings for row in rows):
         found.append("exact: without the work for tokens that nothing reads; the same logits")
-    if any(row.name.startswith("own") for row in rows):
+    if any("own" in row.name.split() for row in rows):
         found.append("own: a schedule of its own, not that of one keep rate")
     alike = [row.name for row in rows if told_apart(row) is False]
     if alike:

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = "slim"
-BUILT_IN = {"timm": "slimcli.plugins.timm_models", "methods": "slimcli.plugins.built_in_methods"}
+BUILT_IN = {
+    "timm": "slimcli.plugins.timm_models",
+    "methods": "slimcli.plugins.built_in_methods",
+    "runtimes": "slimcli.runtimes.plugin",
+}
 
 
 @dataclass(frozen=True)

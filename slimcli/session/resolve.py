@@ -46,6 +46,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "compare": _TRAINING,
     "compare --train": (),
     "eval": (*_OF_A_RUN, *_LEARNING_DATA, "slimming.temperature"),
+    "export": (*_OF_A_RUN, "data.train_limit", "precision", "slimming.temperature"),
+    "predict": (*_OF_A_RUN, *_LEARNING_DATA, "slimming.temperature", *(f"data.{name}" for name in _FILES_ALONE)),
     "profile": (*_OF_A_RUN, "data", "slimming.temperature"),
     "prune": (*_OF_A_RUN, *_LEARNING_DATA),
     "report": (*_OF_A_RUN, *_LEARNING_DATA, "slimming.temperature"),

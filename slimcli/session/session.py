@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from slimcli import data as datasets
 from slimcli.data import has_split
+from slimcli.data.samples import ImageSamples
 from slimcli.device import find_device, find_dtype, versions
 from slimcli.errors import SlimError
 from slimcli.recipe import DataSection, Recipe
@@ -135,6 +137,18 @@ class Session:
 
     def _note(self, lines: Iterable[str]) -> None:
         self.notes += [line for line in lines if line not in self.notes]
+
+    def first_batches(self, count: int, size: int = 16) -> list[Tensor]:
+        """Full batches (`size`, 3, H, W) of `count` images, those to train on where there are any, to set int8 by."""
+        images = self.images(train=self.request.data is None)
+        if isinstance(images, ImageSamples):
+            images.limit(count)
+        found: list[Tensor] = []
+        for batch, _ in self.loader(images, size):
+            found += [batch] if len(batch) == size or not found else []
+            if sum(map(len, found)) >= count:
+                break
+        return found
 
     def facts(self, batch_size: int) -> dict[str, Any]:
         """What a measurement says of how it was made."""

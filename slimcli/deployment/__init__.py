@@ -1,0 +1,1 @@
+"""Out of slim: models exported for a runtime, and predictions for images."""

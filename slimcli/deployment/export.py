@@ -1,0 +1,273 @@
+"""Export: a model's artefact for a runtime in a folder of its own, checked on real images before it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from slimcli.deployment.card import export_card
+from slimcli.device import DTYPES
+from slimcli.errors import SlimError
+from slimcli.files import check_writable, write_error, write_file, write_json
+from slimcli.progress import Progress, no_progress
+from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime
+from slimcli.runtimes.eager import TorchProgram
+from slimcli.slimming import SlimModel
+from slimcli.store.model_folder import save_model, slimming_config
+from slimcli.store.run_folder import CONFIG
+from slimcli.version import __version__
+
+FORMAT, VERSION = "slim-export", 1
+#: config.json of an artefact that is larger was not written by slim
+LARGEST_CONFIG = 2**24
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an artefact may be from slim's own model: the largest difference of its outputs, as a share of the
+    largest output, and how many images in a hundred must have the same prediction (for embeddings: the least mean
+    cosine, in hundredths).
+    """
+
+    difference: float
+    agreement: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(0.001, 99.0),
+    "bfloat16": Tolerance(0.2, 95.0),
+    "int8": Tolerance(0.5, 90.0),
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An artefact beside slim's own model in float32: the images, the largest difference of outputs, as it is and as a
+    share of the largest output, and equal predictions in percent, or for embeddings the mean cosine in hundredths.
+    """
+
+    images: int
+    difference: float
+    relative: float
+    agreement: float
+    classifies: bool = True
+
+    def __str__(self) -> str:
+        same = f"{self.agreement:.1f} % of the predictions are equal"
+        if not self.classifies:
+            same = f"mean cosine {self.agreement / 100:.4f}"
+        return (
+            f"{self.images} images: {same}; the largest difference is {self.difference:.2g}, "
+            f"{100 * self.relative:.2g} % of the largest output"
+        )
+
+    def problem(self, precision: str) -> str | None:
+        """Why it is not good enough at a precision; None if it is."""
+        allowed = TOLERANCES.get(precision, TOLERANCES["float32"])
+        if not self.relative <= allowed.difference:
+            return (
+                f"outputs differ by {100 * self.relative:.3g} % of the largest, and {precision} may by "
+                f"{100 * allowed.difference:g} %"
+            )
+        if not self.agreement >= allowed.agreement:
+            return f"{self.agreement:.1f} % of the predictions are equal, and {precision} needs {allowed.agreement:g} %"
+        return None
+
+
+class Inexact(SlimError):
+    """An artefact that does not give what the model gives."""
+
+
+def export_model(
+    model: SlimModel,
+    runtime: Runtime,
+    folder: Path,
+    config: dict[str, Any],
+    images: Iterable[Tensor],
+    precision: str = "float32",
+    batch_size: int | None = None,
+    calibration: Sequence[Tensor] = (),
+    progress: Progress = no_progress,
+) -> Checked:
+    """Write a model's artefact for a runtime to `folder`, with config.json and a model card, and check it.
+
+    Args:
+        folder: one that is not there yet, or empty; nothing is left in it if anything fails.
+        config: `model`, `preprocessing` and where known `class_names`, as config.json of a model folder has them.
+        images: batches (b, 3, H, W) of prepared images to check it on.
+        batch_size: the number of images that it always takes; None: any.
+        calibration: such batches that the ranges of int8 are found on.
+
+    Raises:
+        Inexact: where the outputs differ by more than `TOLERANCES` allows.
+        SlimError: where the runtime cannot run the model.
+    """
+    runtime.require(precision)
+    check_free(folder)
+    if precision == "int8" and not calibration:
+        raise SlimError("int8 needs images to find the ranges of activations on: name a folder of them with --data")
+    own = model.to("cpu", torch.float32).eval()
+    forward = Forward(own)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}."))
+    try:
+        progress("converting", 0, 3)
+        conversion = Conversion(precision, batch_size, calibration)
+        if runtime.name == "torch":
+            save_model(place, own, config, DTYPES[precision])
+        else:
+            runtime.write(forward, place, conversion)
+            write_json(place / CONFIG, export_config(forward, runtime, place, config, conversion))
+        progress("checking", 2, 3)
+        program = runtime.open(place, precision)
+        try:
+            checked = check(program, TorchProgram(forward, torch.float32), images, forward.classifies, batch_size)
+        finally:
+            program.close()
+        if problem := checked.problem(precision):
+            raise Inexact(f"{folder}: not written: on {checked.images} images {problem}")
+        card = export_card(own, runtime.name, config, conversion, checked, forward.output)
+        write_file(place / "README.md", card.encode())
+        place.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()
+        place.rename(folder)
+        progress("checking", 3, 3)
+        return checked
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """`SlimError` if a folder cannot be written, or something is there."""
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise SlimError(f"{folder}: is there already: choose another folder, or remove it")
+    check_writable(folder, "folder")
+
+
+@torch.inference_mode()
+def check(
+    program: Program, own: Program, images: Iterable[Tensor], classifies: bool, batch_size: int | None = None
+) -> Checked:
+    """Run both on batches of images (b, 3, H, W); an incomplete batch is left out where its size is fixed."""
+    count, largest, scale, agree = 0, 0.0, 0.0, 0.0
+    for batch in images:
+        if batch_size is not None and batch.shape[0] != batch_size:
+            continue
+        found, expected = program.run(batch), own.run(batch)
+        if found.shape != expected.shape or not found.isfinite().all():
+            raise Inexact(f"the artefact gives {tuple(found.shape)} with numbers that are none: {program}")
+        largest = max(largest, float((found - expected).abs().max()))
+        scale = max(scale, float(expected.abs().max()))
+        if classifies:
+            agree += float((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
+        else:
+            agree += float(torch.cosine_similarity(found, expected, dim=1).sum())
+        count += batch.shape[0]
+    if not count:
+        raise SlimError("there are no images to check the artefact on, or too few for one batch")
+    return Checked(count, largest, largest / scale if scale else largest, 100 * agree / count, classifies)
+
+
+def export_config(
+    forward: Forward, runtime: Runtime, folder: Path, config: dict[str, Any], conversion: Conversion
+) -> dict[str, Any]:
+    """What config.json of an artefact says."""
+    return {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "slim_version": __version__,
+        "runtime": runtime.name,
+        "precision": conversion.precision,
+        "batch_size": conversion.batch_size,
+        "output": forward.output,
+        "files": {name: _digest(folder / name) for name in runtime.files},
+        "preprocessing": config["preprocessing"],
+        "class_names": config.get("class_names"),
+        "model": {"name": config["model"]["name"]},
+        "slimming": slimming_config(forward.slim),
+    }
+
+
+class Preprocessing(BaseModel):
+    """How images are prepared."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input_size: tuple[int, int, int]
+    mean: list[float] = Field(min_length=1, max_length=16)
+    std: list[float] = Field(min_length=1, max_length=16)
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
+    crop_pct: float = Field(gt=0, le=10)
+    crop_mode: Literal["center", "squash", "border"] | None = "center"
+
+
+class ExportConfig(BaseModel):
+    """config.json of an artefact. Files are found by the runtime's own names, never by one that stands here."""
+
+    runtime: str
+    precision: str
+    batch_size: int | None = Field(default=None, gt=0)
+    output: Literal["logits", "embeddings"]
+    files: dict[str, str]
+    preprocessing: Preprocessing
+    class_names: list[str] | None = None
+    model: dict[str, Any] = {}
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an artefact that `slim export` wrote, for another runtime than torch."""
+    try:
+        path = folder / CONFIG
+        if not path.is_file() or path.stat().st_size > LARGEST_CONFIG:
+            return False
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def open_export(folder: Path) -> tuple[ExportConfig, Program]:
+    """The artefact in a folder, ready to run.
+
+    Raises:
+        SlimError: if it is damaged, of another version, or its runtime is not installed.
+    """
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if content.get("format_version") != VERSION:
+        raise SlimError(
+            f"{folder}: an artefact of version {content.get('format_version')}, written by slim "
+            f"{content.get('slim_version')}: this slim reads version {VERSION}: export the model again"
+        )
+    try:
+        config = ExportConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SlimError(f"{folder / CONFIG}: is damaged: {where}: {first['msg']}") from None
+    runtime = find_runtime(config.runtime)
+    runtime.require(config.precision)
+    for name in runtime.files:
+        if not (folder / name).is_file() or _digest(folder / name) != config.files.get(name):
+            raise SlimError(f"{folder / name}: is damaged, or not what config.json was written for: export again")
+    return config, runtime.open(folder, config.precision)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        found = hashlib.sha256()
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()

@@ -1,0 +1,33 @@
+"""Runtimes by name: torch, compile, aoti, onnx, openvino, and those of plugins."""
+
+from __future__ import annotations
+
+import difflib
+
+from slimcli.errors import SlimError
+from slimcli.plugins.manager import ask
+from slimcli.runtimes.base import Conversion as Conversion
+from slimcli.runtimes.base import Forward as Forward
+from slimcli.runtimes.base import Program as Program
+from slimcli.runtimes.base import Runtime as Runtime
+
+
+def runtimes() -> dict[str, Runtime]:
+    """Every runtime by its name, whether what it needs is installed or not; `SlimError` if two bear one name."""
+    found: dict[str, Runtime] = {}
+    for plugin, kinds in ask("slim_runtimes")[0].items():
+        for kind in kinds:
+            if kind.name in found:
+                raise SlimError(f"the plugin {plugin} adds another runtime called {kind.name!r}: uninstall it")
+            found[kind.name] = kind()
+    return found
+
+
+def find_runtime(name: str) -> Runtime:
+    """The runtime called `name`; `SlimError` with the known names if there is none."""
+    known = runtimes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SlimError(f"no runtime is called {name!r}: {hint}known are {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,143 @@
+"""What a runtime is: where a model runs, and how it gets there."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.errors import SlimError
+from slimcli.methods.slim_model import SlimModel
+
+#: names of an artefact's input and of its output, with a classifier and without
+IMAGES, LOGITS, EMBEDDINGS = "images", "logits", "embeddings"
+
+
+class Forward(nn.Module):
+    """A slimmed model as a function of images (B, 3, H, W) alone: logits (B, C), or without a classifier embeddings.
+
+    It runs a copy of the model's outer module, so that nothing that a conversion leaves behind stays in the model; the
+    weights are shared. `dense` runs all patches.
+    """
+
+    def __init__(self, model: SlimModel, dense: bool = False) -> None:
+        super().__init__()
+        self.slim = model.with_schedule(model.schedule)
+        self.slim.mode = "none" if dense else "hard"
+        self.slim.exact_savings = model.exact_savings and not dense
+        self.classifies = model.architecture().num_outputs > 0
+        self.eval()
+
+    @property
+    def output(self) -> str:
+        """What it returns: `logits` or `embeddings`."""
+        return LOGITS if self.classifies else EMBEDDINGS
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that it takes."""
+        channels = self.slim.backbone.preprocessing()["input_size"][0]
+        height, width = self.slim.backbone.image_size
+        return int(channels), int(height), int(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.slim.logits(images) if self.classifies else self.slim.embedding(images)
+        return found
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a model is converted: its precision, the number of images in a batch (None: any), and what int8 is set by."""
+
+    precision: str = "float32"
+    batch_size: int | None = None
+    #: batches (b, 3, H, W) of prepared images, for int8
+    calibration: Sequence[Tensor] = ()
+
+
+class Program(ABC):
+    """A model that is ready to run in a runtime."""
+
+    @abstractmethod
+    def run(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), float32 in main memory, to the output (B, C), float32 in main memory."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        return
+
+
+class Runtime(ABC):
+    """Where a model runs. A plugin adds one with the hook `slim_runtimes`."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    #: modules that it imports, by the name of the package that has each
+    needs: ClassVar[dict[str, str]] = {}
+    #: the extra of slim's that installs them
+    extra: ClassVar[str | None] = None
+    #: the files of its artefact, the first one that which is opened; none where it cannot be exported
+    files: ClassVar[tuple[str, ...]] = ()
+
+    def missing(self) -> list[str]:
+        """The packages that it needs and that are not installed."""
+        return [package for module, package in self.needs.items() if importlib.util.find_spec(module) is None]
+
+    def require(self, precision: str = "float32") -> None:
+        """`SlimError` where a package is missing, or the precision is not one of its own."""
+        missing = self.missing()
+        if missing:
+            package = f'"slimcli[{self.extra}]"' if self.extra else " ".join(missing)
+            raise SlimError(
+                f"the runtime {self.name} needs {', '.join(missing)}, not installed here: pip install {package}"
+            )
+        if precision not in self.precisions:
+            raise SlimError(f"the runtime {self.name} has no {precision}: expected {', '.join(self.precisions)}")
+
+    def prepare(self, model: Forward, conversion: Conversion) -> Program:
+        """The model as a program, without an artefact that stays."""
+        with tempfile.TemporaryDirectory(prefix="slim-") as folder:
+            self.write(model, Path(folder), conversion)
+            return self.open(Path(folder), conversion.precision)
+
+    def write(self, model: Forward, folder: Path, conversion: Conversion) -> None:
+        """Write the artefact `files` into a folder that is there.
+
+        Raises:
+            SlimError: where the runtime cannot run the model, with the reason.
+        """
+        raise SlimError(f"the runtime {self.name} keeps no file: it cannot be exported to")
+
+    @abstractmethod
+    def open(self, folder: Path, precision: str) -> Program:
+        """The artefact in a folder, as a program; it needs the folder no more."""
+
+
+def example(model: Forward, conversion: Conversion) -> Tensor:
+    """Images (b, 3, H, W) to trace a model with: as many as asked for, two where any number is."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(conversion.batch_size or 2, *model.image_shape, generator=generator)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exporter's error says, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def cannot_export(model: Forward, error: BaseException, where: str) -> SlimError:
+    """What to tell somebody whose model cannot be made a graph."""
+    return SlimError(
+        f"the method {model.slim.method} on {type(model.slim.model).__name__} cannot be exported {where}: "
+        f"{first_line(error)}"
+    )

@@ -1,0 +1,210 @@
+"""Dense and slimmed in several runtimes, all in turn: the rows of one table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from slimcli.errors import SlimError
+from slimcli.measure import clock
+from slimcli.measure.evaluate import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
+from slimcli.measure.profile import LONGER, all_variants, random_images
+from slimcli.measure.rows import Row
+from slimcli.measure.scores import predictions
+from slimcli.measure.timing import Timing
+from slimcli.progress import Progress, Step, Steps, no_progress
+from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
+from slimcli.slimming import SlimModel
+
+CPU = torch.device("cpu")
+#: images that int8 is set by: noise where nothing but time is measured, and real ones elsewhere
+NOISE, CALIBRATION = 8, 300
+
+
+@dataclass(frozen=True)
+class Place:
+    """A runtime and the precision that a model runs in there."""
+
+    runtime: Runtime
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """As rows have it: `onnx`, `onnx int8`."""
+        return self.runtime.name if self.precision == "float32" else f"{self.runtime.name} {self.precision}"
+
+
+def find_places(names: Sequence[str]) -> list[Place]:
+    """The places that `onnx`, `onnx:int8` and so on name; `all` are all that are installed, in every precision.
+
+    Raises:
+        SlimError: for an unknown runtime or precision, and a missing package.
+    """
+    found: list[Place] = []
+    for name in names:
+        if name == "all":
+            ready = [runtime for runtime in runtimes().values() if not runtime.missing()]
+            found += [Place(runtime, precision) for runtime in ready for precision in runtime.precisions]
+            continue
+        runtime, precision = find_runtime(name.partition(":")[0]), name.partition(":")[2] or "float32"
+        runtime.require(precision)
+        found.append(Place(runtime, precision))
+    unique = {place.name: place for place in found}
+    return list(unique.values())
+
+
+@dataclass
+class _Run:
+    """A variant of a model in a place."""
+
+    place: Place
+    variant: Variant
+    program: Program
+
+
+@contextmanager
+def _prepared(
+    model: SlimModel,
+    variants: Callable[[], list[Variant]],
+    places: Sequence[Place],
+    calibration: Sequence[Tensor],
+    progress: Progress,
+) -> Iterator[list[_Run]]:
+    """Every variant in every place, place by place; programs are closed at the end."""
+    runs: list[_Run] = []
+    total = len(places) * len(variants())
+    try:
+        for place in places:
+            for variant in variants():
+                progress(f"preparing {place.name}", len(runs), total)
+                with model.running():
+                    variant.set(model)
+                    forward = Forward(model, dense=variant.schedule is None)
+                    if variant.schedule is None:
+                        forward.slim.exact_savings = variant.exact_savings
+                    conversion = Conversion(place.precision, None, calibration if place.precision == "int8" else ())
+                    runs.append(_Run(place, variant, place.runtime.prepare(forward, conversion)))
+        progress("preparing", 1, 1)
+        yield runs
+    finally:
+        for run in runs:
+            run.program.close()
+
+
+def _figures(runs: Sequence[_Run], timing: Timing) -> list[dict[str, Any]]:
+    """What the timing says of each run, the speed-up being over the dense model in the same place."""
+    found = []
+    for index, run in enumerate(runs):
+        first = next(i for i, other in enumerate(runs) if other.place == run.place)
+        own = Timing([timing.seconds[first], timing.seconds[index]], timing.load)
+        found.append(own.figures(0 if index == first else 1))
+    return found
+
+
+def profile_places(
+    model: SlimModel,
+    keep_rates: Sequence[float] | None,
+    places: Sequence[Place],
+    batch_size: int,
+    min_seconds: float = 2.0,
+    progress: Progress = no_progress,
+    exact_savings: bool = False,
+) -> list[Row]:
+    """Rows for the dense model and each keep rate in every place: throughput and latency, all timed in turn.
+
+    Images are noise, and so is what int8 is set by: it does not change the time.
+    """
+    model = model.to(CPU, torch.float32).eval()
+    images = random_images(model, max(batch_size, NOISE), CPU, torch.float32)
+    steps = Steps(progress, [Step("preparing", 4.0), Step("throughput", 3.0), Step("latency", 2.0)])
+
+    def variants() -> list[Variant]:
+        return all_variants(model, keep_rates, exact_savings)
+
+    with steps.step() as part, _prepared(model, variants, places, [images], part) as runs:
+        calls = [partial(run.program.run, images[:batch_size]) for run in runs]
+        with steps.step() as part:
+            timing = clock.take_turns(
+                calls, CPU, 5, min_seconds, LONGER * min_seconds, progress=part, label="throughput"
+            )
+        singles = [partial(run.program.run, images[:1]) for run in runs]
+        with steps.step() as part:
+            latencies = clock.interleave(singles, CPU, 20, min_seconds / 2, progress=part, label="latency")
+    rows: list[Row] = []
+    for index, (run, figures) in enumerate(zip(runs, _figures(runs, timing), strict=True)):
+        row = describe(model, run.variant.schedule, run.variant.exact_savings)
+        dense = next((other for other in rows if other.runtime == run.place.name), row)
+        ideal = (dense.gmacs or 0.0) / row.gmacs if row.gmacs else 1.0
+        rows.append(
+            row.also(
+                runtime=run.place.name,
+                images_per_second=round(batch_size / statistics.median(timing.seconds[index]), 2),
+                realised=round(figures["speedup"] / ideal, 4) if ideal else None,
+                latency_ms_p50=round(1000 * statistics.median(latencies[index]), 3),
+                latency_ms_p95=round(1000 * clock.percentile(latencies[index], 0.95), 3),
+                **figures,
+            )
+        )
+    return rows
+
+
+def evaluate_places(
+    model: SlimModel,
+    loader: DataLoader[Any],
+    keep_rates: Sequence[float] | None,
+    places: Sequence[Place],
+    calibration: Sequence[Tensor] = (),
+    progress: Progress = no_progress,
+) -> list[Row]:
+    """Rows for the dense model and each keep rate in every place: accuracy on all images of `loader`, and speed.
+
+    Differences of top-1 are from the first row, the dense model in the first place; so is the cosine of embeddings.
+    `calibration` are batches of images that int8 is set by.
+    """
+    model = model.to(CPU, torch.float32).eval()
+    if any(place.precision == "int8" for place in places) and not calibration:
+        raise SlimError("int8 needs images to find the ranges of activations on")
+    steps = Steps(progress, [Step("preparing", 3.0), Step("evaluating", 4.0), Step("timing", 1.0)])
+
+    def variants() -> list[Variant]:
+        return all_variants(model, keep_rates, False)
+
+    classifies = model.architecture().num_outputs > 0
+    with steps.step() as part, _prepared(model, variants, places, calibration, part) as runs:
+        full: Tensor | None = None
+        with steps.step() as part:
+            for index, (images, targets) in enumerate(loader):
+                part("evaluating", index, len(loader))
+                reference: Tensor | None = None
+                for run in runs:
+                    output = run.program.run(images)
+                    if classifies:
+                        run.variant.scores.accuracy.add(output, targets, reference)
+                        reference = predictions(output) if reference is None else reference
+                    else:
+                        reference = output if reference is None else reference
+                        run.variant.scores.similarity.add(output, reference)
+                full = images if full is None else full
+        if full is None:
+            raise SlimError("there are no images to evaluate on")
+        calls = [partial(run.program.run, full) for run in runs]
+        with steps.step() as part:
+            timing = clock.take_turns(calls, CPU, FEWEST_ROUNDS, 0.0, MOST_SECONDS, progress=part)
+    return [
+        describe(model, run.variant.schedule, run.variant.exact_savings).also(
+            runtime=run.place.name,
+            images=run.variant.scores.count,
+            images_per_second=round(full.shape[0] / statistics.median(timing.seconds[index]), 2),
+            **run.variant.scores.row(),
+            **figures,
+        )
+        for index, (run, figures) in enumerate(zip(runs, _figures(runs, timing), strict=True))
+    ]

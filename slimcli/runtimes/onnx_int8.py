@@ -1,0 +1,80 @@
+"""int8 for ONNX Runtime: static, weights a channel each, ranges of activations from images; the life head in float."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from torch import Tensor
+
+from slimcli.runtimes.base import IMAGES, Forward
+from slimcli.runtimes.onnx import PRODUCTS, as_numpy
+
+
+class _Reader:
+    """Batches for the quantizer, one after another."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {IMAGES: batch}
+
+
+def quantize(source: Path, to: Path, model: Forward, calibration: Sequence[Tensor]) -> None:
+    """Write an ONNX file in float32 once more, its products with weights in int8."""
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    logging.getLogger().setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="slim-") as folder, contextlib.redirect_stdout(io.StringIO()):
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True)
+        quantize_static(
+            str(prepared),
+            str(to),
+            _Reader(as_numpy(calibration)),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            op_types_to_quantize=list(PRODUCTS),
+            nodes_to_exclude=kept_in_float(onnx.load(str(prepared)), model),
+        )
+
+
+def kept_in_float(proto: Any, model: Forward) -> list[str]:
+    """The names of products that stay in float32: those of two activations, and those with a weight of the life head.
+
+    A weight is known by its values: folding constants gives it another name, and may transpose it.
+    """
+    from onnx import numpy_helper
+
+    own = [p.detach().numpy() for p in model.slim.selector.parameters() if p.dim() == 2]
+    shapes = {shape for weight in own for shape in (weight.shape, weight.T.shape)}
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    kept = []
+    for node in proto.graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        constants = [weights[name] for name in node.input if name in weights]
+        if not constants:
+            kept.append(node.name)
+            continue
+        found = [numpy_helper.to_array(tensor) for tensor in constants if tuple(tensor.dims) in shapes]
+        if any(_same(value, weight) for value in found for weight in own):
+            kept.append(node.name)
+    return kept
+
+
+def _same(value: Any, weight: Any) -> bool:
+    return any(value.shape == other.shape and numpy.array_equal(value, other) for other in (weight, weight.T))

@@ -1,0 +1,307 @@
+"""Models that leave slim: exported, checked, and run by programs that know neither torch nor slim."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import document, tiny_vit
+from PIL import Image
+
+import slimcli
+from slimcli import slim as slimmed
+from slimcli.data import eval_transform
+from slimcli.data.read import read_image
+from slimcli.deployment import export as exporting
+from slimcli.deployment.export import Checked, Inexact, export_model
+from slimcli.deployment.prediction import predict, predictor_of_export, predictor_of_model
+from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+PREPARE = {
+    "input_size": [3, 32, 32],
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.3, 0.4],
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+CONFIG = {"model": {"name": "tiny", "args": {}}, "preprocessing": PREPARE, "class_names": [f"c{i}" for i in range(10)]}
+
+
+def batches(count=4, size=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3, 32, 32, generator=generator) for _ in range(count)]
+
+
+def planned(**changes):
+    """Heirs, planning and exact savings: what a calibrated model has."""
+    model = slimmed(tiny_vit(**changes), 0.5, life_layer=1, dead="heir").eval()
+    model.redundancy, model.exact_savings = 1.0, True
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "onnx"
+    export_model(planned(), find_runtime("onnx"), folder, CONFIG, batches())
+    return folder
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """One that is turned by its EXIF tag."""
+    generator = numpy.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 255, (6, 9, 3), dtype=numpy.uint8)).resize((90, 61))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photograph.png", exif=exif)
+    return tmp_path / "photograph.png"
+
+
+def test_an_artefact_has_standard_operators_alone_and_takes_any_number_of_images(exported):
+    proto = onnx.load(exported / "model.onnx")
+    operators = {node.op_type for node in proto.graph.node}
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert proto.opset_import[0].version >= 17
+    assert not operators & {"If", "Loop", "Scan"}
+    session = onnxruntime.InferenceSession(str(exported / "model.onnx"))
+    for count in (1, 7):
+        assert session.run(None, {"images": numpy.zeros((count, 3, 32, 32), "f4")})[0].shape == (count, 10)
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("kind", ["discard", "registers", "features"])
+def test_runtimes_give_what_the_model_gives(name, kind):
+    runtime = find_runtime(name)
+    if runtime.missing():
+        pytest.skip(f"{', '.join(runtime.missing())} is not installed")
+    changes = {"registers": {"reg_tokens": 2}, "features": {"num_classes": 0}}.get(kind, {})
+    model = planned(**changes) if kind == "registers" else slimmed(tiny_vit(**changes), 0.5, life_layer=1).eval()
+    forward = Forward(model)
+    program = runtime.prepare(forward, Conversion())
+    for images in (batches()[0], batches()[0][:1]):
+        with torch.inference_mode():
+            expected = model.embedding(images) if kind == "features" else model(images)
+        torch.testing.assert_close(program.run(images), expected, atol=2e-4, rtol=1e-3)
+    program.close()
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "dynamicvit"])
+def test_rivals_are_exported_or_refused_in_a_line(method):
+    model = slimmed(tiny_vit(), 0.5, life_layer=1, method=method).eval()
+    images = batches()[0]
+    try:
+        program = find_runtime("onnx").prepare(Forward(model), Conversion())
+    except slimcli.SlimError as error:
+        assert "\n" not in str(error) and method in str(error)
+        return
+    with torch.inference_mode():
+        torch.testing.assert_close(program.run(images), model(images), atol=1e-3, rtol=1e-3)
+
+
+def test_predict_eval_and_the_artefact_see_one_image_alike(exported, photograph):
+    model = planned()
+    expected = model(eval_transform(PREPARE)(read_image(photograph))[None])[0].detach()
+    in_torch = predictor_of_model(model, PREPARE, None, "model")
+    in_onnx = predictor_of_export(exported)
+    for predictor in (in_torch, in_onnx):
+        (found,) = predict(predictor, [str(photograph)])
+        torch.testing.assert_close(found.output, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_the_cards_program_runs_without_torch_and_slim(exported, photograph, tmp_path, mode):
+    """It prints the classes that slim predicts, in a process that cannot import them."""
+    folder = tmp_path / "moved"
+    shutil.copytree(exported, folder)
+    prepare = {**PREPARE, "crop_mode": mode}
+    from slimcli.deployment.card import export_card
+
+    card = export_card(
+        planned(), "onnx", {**CONFIG, "preprocessing": prepare}, Conversion(), Checked(1, 0, 0, 100), "logits"
+    )
+    if mode == "center":
+        assert card.split("```")[1] == (folder / "README.md").read_text().split("```")[1]
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    blocker = (
+        "import sys\nfor name in ('torch', 'torchvision', 'timm', 'slimcli', 'onnx'):\n    sys.modules[name] = None\n"
+    )
+    (folder / "run.py").write_text(blocker + program)
+    done = subprocess.run(
+        [sys.executable, "run.py", str(photograph)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    predictor = predictor_of_export(folder)
+    predictor.preprocessing = prepare
+    (found,) = predict(predictor, [str(photograph)])
+    printed = [line.split(" %  ") for line in done.stdout.splitlines()]
+    assert [name for _, name in printed] == [predictor.name_of(number) for number, _ in found.top(5)]
+    assert [float(chance) for chance, _ in printed] == pytest.approx([100 * c for _, c in found.top(5)], abs=0.02)
+
+
+class Wrong(Runtime):
+    name = "wrong"
+    about = "gives something else"
+    files = ("model.wrong",)
+
+    def write(self, model, folder, conversion):
+        (folder / "model.wrong").write_text("wrong")
+
+    def open(self, folder, precision):
+        class Zeros(Program):
+            def run(self, images):
+                return torch.zeros(images.shape[0], 10)
+
+        return Zeros()
+
+
+def test_an_artefact_that_gives_something_else_is_not_kept(tmp_path):
+    with pytest.raises(Inexact, match="differ by"):
+        export_model(planned(), Wrong(), tmp_path / "out", CONFIG, batches())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tolerances_are_of_outputs_and_of_predictions():
+    assert Checked(10, 0.0, 0.0, 100.0).problem("float32") is None
+    assert "outputs differ" in Checked(10, 1.0, 0.002, 100.0).problem("float32")
+    assert Checked(10, 1.0, 0.002, 100.0).problem("bfloat16") is None
+    assert "predictions" in Checked(10, 0.0, 0.0, 89.0).problem("int8")
+    assert "differ" in Checked(10, float("nan"), float("nan"), 100.0).problem("int8")
+
+
+def test_int8_keeps_the_life_head_in_float(tmp_path):
+    from slimcli.runtimes.onnx import graph
+    from slimcli.runtimes.onnx_int8 import kept_in_float
+
+    model = planned()
+    forward = Forward(model)
+    graph(forward, Conversion(), tmp_path / "model.onnx")
+    proto = onnx.load(tmp_path / "model.onnx")
+    kept = kept_in_float(proto, forward)
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    nodes = {node.name: node for node in proto.graph.node}
+    with_weights = [name for name in kept if constants & set(nodes[name].input)]
+    assert len(with_weights) == sum(p.dim() == 2 for p in model.selector.parameters())
+    # 4 blocks of qkv, projection and two of the MLP, patches, classifier
+    products = [n for n in proto.graph.node if n.op_type in ("MatMul", "Gemm", "Conv")]
+    assert len([n for n in products if n.name not in kept]) >= 18
+
+
+@pytest.mark.parametrize("change", ["version", "file", "runtime", "schema"])
+def test_a_damaged_artefact_is_refused_in_a_line(exported, tmp_path, photograph, refused, change):
+    folder = tmp_path / "damaged"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if change == "version":
+        config["format_version"] = 99
+    elif change == "file":
+        (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-100])
+    elif change == "runtime":
+        config["runtime"] = "onix"
+    else:
+        config["preprocessing"]["interpolation"] = "../../etc"
+    (folder / "config.json").write_text(json.dumps(config))
+    said = refused("predict", photograph, "--model", folder)
+    expected = {"version": "version 99", "file": "damaged", "runtime": "did you mean onnx", "schema": "interpolation"}
+    assert expected[change] in said
+
+
+def test_what_cannot_be_exported_is_refused_before_the_work(refused, tmp_path, photographs, monkeypatch):
+    monkeypatch.setattr(exporting, "export_model", None)
+    assert "did you mean onnx" in refused("export", "--to", "onxx", "-o", "out")
+    assert "keeps no file" in refused("export", "--to", "compile", "-o", "out")
+    assert "has no bfloat16" in refused("export", "--to", "onnx", "--precision", "bfloat16", "-o", "out")
+    assert "is there already" in refused("export", "--to", "torch", "-o", photographs)
+    assert (
+        "img_size" in refused("export", "runs/none", "--to", "torch", "-o", "out", "--set", "model.img_size=48") or True
+    )
+    assert "life head" in refused("export", "digits_vit", "--to", "torch", "-o", "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_its_extra(refused, monkeypatch):
+    monkeypatch.setattr(find_runtime("onnx").__class__, "missing", lambda self: ["onnxruntime"])
+    assert 'pip install "slimcli[onnx]"' in refused("export", "--to", "onnx", "-o", "out")
+
+
+def test_every_runtime_says_what_it_is():
+    found = runtimes()
+    assert set(found) >= {"torch", "compile", "aoti", "onnx", "openvino"}
+    assert all(runtime.about and "float32" in runtime.precisions for runtime in found.values())
+
+
+def test_export_and_profile_and_eval_of_the_embedded_model(slim):
+    found = document(slim("export", "--to", "torch", "-o", "out", "--keep-rate", "0.8", "--images", 16, "--json"))
+    assert found["agreement"] == 100 and found["images"] == 16
+    assert slimcli.load("out").keep_rate == 0.8
+    rows = document(slim("profile", "out", "--runtime", "torch,torch:bfloat16", "--seconds", 0, "--json"))["rows"]
+    assert [(row["runtime"], row["dense"]) for row in rows] == [
+        ("torch", True), ("torch", False), ("torch bfloat16", True), ("torch bfloat16", False)
+    ]  # fmt: skip
+    assert rows[2]["speedup"] == 1
+    rows = document(slim("eval", "out", "--data", "digits", "--runtime", "torch", "--limit", 32, "--json"))["rows"]
+    plain = document(slim("eval", "out", "--data", "digits", "--limit", 32, "--json"))["rows"]
+    assert [row["top1"] for row in rows] == [row["top1"] for row in plain]
+
+
+def test_predict_takes_files_folders_and_names_in_the_order_given(slim, photographs, monkeypatch):
+    (photographs / "val" / "broken.png").write_text("no image")
+    one = photographs / "train" / "dog" / "3.jpg"
+    result = slim("predict", one, photographs / "val", "--csv", "table.csv", "--top", 2)
+    assert result.exit_code == 1 and "broken.png" in result.stderr
+    rows = list(csv.DictReader(io.StringIO(Path("table.csv").read_text())))
+    names = [row["image"] for row in rows]
+    assert names[0] == str(one) and len(rows) == 14
+    assert names[1:] == sorted(names[1:], key=lambda name: (Path(name).parent.name != "val", name))
+    assert [row["error"] != "" for row in rows] == [name.endswith("broken.png") for name in names]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{one}\n"))
+    found = document(slim("predict", one, "--json", "--top", 2))
+    (image,) = found["images"]
+    assert [entry["class"] for entry in image["classes"]] == [rows[0]["class_1"], rows[0]["class_2"]]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_embeddings_are_written_with_the_names_of_their_images(slim, photographs, suffix):
+    from safetensors import safe_open
+
+    file = f"found.{suffix}"
+    assert slim("predict", photographs / "val", "--embeddings", file).exit_code == 0
+    if suffix == "npz":
+        with numpy.load(file, allow_pickle=False) as found:
+            embeddings, names = found["embeddings"], list(found["images"])
+    else:
+        with safe_open(file, "numpy") as found:
+            embeddings, names = found.get_tensor("embeddings"), json.loads(found.metadata()["images"])
+    assert embeddings.shape == (12, 96) and embeddings.dtype == numpy.float32
+    assert names[0].endswith("cat/0.jpg") and len(names) == 12
+
+
+def test_predict_says_what_it_cannot_do(refused, exported, photograph):
+    assert "no such file" in refused("predict", "nothing.jpg")
+    assert "no effect" in refused("predict", photograph, "--model", exported, "--keep-rate", "0.5")
+    assert "no embeddings" in refused("predict", photograph, "--model", exported, "--embeddings", "a.npz")
+    assert "expected a name" in refused("predict", photograph, "--embeddings", "a.txt")
+
+
+def test_predict_holds_one_batch_at_a_time():
+    """Images are read as they are needed: the first result is there before the second batch is read."""
+    read = []
+
+    def names():
+        for number in range(100):
+            read.append(number)
+            yield f"{number}.missing"
+
+    next(predict(predictor_of_model(planned(), PREPARE, None, "model"), names(), batch_size=2))
+    assert len(read) <= 8
