@@ -240,22 +240,7 @@ def choose_data(
             raise SlimError(f"{source} and {parameter(name, value)} are both given: choose one")
     section = resolved.recipe.data if resolved.has_data else None
     if path is not None:
-<<<<<<< HEAD
-        section = named_data(path, section or DataSection(), "--data", resolved.is_given)
-=======
-        root = None if path == "digits" else Path(path)
-        if root is not None and not root.exists():
-            raise SlimError(f"{parameter('data', path)}: no such folder or .tar of images")
-        update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
-        update |= {key: None for key in ("train_limit", "val_limit") if not resolved.is_given(f"data.{key}")}
-        before = section or DataSection()
-        for key in ("train_split", "val_split"):
-            if root is None:
-                update[key] = DataSection.model_fields[key].default
-            elif not resolved.is_given(f"data.{key}") and not has_split(root, getattr(before, key)):
-                update[key] = "."
-        section = before.model_copy(update=update)
->>>>>>> 6c3ac62 (Library errors name the parameter; the running command spells it as its option)
+        section = named_data(path, section or DataSection(), "data", resolved.is_given)
     if section is None:
         for name, asked in (("split", split), ("limit", limit)):
             if asked is not None:
@@ -271,16 +256,16 @@ def choose_data(
 
 
 def named_data(
-    path: str, before: DataSection, parameter: str, is_given: Callable[[str], bool] = lambda _field: False
+    path: str, before: DataSection, name: str, is_given: Callable[[str], bool] = lambda _field: False
 ) -> DataSection:
-    """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays. `parameter` named it so.
+    """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays. An error calls the parameter `name`.
 
     The limits of the data before go, and where the folder has none for a split, all of it is taken, unless
     `is_given` says that the user chose the field.
     """
     root = None if path == "digits" else Path(path)
     if root is not None and not root.exists():
-        raise SlimError(f"{parameter} {path}: no such folder or .tar of images")
+        raise SlimError(f"{parameter(name, path)}: no such folder or .tar of images")
     update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
     update |= {key: None for key in ("train_limit", "val_limit") if not is_given(f"data.{key}")}
     for key in ("train_split", "val_split"):
