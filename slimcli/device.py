@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, TorchDynamoPlugin
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.version import __version__
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -31,14 +31,14 @@ def find_device(name: str = "auto") -> torch.device:
         return torch.device(next(kind for kind, here in available.items() if here))
     if not available.get(name, False):
         here = ", ".join(kind for kind, present in available.items() if present)
-        raise SlimError(f"--device {name}: not available here: expected one of auto, {here}")
+        raise SlimError(f"{parameter('device', name)}: not available here: expected one of auto, {here}")
     return torch.device(name)
 
 
 def find_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype called `precision`; `SlimError` where the device cannot run a ViT in it."""
     if precision == "float16" and device.type == "cpu":
-        raise SlimError("--precision float16: too slow to use on a CPU: expected float32 or bfloat16")
+        raise SlimError(f"{parameter('precision', precision)}: too slow to use on a CPU: expected float32 or bfloat16")
     return DTYPES[precision]
 
 

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_MARKED = re.compile("\x02(\\w+)(=?)\x03")
+
+
+def parameter(name: str, value: Any = None) -> str:
+    """A parameter by its name in Python, for the message of a `SlimError`: `device`, or with a value `device=cuda`.
+
+    A command shows it as its own option: `--device cuda`. Both marks around the name are invisible to `str(error)`.
+    """
+    return f"\x02{name}\x03" if value is None else f"\x02{name}=\x03{value}"
+
 
 class SlimError(Exception):
     """Something the user can put right: shown as one line, exit code 2, no traceback.
 
-    The message says what was found, where, what was expected and what to do.
+    The message says what was found, where, what was expected and what to do. It names a parameter by `parameter`.
     """
+
+    def __str__(self) -> str:
+        return self.spelled({})
+
+    def spelled(self, options: Mapping[str, str]) -> str:
+        """The message, with each parameter that `options` has spelled as it says: `{"keep_rates": "--keep-rate"}`."""
+
+        def spell(found: re.Match[str]) -> str:
+            name, equals = found.groups()
+            return f"{options[name]}{' ' if equals else ''}" if name in options else f"{name}{equals}"
+
+        return _MARKED.sub(spell, super().__str__())
 
 
 class DataError(SlimError):

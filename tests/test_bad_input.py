@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+from pathlib import Path
 from typing import BinaryIO
 
 import pytest
@@ -11,6 +12,11 @@ from conftest import document
 from safetensors.torch import load_file, save_file
 
 from slimcli import files
+from slimcli.calibration.workflow import Goal
+from slimcli.errors import SlimError, parameter
+from slimcli.pictures.files import choose_format
+from slimcli.plugins.scaffold import write_plugin
+from slimcli.recipe import load_recipe
 
 
 @pytest.mark.parametrize("rate", ["0", "1.5", "abc", "-1", "nan", "0.7,", "0.5,2"])
@@ -212,3 +218,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_reason(refused, tiny_r
 def test_half_precision_safetensors_load_as_float32(slim, tiny_recipe, weights):
     save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
     assert document(slim("train", tiny_recipe, "--set", f"model.weights={weights}", "--json"))["rows"]
+
+
+@pytest.mark.parametrize(
+    ("call", "named", "words", "spelled"),
+    [
+        (
+            lambda: choose_format(Path("lives.txt"), None),
+            "output=lives.txt: a picture is written",
+            ("show", "--pick", "random", "-o", "lives.txt"),
+            "-o lives.txt: a picture is written",
+        ),
+        (
+            lambda: Goal(flops=-1.0),
+            "flops=-1.0 is not possible",
+            ("calibrate", "--target-flops", "-1"),
+            "--target-flops -1.0 is not possible",
+        ),
+        (
+            lambda: load_recipe("quickstart", ["nonsense"]),
+            "overrides nonsense: expected field=value",
+            ("recipes", "quickstart", "--check", "--set", "nonsense"),
+            "--set nonsense: expected field=value",
+        ),
+        (
+            lambda: write_plugin("fresh", Path()),
+            "choose another with to",
+            ("plugins", "new", "fresh", "--to", "."),
+            "choose another with --to",
+        ),
+    ],
+)
+def test_an_error_names_the_parameter_in_python_and_the_option_in_a_command(refused, call, named, words, spelled):
+    with pytest.raises(SlimError) as error:
+        call()
+    assert named in str(error.value)
+    assert "--" not in str(error.value)
+    assert spelled in refused(*words)
+
+
+def test_a_parameter_that_a_command_has_no_option_for_keeps_its_name():
+    error = SlimError(f"{parameter('overrides')} a=1 and {parameter('data', 'photos')} are both given")
+    assert str(error) == "overrides a=1 and data=photos are both given"
+    assert error.spelled({"data": "--data"}) == "overrides a=1 and --data photos are both given"

@@ -44,7 +44,7 @@ def test_some_of_the_model_s_classes_are_mapped_by_name():
 
 
 def test_classes_that_the_model_does_not_have_are_named():
-    with pytest.raises(SlimError, match=r"does not have: ant, bee \(it has cat, dog.*--class-map ant=") as error:
+    with pytest.raises(SlimError, match=r"does not have: ant, bee \(it has cat, dog.*class_map ant=") as error:
         match_classes(one_a_class("ant", "bee"), ["cat", "dog"], 2)
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(SlimError, match=r"Dog \(it has cat, dog; did you mean dog\?\)"):

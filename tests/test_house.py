@@ -1,13 +1,16 @@
 """The house stays in order: short files, short functions, a library that does not print, rooms without circles."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import slimcli
+from slimcli.cli import COMMANDS, main
 
 ROOT = Path(slimcli.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -45,6 +48,41 @@ def test_the_library_never_prints():
         if isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert printing == []
+
+
+def options_of(command):
+    """The options of a command and of those below it."""
+    context = click.Context(command)
+    below = [command.get_command(context, name) for name in getattr(command, "commands", ())]
+    own = [word for option in command.params for word in (*option.opts, *option.secondary_opts)]
+    return {word for word in own if word.startswith("-")}.union(*map(options_of, below))
+
+
+def literals(path):
+    """Line and text of every string in a file but docstrings, with `{}` in the place of values."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield node.lineno, "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents | parts:
+            yield node.lineno, node.value
+
+
+def test_the_library_names_parameters_and_no_options_of_commands():
+    """A whole command to run (`slim train --resume RUN`) may have its options."""
+    options = set().union(*(options_of(main.get_command(click.Context(main), name)) for name in COMMANDS))
+    assert {"--keep-rate", "--set", "--to", "--train", "-o"} <= options
+    library = [path for path in FILES if path.relative_to(ROOT).parts[0] != "cli"]
+    whole = re.compile(rf"`slim [^`]*`|^(slim )?({'|'.join(COMMANDS)}) .*$")
+    found = [
+        f"{path.relative_to(ROOT)}:{line} {text}"
+        for path in library
+        for line, text in literals(path)
+        if options.intersection(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", whole.sub("", text)))
+    ]
+    assert found == []
 
 
 def test_rooms_use_those_below_them_alone():

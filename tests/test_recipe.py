@@ -149,12 +149,12 @@ def test_set_overrides_any_field(tmp_path):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("stages.0.lr=0", "--set stages.0.lr=0: stages.0.lr: found 0, expected greater than 0"),
-        ("stages.7.lr=1", "--set stages.7.lr=1: the recipe has no stages.7 to set this in"),
-        ("data.rot=x", "--set data.rot=x: data.rot: unknown field; did you mean 'root'?"),
-        ("data.root=nowhere", "--set data.root=nowhere: data.root: 'nowhere' does not exist"),
-        ("nonsense", "--set nonsense: expected field=value"),
-        ("name.x=1", "--set name.x=1: the recipe has no"),
+        ("stages.0.lr=0", "overrides stages.0.lr=0: stages.0.lr: found 0, expected greater than 0"),
+        ("stages.7.lr=1", "overrides stages.7.lr=1: the recipe has no stages.7 to set this in"),
+        ("data.rot=x", "overrides data.rot=x: data.rot: unknown field; did you mean 'root'?"),
+        ("data.root=nowhere", "overrides data.root=nowhere: data.root: 'nowhere' does not exist"),
+        ("nonsense", "overrides nonsense: expected field=value"),
+        ("name.x=1", "overrides name.x=1: the recipe has no"),
     ],
 )
 def test_a_wrong_override_is_refused_by_its_own_words(tmp_path, override, line):

@@ -140,7 +140,7 @@ def test_a_field_applies_in_a_command_or_is_refused_by_name(targets, name):
 
 @pytest.mark.parametrize("kind", ["recipe", "run", "folder", "name"])
 def test_an_unknown_field_is_refused_with_the_nearest_name(targets, kind):
-    with pytest.raises(SlimError, match=r"--set data\.rot=x: data\.rot: unknown field; did you mean 'root'\?"):
+    with pytest.raises(SlimError, match=r"^overrides data\.rot=x: data\.rot: unknown field; did you mean 'root'\?"):
         resolve(targets[kind], "eval", ["data.rot=x"])
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.measure import clock
 from slimcli.measure.evaluate import Variant
 from slimcli.measure.profile import random_images
@@ -116,4 +116,4 @@ def check_cost(model: SlimModel, target: float, layers: Sequence[int]) -> None:
 def check_target(name: str, value: float | None) -> None:
     """`SlimError` unless a goal is a positive, finite number."""
     if value is not None and not (math.isfinite(value) and value > 0):
-        raise SlimError(f"{name} {value!r} is not possible: expected a number above 0")
+        raise SlimError(f"{parameter(name, value)} is not possible: expected a number above 0")

@@ -19,7 +19,7 @@ from slimcli.calibration.judge import Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
 from slimcli.calibration.search import Calibration, fit_and_search, plan
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluate import agreement, evaluate, first_images
 from slimcli.measure.rows import Row
@@ -53,16 +53,21 @@ class Goal:
     keep_schedule: bool = False
 
     def __post_init__(self) -> None:
-        check_target("--target-flops", self.flops)
-        check_target("--target-speedup", self.speedup)
-        names = {"--target-flops": self.flops, "--target-speedup": self.speedup, "--keep-rate": self.keep_rates or None}
-        given = [name for name, value in names.items() if value is not None]
+        check_target("flops", self.flops)
+        check_target("speedup", self.speedup)
+        goals = {"flops": self.flops, "speedup": self.speedup, "keep_rates": self.keep_rates or None}
+        given = [parameter(name) for name, value in goals.items() if value is not None]
         if len(given) > 1:
             raise SlimError(f"{' and '.join(given)} are two goals: choose one")
         if self.keep_schedule and (self.flops is not None or self.speedup is not None):
-            raise SlimError("--keep-schedule keeps where patches leave: choose the cost with --keep-rate")
+            raise SlimError(
+                f"{parameter('keep_schedule')} keeps where patches leave: "
+                f"choose the cost with {parameter('keep_rates')}"
+            )
         if self.keep_schedule and len(self.keep_rates) > 1:
-            raise SlimError("--keep-schedule takes one keep rate: the head that is fitted serves the others too")
+            raise SlimError(
+                f"{parameter('keep_schedule')} takes one keep rate: the head that is fitted serves the others too"
+            )
 
     @property
     def several(self) -> list[float]:

@@ -94,7 +94,7 @@ class SlimGroup(click.Group):
         except Exception as error:
             if ctx.meta.get("slim.debug"):
                 raise
-            message, code = _explain(error)
+            message, code = _explain(error, _options(self, ctx))
             click.echo(message, err=True)
             ctx.exit(code)
 
@@ -106,12 +106,20 @@ def _added() -> dict[str, click.Command]:
     return {name: command for name, command in commands().items() if name not in COMMANDS}
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def _options(command: click.Command, ctx: click.Context) -> dict[str, str]:
+    """How the command that is running spells its parameters: `{"keep_rates": "--keep-rate"}`."""
+    for word in ctx.meta.get("slim.words", ()):
+        if isinstance(command, click.Group):
+            command = command.get_command(ctx, word) or command
+    return {option.name: option.opts[0] for option in command.params if isinstance(option, click.Option)}
+
+
+def _explain(error: Exception, options: dict[str, str]) -> tuple[str, int]:
     if isinstance(error, click.UsageError):
         name = error.ctx.command_path if error.ctx else "slim"
         return f"Error: {error.format_message()} (see `{name} --help`)", 2
     if isinstance(error, SlimError):
-        return f"Error: {error}", 2
+        return f"Error: {error.spelled(options)}", 2
     if isinstance(error, Interrupted):
         return f"Stopped; everything is saved. Go on with: slim train --resume {error}", 1
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

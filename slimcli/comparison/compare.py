@@ -20,7 +20,7 @@ from slimcli.comparison.stages import slimming_section, total_epochs
 from slimcli.comparison.stages import stages_for as stages_for
 from slimcli.comparison.table import Line, against_dense, draw, markdown
 from slimcli.device import environment
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluate import evaluate
 from slimcli.measure.rows import Row, read_rows
@@ -97,7 +97,8 @@ def check(comparison: Comparison) -> None:
         kind = find_method(name)
         if not comparison.trains and "soft" in kind.modes and issubclass(kind, Method):
             raise SlimError(
-                f"the method {name} cannot be compared untrained: its score heads must be trained (--train or --epochs)"
+                f"the method {name} cannot be compared untrained: its score heads must be trained "
+                f"(`slim compare --train`, or {parameter('epochs')})"
             )
     if comparison.trains:
         backbone_stage(comparison.recipe)
@@ -231,7 +232,7 @@ def open_folder(comparison: Comparison, resume: bool) -> None:
             raise SlimError(f"{comparison.folder}: is there already and is no comparison: choose another folder")
         return
     if not resume:
-        raise SlimError(f"{comparison.folder}: is a comparison already: --resume goes on with it")
+        raise SlimError(f"{comparison.folder}: is a comparison already: {parameter('resume')} goes on with it")
     before, now = _read(path) or {}, comparison.settings()
     changed = [key for key in now if key != "recipe" and before.get(key) != now[key]]
     recipe = before.get("recipe", {})
@@ -239,7 +240,7 @@ def open_folder(comparison: Comparison, resume: bool) -> None:
     if changed:
         raise SlimError(
             f"{comparison.folder}: was measured with other settings (differs in {', '.join(changed)}): "
-            "give the same ones, or start anew without --resume"
+            f"give the same ones, or start anew without {parameter('resume')}"
         )
 
 
@@ -252,8 +253,8 @@ def unfinished(recipe: Recipe) -> Path:
         if not (path.parent / RESULT).is_file():
             return path.parent
     raise SlimError(
-        f"{recipe.output}: has no unfinished comparison of {recipe.name}: start one without --resume, "
-        "or name a finished one with --output"
+        f"{recipe.output}: has no unfinished comparison of {recipe.name}: start one without {parameter('resume')}, "
+        f"or name a finished one with {parameter('output')}"
     )
 
 

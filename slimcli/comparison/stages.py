@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.methods.base import Method
 from slimcli.methods.slim_model import LIFE_SETTINGS
 from slimcli.plugins import find_method
@@ -57,7 +57,9 @@ def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSec
     learning = [stage for stage in recipe.stages if stage.mode != "calibrate"]
     count = len(learning)
     if epochs < count:
-        raise SlimError(f"--epochs {epochs}: {recipe.name} has {count} stages, and each needs an epoch at least")
+        raise SlimError(
+            f"{parameter('epochs', epochs)}: {recipe.name} has {count} stages, and each needs an epoch at least"
+        )
     # what is over goes to the last stages
     shares = iter([epochs // count + (index >= count - epochs % count) for index in range(count)])
     return [s if s.mode == "calibrate" else s.model_copy(update={"epochs": next(shares)}) for s in recipe.stages]

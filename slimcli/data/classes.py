@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tomli
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 
 if TYPE_CHECKING:
     from slimcli.data.samples import ImageSamples, StreamedImages
@@ -109,7 +109,7 @@ def _indices(
     if missing:
         raise SlimError(
             f"the data has classes that the model does not have: {_listed(missing)}{_near(missing, model_names)}; "
-            f"rename the folders, or say what they are to the model (--class-map {missing[0]}=...)"
+            f"rename the folders, or say what they are to the model ({parameter('class_map')} {missing[0]}=...)"
         )
     twice = [name for name in wanted if len(places[_key(name)]) > 1]
     if twice:
@@ -123,7 +123,8 @@ def _numbered(names: Sequence[str], num_outputs: int, meant: dict[str, str]) -> 
         if len(names) != num_outputs:
             raise SlimError(
                 f"the data has {len(names)} classes and the model {num_outputs}: they must be the same; the model "
-                f"names no classes, so say which output each class is with a class map (--class-map {names[0]}=0,...)"
+                f"names no classes, so say which output each class is with a class map "
+                f"({parameter('class_map')} {names[0]}=0,...)"
             )
         return list(range(num_outputs))
     missing = [name for name in names if _key(name) not in meant]

@@ -18,7 +18,7 @@ from timm.data.dataset import ImageDataset, IterableImageDataset
 from slimcli.data.folders import SYNONYMS, open_folder, open_tar
 from slimcli.data.read import read_image
 from slimcli.data.samples import ImageSamples, Sample, StreamedImages, class_names
-from slimcli.errors import DataError
+from slimcli.errors import DataError, parameter
 from slimcli.plugins import open_plugin_dataset
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import DataSection
@@ -99,7 +99,9 @@ def _digits(train: bool) -> ImageSamples:
 def _local(root: Path | None, split: str) -> ImageSamples:
     """Images in class folders, in a folder or a .tar."""
     if root is None:
-        raise DataError("data.root is missing: give the folder or .tar of your images with --set data.root=PATH")
+        raise DataError(
+            f"data.root is missing: give the folder or .tar of your images with {parameter('overrides')} data.root=PATH"
+        )
     root = _split_root(root, split)
     source, names, notes = open_folder(root) if root.is_dir() else open_tar(root)
     samples = ImageSamples(source.read, source.name, len(source.targets), names)

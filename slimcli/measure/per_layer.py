@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimcli.backbones.base import Backbone
 from slimcli.device import synchronise
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.layout import optimize
 from slimcli.measure import clock
 from slimcli.measure.evaluate import Variant, describe
@@ -39,7 +39,9 @@ def per_layer(
     What is outside the blocks stands under `other_ms`: embedding, life head, gather and classifier.
     """
     if not isinstance(model, LifeModel):
-        raise SlimError(f"--per-layer is for life regression: the method {model.method} works inside the blocks")
+        raise SlimError(
+            f"{parameter('per_layer')} is for life regression: the method {model.method} works inside the blocks"
+        )
     model = optimize(model.to(device, dtype).eval())
     variants = all_variants(model, keep_rates, exact_savings)
     images = random_images(model, batch_size, device, dtype)

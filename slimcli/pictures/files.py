@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file
 from slimcli.pictures.outcome import Outcome
 
@@ -29,12 +29,14 @@ def encode(figure: Figure, form: str = "png", dpi: int = 160) -> bytes:
 
 
 def choose_format(output: Path | None, form: str | None) -> str:
-    """The format that the output's suffix or --format asks for; `SlimError` where they differ or it is another."""
+    """The format that the output's suffix or `form` asks for; `SlimError` where they differ or it is another."""
     suffix = output.suffix.lower().lstrip(".") if output is not None else ""
     if suffix and suffix not in FORMATS:
-        raise SlimError(f"-o {output}: a picture is written as one of {', '.join(FORMATS)}, not .{suffix}")
+        raise SlimError(
+            f"{parameter('output', output)}: a picture is written as one of {', '.join(FORMATS)}, not .{suffix}"
+        )
     if suffix and form and suffix != form:
-        raise SlimError(f"-o {output} and --format {form} differ: leave one of them out")
+        raise SlimError(f"{parameter('output', output)} and {parameter('form', form)} differ: leave one of them out")
     return suffix or form or "png"
 
 

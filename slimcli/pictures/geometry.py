@@ -9,7 +9,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.slimming import LifeModel, SlimModel
 
 #: stages drawn in a row where patches leave after more blocks than this
@@ -95,7 +95,7 @@ def drop_stages(geometry: Geometry, layer: int | None = None, most: int = MOST_S
     """The blocks to draw a picture after: those after which patches leave, at most `most`, spread evenly."""
     if layer is not None:
         if not 1 <= layer <= geometry.depth:
-            raise SlimError(f"--layer {layer}: the model has blocks 1 to {geometry.depth}")
+            raise SlimError(f"{parameter('layer', layer)}: the model has blocks 1 to {geometry.depth}")
         return (layer,)
     layers = [t for t in range(1, geometry.depth) if geometry.counts[t] < geometry.counts[t - 1]]
     if len(layers) > most:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimcli import data as datasets
-from slimcli.errors import DataError, SlimError
+from slimcli.errors import DataError, SlimError, parameter
 from slimcli.store.run_folder import CONFIG
 
 
@@ -27,7 +27,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
         if path.is_dir():
             inside = datasets.find_images(path)
             if not inside:
-                hint = f"; to use the model in it: --run {source}" if (path / CONFIG).is_file() else ""
+                hint = f"; to use the model in it: {parameter('run', source)}" if (path / CONFIG).is_file() else ""
                 raise SlimError(f"{source}: this folder holds no image{hint}")
             found += inside
         elif has_magic(source) and not path.exists():

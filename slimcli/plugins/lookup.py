@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +85,8 @@ def check_models(plugin: str, model: str | None = None) -> dict[str, Callable[[]
     if not builders:
         broken = next((f": {failure}" for failure in manager.failures if failure.plugin == plugin), "")
         raise SlimError(
-            f"the plugin {plugin} names no model to check (slim_check_models){broken}: give one with --model"
+            f"the plugin {plugin} names no model to check (slim_check_models){broken}: "
+            f"give one with {parameter('model')}"
         )
     return builders
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable, write_file
 from slimcli.plugins import plugin_manager
 
@@ -26,7 +26,7 @@ def write_plugin(name: str, to: Path | None = None) -> Path:
         raise SlimError(f"a plugin called {name} is installed already: choose another name")
     folder = to or Path(f"slim-{name}")
     if folder.exists():
-        raise SlimError(f"{folder}: is there already: choose another with --to")
+        raise SlimError(f"{folder}: is there already: choose another with {parameter('to')}")
     check_writable(folder, "folder")
     for path, text in plugin_files(name).items():
         write_file(folder / path, text.encode())

@@ -13,7 +13,7 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.recipe.errors import explain, joined, where_of
 from slimcli.recipe.schema import Recipe
 from slimcli.recipe.text import Location, parse, plain
@@ -56,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), check_files: bo
     for override in overrides:
         place = apply_override(raw, override)
         sources = {known: source for known, source in sources.items() if known[: len(place)] != place}
-        sources[place] = f"--set {override}"
+        sources[place] = f"{parameter('overrides')} {override}"
     return validate(raw, str(find_recipe(path)), sources, check_files)
 
 
@@ -87,7 +87,7 @@ def require_files(recipe: Recipe, source: str, sources: dict[Location, str], fie
             where = where_of((section, key), source, sources)
             raise SlimError(
                 f"{where}: {name}: {str(file)!r} does not exist in {Path.cwd()}: "
-                f"give the right path with --set {name}=PATH"
+                f"give the right path with {parameter('overrides')} {name}=PATH"
             )
 
 
@@ -101,9 +101,11 @@ def apply_override(raw: Any, override: str, exclusive: Sequence[str] = ()) -> Lo
         int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.strip().split(".")
     )
     if not equals or not all(str(part) for part in place):
-        raise SlimError(f"--set {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3")
+        raise SlimError(
+            f"{parameter('overrides')} {override}: expected field=value, such as data.root=photos or stages.0.lr=1e-3"
+        )
     target = raw
-    missing = f"--set {override}: the recipe has no"
+    missing = f"{parameter('overrides')} {override}: the recipe has no"
     for depth, (part, following) in enumerate(itertools.pairwise(place), 1):
         try:
             target = target[part] if isinstance(part, int) else target.setdefault(part, [] if following == 0 else {})

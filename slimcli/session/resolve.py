@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.recipe import (
     DataSection,
     ModelSection,
@@ -86,7 +86,7 @@ class Resolved:
     config: dict[str, Any] = field(default_factory=dict)
     #: whether images belong to it
     has_data: bool = True
-    #: places of the fields that were set beside the target, and how: `--set data.root=photos`
+    #: places of the fields that were set beside the target, and how: `overrides data.root=photos`, as an error names it
     given: dict[Location, str] = field(default_factory=dict)
 
     def is_given(self, name: str) -> bool:
@@ -122,16 +122,17 @@ def resolve(
     found, raw, sources = _start(text, pretrained, embedded, default_dead)
     if img_size is not None and found.kind != "name":
         raise SlimError(
-            "--img-size is for a model's name: a run or a recipe has its own size (--set model.img_size=...)"
+            f"{parameter('img_size')} is for a model's name: a run or a recipe has its own size "
+            f"({parameter('overrides')} model.img_size=...)"
         )
     if not isinstance(raw, dict):
         validate(raw, found.label)
     given = _set_fields(raw, sources, overrides, command)
     options: dict[Location, tuple[str, Any]] = {
-        ("model", "weights"): ("--weights", str(weights) if weights is not None else None),
-        ("model", "img_size"): ("--img-size", img_size),
-        ("slimming", "dead"): ("--dead", dead),
-        ("precision",): ("--precision", precision),
+        ("model", "weights"): ("weights", str(weights) if weights is not None else None),
+        ("model", "img_size"): ("img_size", img_size),
+        ("slimming", "dead"): ("dead", dead),
+        ("precision",): ("precision", precision),
     }
     _set_options(raw, sources, given, options)
     if found.kind != "recipe":
@@ -153,20 +154,22 @@ def _target_of(text: str | None, weights: Path | None, model: str | None) -> tup
     """
     if text is not None and _is_weights_file(text):
         if weights is not None:
-            raise SlimError(f"{text} and --weights {weights} are both weights: choose one")
+            raise SlimError(f"{text} and {parameter('weights', weights)} are both weights: choose one")
         if not Path(text).is_file():
             raise SlimError(f"{text}: no such weights file")
         weights, text = Path(text), None
         if model is None:
-            raise SlimError(f"{weights}: of which model are these weights? --model NAME says it, or a recipe's [model]")
+            named = parameter("model", "NAME")
+            raise SlimError(f"{weights}: of which model are these weights? {named} says it, or a recipe's [model]")
     if model is not None:
         if text is not None:
-            raise SlimError(f"{text} and --model {model} both say which model: choose one")
+            raise SlimError(f"{text} and {parameter('model', model)} both say which model: choose one")
         text = model
         if kind_of(text) != "name":
-            raise SlimError(f"--model {model}: expected a model's name, such as vit_small_patch16_224")
+            raise SlimError(f"{parameter('model', model)}: expected a model's name, such as vit_small_patch16_224")
     elif text is None and weights is not None:
-        raise SlimError(f"--weights {weights}: of which model? Name a target, or the model with --model NAME")
+        named = parameter("model", "NAME")
+        raise SlimError(f"{parameter('weights', weights)}: of which model? Name a target, or the model with {named}")
     return text, weights
 
 
@@ -179,12 +182,12 @@ def _set_fields(raw: Any, sources: dict[Location, str], overrides: Sequence[str]
             place = apply_override(raw, override, () if twice else SCHEDULES)
         except SlimError:
             # a field of a section that the target does not have, and the command has no use for either
-            _refuse_unused(override.partition("=")[0].strip(), f"--set {override}", command)
+            _refuse_unused(override.partition("=")[0].strip(), f"{parameter('overrides')} {override}", command)
             raise
         for known in [known for known in sources if known[: len(place)] == place]:
             del sources[known]
-        sources[place] = f"--set {override}"
-        given |= dict.fromkeys(leaves(place, _at(raw, place)), f"--set {override}")
+        sources[place] = f"{parameter('overrides')} {override}"
+        given |= dict.fromkeys(leaves(place, _at(raw, place)), f"{parameter('overrides')} {override}")
     return given
 
 
@@ -195,17 +198,17 @@ def _set_options(
     options: dict[Location, tuple[str, Any]],
 ) -> None:
     """Set the fields that options of their own stand for; `SlimError` where one was set already."""
-    for place, (flag, value) in options.items():
+    for place, (name, value) in options.items():
         if value is None:
             continue
         if place in given:
-            raise SlimError(f"{given[place]} and {flag} {value} are both given: choose one")
-        *above, name = map(str, place)
+            raise SlimError(f"{given[place]} and {parameter(name, value)} are both given: choose one")
+        *above, key = map(str, place)
         section = raw.get(above[0]) if above else raw
         if not isinstance(section, dict):
             section = raw[above[0]] = {}
-        section[name] = value
-        given[place] = sources[place] = f"{flag} {value}"
+        section[key] = value
+        given[place] = sources[place] = parameter(name, value)
 
 
 def _is_weights_file(text: str) -> bool:

@@ -20,7 +20,7 @@ from slimcli import data as datasets
 from slimcli.data import has_split
 from slimcli.data.samples import ImageSamples
 from slimcli.device import find_device, find_dtype, versions
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.recipe import DataSection, Recipe
 from slimcli.session.resolve import Resolved, resolve
 from slimcli.session.targets import Target, build_target
@@ -96,7 +96,8 @@ class Session:
         """The data; `SlimError` if there is none."""
         if self.section is None:
             raise SlimError(
-                f"{self.target.label}: comes without data: name a folder or .tar of images with --data PATH"
+                f"{self.target.label}: comes without data: name a folder or .tar of images with "
+                f"{parameter('data', 'PATH')}"
             )
         return self.section
 
@@ -177,8 +178,8 @@ class Session:
     def _calibrate_command(self) -> str:
         request, words = self.request, ["slim", "calibrate"]
         words += [request.target or self.resolved.label] if request.model is None or request.target else []
-        for flag, value in (("--model", request.model), ("--weights", request.weights)):
-            words += [flag, str(value)] if value is not None else []
+        for name, value in (("model", request.model), ("weights", request.weights)):
+            words += [f"--{name}", str(value)] if value is not None else []
         return shlex.join(words)
 
 
@@ -241,41 +242,44 @@ def choose_data(
         SlimError: for an option beside a field that says the same, and one that would have no effect.
     """
     options: dict[str, tuple[str, Any]] = {
-        "data.root": ("--data", path),
-        "data.name": ("--data", path),
-        "data.val_split": ("--split", split),
-        "data.val_limit": ("--limit", limit),
-        "data.batch_size": ("--batch-size", batch_size),
+        "data.root": ("data", path),
+        "data.name": ("data", path),
+        "data.val_split": ("split", split),
+        "data.val_limit": ("limit", limit),
+        "data.batch_size": ("batch_size", batch_size),
     }
-    for name, (flag, value) in options.items():
-        if value is not None and resolved.is_given(name):
-            source = resolved.given[tuple(name.split("."))]
-            raise SlimError(f"{source} and {flag} {value} are both given: choose one")
+    for place, (name, value) in options.items():
+        if value is not None and resolved.is_given(place):
+            source = resolved.given[tuple(place.split("."))]
+            raise SlimError(f"{source} and {parameter(name, value)} are both given: choose one")
     section = resolved.recipe.data if resolved.has_data else None
     if path is not None:
-        section = named_data(path, section or DataSection(), "--data", resolved.is_given)
+        section = named_data(path, section or DataSection(), "data", resolved.is_given)
     if section is None:
-        for flag, asked in (("--split", split), ("--limit", limit)):
+        for name, asked in (("split", split), ("limit", limit)):
             if asked is not None:
-                raise SlimError(f"{flag} {asked}: {resolved.label} comes without data: name it with --data PATH")
+                raise SlimError(
+                    f"{parameter(name, asked)}: {resolved.label} comes without data: "
+                    f"name it with {parameter('data', 'PATH')}"
+                )
         return None
     if split is not None and (section.name == "digits" or (section.root is not None and section.root.is_file())):
-        raise SlimError(f"--split {split}: {section.name or section.root} has no folders to choose from")
+        raise SlimError(f"{parameter('split', split)}: {section.name or section.root} has no folders to choose from")
     changes = {"val_split": split, "val_limit": limit, "batch_size": batch_size}
     return section.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
 def named_data(
-    path: str, before: DataSection, parameter: str, is_given: Callable[[str], bool] = lambda _field: False
+    path: str, before: DataSection, name: str, is_given: Callable[[str], bool] = lambda _field: False
 ) -> DataSection:
-    """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays. `parameter` named it so.
+    """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays. An error calls the parameter `name`.
 
     The limits of the data before go, and where the folder has none for a split, all of it is taken, unless
     `is_given` says that the user chose the field.
     """
     root = None if path == "digits" else Path(path)
     if root is not None and not root.exists():
-        raise SlimError(f"{parameter} {path}: no such folder or .tar of images")
+        raise SlimError(f"{parameter(name, path)}: no such folder or .tar of images")
     update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
     update |= {key: None for key in ("train_limit", "val_limit") if not is_given(f"data.{key}")}
     for key in ("train_split", "val_split"):

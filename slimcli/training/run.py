@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
 from slimcli.documents import json_text
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file
 from slimcli.recipe import Recipe, load_recipe
 from slimcli.slimming import SlimModel
@@ -176,7 +176,8 @@ def unfinished_run(recipe: Recipe) -> Path:
         if changed:
             raise SlimError(
                 f"{path.parent}: was started with another recipe (differs in {', '.join(changed)}): "
-                f"go on with it as it was by `slim train --resume {path.parent}`, or start anew without --resume"
+                f"go on with it as it was by `slim train --resume {path.parent}`, "
+                f"or start anew without {parameter('resume')}"
             )
         return path.parent
-    raise SlimError(f"{recipe.output}: has no unfinished run of {recipe.name}: start one without --resume")
+    raise SlimError(f"{recipe.output}: has no unfinished run of {recipe.name}: start one without {parameter('resume')}")
