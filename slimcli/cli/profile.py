@@ -84,7 +84,7 @@ def command(
             found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=others
         )
         if per_layer:
-            layers = per_layer_tables(
+            details["per_layer"] = per_layer_tables(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
         if operators:
@@ -100,13 +100,7 @@ def command(
         _print_layers(display, table)
     if operators:
         _print_operators(display, details["operators"])
-    document = {
-        "model": found.model_name,
-        **session.facts(batch),
-        "attention": kernels,
-        "rows": rows,
-        **details,
-    }
+    document = {"model": found.model_name, **session.facts(batch), "attention": kernels, "rows": rows, **details}
     display.document(document)
 
 
