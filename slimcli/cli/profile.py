@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -67,54 +67,71 @@ def command(
     without one, the latest run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display
+
+    display = Display(as_json)
+    request = {"target": target, "overrides": overrides, **asked}
+    places = places_on_cpu(runtimes, asked)
+    if places:
+        _refuse_without_effect({"--per-layer": per_layer, "--operators": operators, "--against": against})
+        _in_runtimes(display, places, request, keep_rates, batch_size, exact_savings, seconds)
+    else:
+        looks = Looks(words(against), per_layer, operators)
+        _in_torch(display, request, keep_rates, batch_size, exact_savings, seconds, looks)
+
+
+class Looks(NamedTuple):
+    """What is measured beside the rows of the model: other methods, each block, the operators of a pass."""
+
+    others: list[str]
+    per_layer: bool
+    operators: bool
+
+
+def _in_torch(
+    display: Display,
+    request: dict[str, Any],
+    keep_rates: list[float] | None,
+    batch_size: int | None,
+    exact_savings: bool,
+    seconds: float,
+    looks: Looks,
+) -> None:
+    """Measure where the model is, in eager PyTorch."""
     from slimcli.cli.tables import print_layers, print_operators, print_profile
     from slimcli.measure import operators as operator_counts
     from slimcli.measure import profile
     from slimcli.measure.per_layer import per_layer as per_layer_tables
     from slimcli.session.session import Request, open_session
 
-    display = Display(as_json)
-    places = places_on_cpu(runtimes, asked)
-    if places:
-        _refuse_without_effect({"--per-layer": per_layer, "--operators": operators, "--against": against})
-        _in_runtimes(display, places, target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
-        return
-    session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
+    session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
     found, where, dtype = session.target, session.device, session.dtype
     for line in found.notes:
         display.warn(line)
     batch = batch_size or profile.DEFAULT_BATCH[where.type]
     details: dict[str, list[dict[str, Any]]] = {}
     with display.progress() as progress:
-        others = words(against)
         rows = profile.profile(
-            found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=others
+            found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=looks.others
         )
-        if per_layer:
+        if looks.per_layer:
             details["per_layer"] = per_layer_tables(
                 found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
             )
-        if operators:
+        if looks.operators:
             details["operators"] = operator_counts.operators(
-                found.model, keep_rates, batch, where, dtype, exact_savings, others
+                found.model, keep_rates, batch, where, dtype, exact_savings, looks.others
             )
     kernels = profile.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {session.said(batch)}")
-    print_profile(display, rows, bool(others))
+    print_profile(display, rows, bool(looks.others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
     for line in profile.kept_back(rows, found.model, batch, where, kernels["inference"]):
         display.warn(line)
     for table in details.get("per_layer", ()):
         print_layers(display, table)
-    if operators:
+    if looks.operators:
         print_operators(display, details["operators"])
-    document = {
-        "model": found.model_name,
-        **session.facts(batch),
-        "attention": kernels,
-        "rows": rows,
-        **details,
-    }
+    document = {"model": found.model_name, **session.facts(batch), "attention": kernels, "rows": rows, **details}
     display.document(document)
 
 
@@ -127,21 +144,19 @@ def _refuse_without_effect(options: dict[str, Any]) -> None:
 def _in_runtimes(
     display: Display,
     places: list[Place],
-    target: str | None,
-    overrides: tuple[str, ...],
+    request: dict[str, Any],
     keep_rates: list[float] | None,
     batch_size: int | None,
     exact_savings: bool,
     seconds: float,
-    asked: dict[str, Any],
 ) -> None:
-    """The same, in runtimes by name."""
+    """Measure dense and slimmed in runtimes by name."""
     from slimcli.cli.tables import print_profile
     from slimcli.measure import profile
     from slimcli.runtimes.measuring import profile_places
     from slimcli.session.session import Request, open_session
 
-    session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
+    session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
     batch = batch_size or profile.DEFAULT_BATCH["cpu"]
     with display.progress() as progress:
         rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings)
