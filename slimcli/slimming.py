@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from slimcli.data.transform import default_transform
 from slimcli.errors import SlimError
 from slimcli.methods.base import Method
 from slimcli.methods.life import LifeModel
@@ -44,7 +45,9 @@ def slim(
     Raises:
         SlimError: for a model that cannot drop patches, with the reason, and for an impossible schedule.
     """
+    built_from = None
     if isinstance(model, str):
+        built_from = {"name": model, "args": {}, **({"backbone": plugin} if plugin is not None else {})}
         model = build_model(model, pretrained=True, plugin=plugin)
     backbone = find_backbone(model, plugin)
     life_layer = backbone.life_layer if life_layer is None else check_whole(life_layer, "life layer")
@@ -52,6 +55,7 @@ def slim(
     schedule = with_keep_rate(Schedule.uniform(backbone.depth, 1.0, life_layer, layers), keep_rate)
     slimmed = find_method(method)(backbone, schedule, temperature)
     slimmed.configure({"dead": dead})
+    slimmed.describe(built_from=built_from, transform=default_transform(backbone), taught=False)
     return slimmed
 
 
@@ -60,4 +64,6 @@ def rival(name: str, model: SlimModel) -> Method:
     kind = find_method(name)
     if not issubclass(kind, Method):
         raise SlimError(f"the method {name!r} is what the others are compared with: name another one")
-    return kind(model.backbone, model.schedule)
+    found = kind(model.backbone, model.schedule)
+    found.describe_as(model)
+    return found

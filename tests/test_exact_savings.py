@@ -71,7 +71,7 @@ def test_deit_small_costs_what_the_documentation_says():
     heirs = model.multiply_adds()
     model.exact_savings = False
     assert model.multiply_adds() - heirs == architecture.exact_savings(model.patches_per_layer)
-    assert heirs / 1e9 == pytest.approx(2.935 + 0.005, abs=6e-4)  # and comparing patches
+    assert heirs / 1e9 == pytest.approx(2.935 + 0.005 + 0.005, abs=6e-4)  # comparing patches, and adding them
 
 
 @pytest.mark.parametrize("keep_rate", [0.9, 0.8, 0.7, 0.5])

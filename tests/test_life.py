@@ -9,14 +9,15 @@ from torch.nn import functional as F
 
 from slimcli.life import (
     LifeHead,
-    inherit,
     lives_in_order,
     log_soft_weight,
     log_straight_weight,
     longest_lives_first,
     normalise_life,
     plan,
+    shares,
     sort_patches,
+    take_over,
     take_patches,
 )
 
@@ -127,16 +128,20 @@ def test_sorting_the_patches_leaves_the_prefix_tokens_in_front(prefix):
 def test_a_heir_becomes_the_weighted_mean_of_all_it_took_over():
     patches, counts = torch.randn(3, 20, 8), (20, 13, 6, 2)
     weights = torch.rand(3, 20) + 0.5
-    now, mass = patches, torch.stack((weights, torch.ones(3, 20)), dim=-1)
-    heirs = plan(patches, weights, counts).heirs
-    for before, after in itertools.pairwise(counts):
-        now, mass = inherit(now, mass, heirs[:, after:before])
-    assert now.shape == (3, 2, 8)
-    for image in range(3):
-        expected, masses = slow_inheritance(patches[image], weights[image], heirs[image], counts)
-        assert torch.allclose(now[image], expected, atol=1e-5)
-        assert torch.allclose(mass[image], masses)
-    assert torch.equal(mass[..., 1].sum(1), torch.full((3,), 20.0))
+    found = plan(patches, weights, counts)._replace(weight=weights)
+    for prefix in (0, 2):
+        first = torch.randn(3, prefix, 8)
+        now, table = torch.cat((first, patches), dim=1), shares(found, counts, prefix, torch.float32)
+        for time, after in enumerate(counts[1:]):
+            now = take_over(now, table, time, prefix + after)
+        sizes = table.log_size[:, -1, : prefix + 2].exp()
+        assert now.shape == (3, prefix + 2, 8)
+        assert torch.equal(now[:, :prefix], first)
+        for image in range(3):
+            expected, masses = slow_inheritance(patches[image], weights[image], found.heirs[image], counts)
+            assert torch.allclose(now[image, prefix:], expected, atol=1e-5)
+            assert torch.allclose(sizes[image, prefix:], masses[:, 1])
+        torch.testing.assert_close(sizes.sum(dim=1), torch.full((3,), 20.0 + prefix))
 
 
 def test_of_two_patches_that_say_the_same_the_less_important_leaves_early():

@@ -364,7 +364,7 @@ def test_grid_sets_how_many_images_stand_side_by_side(slim, run, photos):
 
 
 def test_more_images_than_fit_one_sheet_go_into_numbered_files(slim, run, photos, monkeypatch):
-    monkeypatch.setattr(pictures, "ROWS_A_FILE", 3)
+    monkeypatch.setattr(pictures.drawing, "ROWS_A_FILE", 3)
     found = document(slim("show", photos, "--run", run, "-o", "sheet.png", "--json"))
     assert found["written"] == ["sheet-1.png", "sheet-2.png"]
     assert [entry["output"] for entry in found["images"]] == ["sheet-1.png"] * 3 + ["sheet-2.png"]

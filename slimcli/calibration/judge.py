@@ -45,7 +45,7 @@ class Ranking:
 PLAIN = Ranking(0.0, 0.0, 1.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidate:
     """A candidate: how patches leave, and how far the slimmed model is from the dense one on the check images.
 

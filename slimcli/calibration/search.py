@@ -35,7 +35,7 @@ BRIEF = 0.2
 
 @dataclass
 class Calibration:
-    """What `calibrate_model` did: the heads it fitted, by life layer, and every candidate, the chosen one first.
+    """What `fit_and_search` did: the heads it fitted, by life layer, and every candidate, the chosen one first.
 
     `paper` is the paper's way at the same cost, for comparison: three drops, and dead patches discarded.
     """
@@ -45,7 +45,7 @@ class Calibration:
     paper: Candidate | None = None
 
 
-def calibrate_model(
+def fit_and_search(
     model: SlimModel,
     goal: Cost | Schedule,
     fit_on: Iterable[tuple[Tensor, Tensor]],

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slimcli import data as datasets
 from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
 from slimcli.calibration.judge import Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
-from slimcli.calibration.search import Calibration, calibrate_model, plan
+from slimcli.calibration.search import Calibration, fit_and_search, plan
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluate import agreement, evaluate, first_images
@@ -137,21 +138,17 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
     # what is saved are the weights as they came, not rounded to what the arithmetic runs in
     weights = {name: value.clone() for name, value in model.model.state_dict().items()}
     model.to(device, dtype)
-    work = Steps(progress, _steps(session, goal, count), numbered=True)
-    cost = None
-    if goal.speedup is not None:
-        with work.step() as part:
-            cost = cost_for_speedup(model, goal.speedup, batch, device, dtype, part)
-    aim, others = _aim(session, goal, cost)
+    fits = goal_steps(model, goal, count)
+    weight = sum(step.weight for step in fits)
+    compares = [Step(f"comparing {what} life head", 0.1 * weight) for what in ("an untaught", "the fitted")]
+    work = Steps(progress, [compares[0], *fits, compares[1], Step("evaluating", 0.3 * weight)], numbered=True)
 
     def agreed() -> Agreement:
         return agreement(model, first_images(session.loader(shown, batch), len(shown)), device, dtype)
 
     with work.step():
         untaught = agreed()
-    with work.step() as part, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(session.recipe.seed)
-        found = calibrate_model(model, aim, fit_on, check_on, count, device, dtype, part, others)
+    found = fit_to_goal(model, goal, fit_on, check_on, batch, device, dtype, session.recipe.seed, work)
     with work.step():
         taught = agreed()
     rates = goal.several if len(goal.several) > 1 else None
@@ -195,23 +192,44 @@ def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tu
     return fit_on, check_on, sum(len(targets) for _, targets in fit_on)
 
 
-def _steps(session: Session, goal: Goal, count: int) -> list[Step]:
-    """The steps of a calibration, and about how long each takes."""
-    layers = (0,) if goal.keep_schedule else candidate_life_layers(session.model.backbone.depth)
+def goal_steps(model: SlimModel, goal: Goal, count: int) -> list[Step]:
+    """The steps of `fit_to_goal` on `count` images, and about how long each takes."""
+    layers = (0,) if goal.keep_schedule else candidate_life_layers(model.backbone.depth)
     fits = plan(layers, goal.keep_schedule, count)
     weight = sum(step.weight for step in fits)
-    return [
-        *([Step("measuring speed", 0.3 * weight)] if goal.speedup is not None else []),
-        Step("comparing an untaught life head", 0.1 * weight),
-        Step("calibrating", weight, len(fits)),
-        Step("comparing the fitted life head", 0.1 * weight),
-        Step("evaluating", 0.3 * weight),
-    ]
+    speed = [Step("measuring speed", 0.3 * weight)] if goal.speedup is not None else []
+    return [*speed, Step("calibrating", weight, len(fits))]
 
 
-def _aim(session: Session, goal: Goal, cost_of_speedup: float | None) -> tuple[Cost | Schedule, list[Cost]]:
+def fit_to_goal(
+    model: SlimModel,
+    goal: Goal,
+    fit_on: Sequence[tuple[Tensor, Tensor]],
+    check_on: Sequence[tuple[Tensor, Tensor]],
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    work: Steps,
+) -> Calibration:
+    """Calibrate a model for `goal` on batches to fit on and others to check on; `work` is at the first of `goal_steps`.
+
+    A speed-up is measured with `batch_size` images. The model is left on `device` in `dtype`.
+    """
+    cost = None
+    if goal.speedup is not None:
+        with work.step() as part:
+            cost = cost_for_speedup(model, goal.speedup, batch_size, device, dtype, part)
+    aim, others = _aim(model, goal, cost)
+    count = sum(len(images) for images, _ in fit_on)
+    with work.step() as part, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return fit_and_search(model, aim, fit_on, check_on, count, device, dtype, part, others)
+
+
+def _aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None) -> tuple[Cost | Schedule, list[Cost]]:
     """What is searched for: a schedule or a cost, and the lower costs that the found fall is to serve too."""
-    model, searched = session.model, goal.searched
+    searched = goal.searched
     others = [Cost(model.usual_cost(rate)) for rate in searched[1:]]
     if goal.keep_schedule:
         return (model.at_keep_rate(searched[0]) if searched else model.schedule), others

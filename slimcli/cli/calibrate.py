@@ -20,8 +20,7 @@ from slimcli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from slimcli.calibration.workflow import Calibrated
-    from slimcli.cli.display import Display
+    pass
 
 
 @click.command("calibrate")
@@ -73,6 +72,7 @@ def command(
     """
     from slimcli.calibration.workflow import Goal, calibrate_session, new_folder
     from slimcli.cli.display import Display, across
+    from slimcli.cli.tables import print_agreement, print_candidates
     from slimcli.files import check_writable
     from slimcli.session.session import Request, open_session
     from slimcli.store.run_folder import RECIPE, point_latest
@@ -97,52 +97,8 @@ def command(
     warning = point_latest(folder) if output is None else None
     if warning is not None:
         display.warn(warning)
-    _print_candidates(display, done)
-    _print_agreement(display, done)
+    print_candidates(display, done)
+    print_agreement(display, done)
     across(display, done.rows, f"on {done.rows[0].images} validation images; {session.said(done.batch_size)}")
     display.line(f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / RECIPE}")
     display.document(document)
-
-
-def _print_candidates(display: Display, done: Calibrated) -> None:
-    tried, paper = done.found.tried, done.found.paper
-    # the best of each schedule: the rule matters less than where patches leave
-    best: dict[Any, Any] = {}
-    for candidate in tried:
-        best.setdefault(candidate.schedule, candidate)
-    shown = [("", candidate) for candidate in list(best.values())[:5]]
-    shown += [("paper", paper)] if paper else []
-    body: list[list[str]] = []
-    for name, candidate in shown:
-        schedule = candidate.schedule
-        falls = ", ".join(f"{rate:g} after {layer}" for layer, rate in schedule.drops)
-        if schedule.drops and schedule.keep_rate is not None:
-            falls = f"{schedule.keep_rate:g} after {', '.join(str(layer) for layer, _ in schedule.drops)}"
-        body.append(
-            [
-                name or ("chosen" if not body else ""),
-                str(schedule.life_layer),
-                falls or " ".join(map(str, schedule.counts[schedule.life_layer :])),
-                f"{candidate.gmacs:.3f}",
-                f"{candidate.apart:.3f}",
-                f"{candidate.agreement:.1f} %",
-            ]
-        )
-    titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
-    rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].ranking).items())
-    note = f"Chosen with {rule}.\nApart: squared error of the dense model's logits, over their variance; "
-    note += f"Agrees: same class; {len(tried)} tried"
-    display.table(titles, body, note)
-
-
-def _print_agreement(display: Display, done: Calibrated) -> None:
-    before, after, dense = done.report["before"], done.report["after"], done.report["dense_top1"]
-    images = f"on {done.report['images']} validation images, head before fitting -> after"
-    if dense is None:
-        cosines = f"{before['agreement'] / 100:.3f} -> {after['agreement'] / 100:.3f}"
-        display.line(f"{images}: cosine with dense features {cosines}")
-        return
-    display.line(
-        f"{images}: agreement with dense {before['agreement']:.1f} % -> {after['agreement']:.1f} %, "
-        f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {dense:.2f} %)"
-    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
+import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy
 from numpy.typing import NDArray
@@ -11,6 +14,13 @@ from PIL import Image
 from rich.color import Color
 from rich.segment import Segment, Segments
 from rich.style import Style
+
+from slimcli import pictures
+
+if TYPE_CHECKING:
+    from slimcli.cli.display import Display
+    from slimcli.pictures.drawing import Sheet
+    from slimcli.pictures.drawing import Style as PictureStyle
 
 #: what TERM_PROGRAM says of terminals that draw pictures
 PROGRAMS = {
@@ -99,3 +109,26 @@ def half_blocks(image: Image.Image, columns: int) -> Segments:
             segments.append(Segment("▀", Style(color=upper, bgcolor=lower)))
         segments.append(Segment.line())
     return Segments(segments)
+
+
+def print_picture(display: Display, sheet: Sheet, style: PictureStyle) -> None:
+    """A sheet in the terminal, as well as this one can."""
+    if not display.out.is_terminal:
+        return
+    protocol = find_protocol(os.environ)
+    columns = display.out.width
+    if protocol == "blocks":
+        # too coarse for words and numbers: the bare panels
+        for outcome in sheet.outcomes:
+            bare = pictures.strip(outcome, style.geometry, style.prepare, style.layer)
+            display.out.print(half_blocks(bare, columns), end="")
+        return
+    png = pictures.encode(sheet.figure, "png", dpi=110)
+    if protocol == "sixel":
+        picture = Image.open(io.BytesIO(png))
+        width = min(picture.width, columns * 9)
+        text = sixel(picture.resize((width, picture.height * width // picture.width), Image.Resampling.LANCZOS))
+    else:
+        text = kitty(png, columns) if protocol == "kitty" else iterm2(png, columns)
+    display.out.file.write(text)
+    display.out.file.flush()

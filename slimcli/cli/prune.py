@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,10 +18,6 @@ from slimcli.cli.options import (
     target_options,
 )
 from slimcli.errors import SlimError
-
-if TYPE_CHECKING:
-    from slimcli.measure.rows import Row
-    from slimcli.session.session import Session
 
 
 @click.command("prune")
@@ -74,48 +70,18 @@ def command(
     check_writable(output, "folder")
 
     from slimcli.cli.display import Display, across
-    from slimcli.device import DTYPES, environment
+    from slimcli.device import DTYPES
+    from slimcli.session.deploy import prepare_to_deploy
     from slimcli.session.session import Request, open_session
-    from slimcli.store.card import bake
 
     display = Display(as_json)
     session = open_session(Request("prune", target, overrides, weights, **asked))
-    found, model, where = session.target, session.model, session.device
-    model.exact_savings = model.exact_savings or exact_savings
-    if not found.has_life_head:
-        raise SlimError(session.warnings[-1])
-    if keep_rates is not None:
-        model.keep_rate = keep_rates[0]
-    config = {**found.config, "preprocessing": session.preprocessing}
-    stored = {name: value.clone() for name, value in model.state_dict().items()}
-    rows, note, batch = _measure(display, session, config)
-    # measuring may have cast the weights
-    model.to("cpu", DTYPES["float32"]).load_state_dict(stored)
-    facts = environment(where)
-    measured = {key: facts[key] for key in ("device", "device_name", "threads", "versions")}
-    measured |= {"precision": session.precision, "batch_size": batch, "note": note, "rows": rows}
-    bake(output, model, config, measured, DTYPES[weights_dtype])
-    across(display, rows, note)
-    if any(row.timing_reliable is False for row in rows):
+    with display.progress() as progress:
+        rate = None if keep_rates is None else keep_rates[0]
+        found = prepare_to_deploy(session, rate, exact_savings, progress, display.warn)
+    found.write(output, DTYPES[weights_dtype])
+    across(display, found.rows, found.note)
+    if any(row.timing_reliable is False for row in found.rows):
         display.warn(f"speed was not measured reliably: {output / 'README.md'} leaves it out")
     display.line(f"{output} is ready: slimcli.load({str(output)!r})")
-    display.document({"output": str(output), "model": found.model_name, **measured})
-
-
-def _measure(display: Any, session: Session, config: dict[str, Any]) -> tuple[list[Row], str, int]:
-    """What the card quotes: its rows, what they were measured on, and the batch. Adds class names to `config`."""
-    from slimcli.measure.evaluate import evaluate
-    from slimcli.measure.profile import DEFAULT_BATCH, profile
-
-    model, device, dtype = session.model, session.device, session.dtype
-    images = session.images() if session.section is not None else None
-    for line in (*session.target.notes, *session.notes):
-        display.warn(line)
-    with display.progress() as progress:
-        if images is None:
-            batch = session.request.batch_size or DEFAULT_BATCH[device.type]
-            rows = profile(model, None, batch, device, dtype, progress=progress)
-            return rows, "No data was at hand: accuracy was not measured.", batch
-        config.setdefault("class_names", getattr(images, "class_names", None))
-        rows = evaluate(model, session.loader(images), None, device, dtype, progress)
-    return rows, f"Accuracy on {len(images)} images ({session.data.val_split}).", session.data.batch_size
+    display.document({"output": str(output), "model": session.target.model_name, **found.measured})

@@ -11,6 +11,7 @@ from slimcli.cli.options import common_options, set_option
 from slimcli.errors import SlimError
 
 if TYPE_CHECKING:
+    from slimcli.cli.display import Display
     from slimcli.recipe import Recipe
 
 
@@ -41,26 +42,27 @@ def command(
     environment, a summary and report.html. Under `torchrun -m slimcli` or `accelerate launch -m slimcli` it uses
     every process.
     """
-    from slimcli.recipe import FILES, find_recipe
-    from slimcli.session.resolve import resolve
+    from slimcli.session.recipes import read_recipe
     from slimcli.store.run_folder import SUMMARY
 
     recipe, resume, run = _what_to_resume(recipe, resume, with_changes=bool(overrides) or precision is not None)
     if recipe is None:
         raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
-    loaded = resolve(str(find_recipe(recipe)), "train", overrides, precision=precision, check=FILES).recipe
+    loaded = read_recipe(recipe, "train", overrides, precision)
     if dry_run and (run is not None or resume is not None):
         raise SlimError("--dry-run trains nothing: leave --resume out")
 
     from slimcli import train
     from slimcli.cli.display import Display
+    from slimcli.cli.tables import print_plan
     from slimcli.device import find_device
 
     if dry_run:
         display = Display(as_json)
         with display.progress() as progress:
             plan = train.dry_run(loaded, device, progress)
-        _print_plan(display, plan)
+        print_plan(display, plan)
+        display.document(plan)
         return
     if resume == "":
         run = train.unfinished_run(loaded)
@@ -111,7 +113,7 @@ def _what_to_resume(
     return recipe, resume, run
 
 
-def _print_end(display: Any, recipe: Recipe, folder: Path, summary: dict[str, Any]) -> None:
+def _print_end(display: Display, recipe: Recipe, folder: Path, summary: dict[str, Any]) -> None:
     from slimcli.cli.display import across
 
     display.line()
@@ -120,30 +122,3 @@ def _print_end(display: Any, recipe: Recipe, folder: Path, summary: dict[str, An
     start = summary["before"]
     if "top1" in start:
         display.line(f"before training, dense: top-1 {start['top1']:.2f} %")
-
-
-def _print_plan(display: Any, plan: dict[str, Any]) -> None:
-    from slimcli.cli.display import across
-
-    display.line(f"{plan['model']}: {plan['train_images']} training images; nothing is trained")
-    across(display, plan["rows"])
-    slimmed = plan["rows"][1]["schedule"]
-    display.line(f"patches in each block: {', '.join(str(n) for n in slimmed)}")
-    titles = ["Stage", "Learns", "Mode", "Epochs", "Updates", "lr", "Parameters (M)", "Seconds"]
-    body = [
-        [
-            str(number),
-            stage["learns"],
-            stage["mode"],
-            str(stage["epochs"]),
-            str(stage["updates"]),
-            f"{stage['lr']:g}" if "lr" in stage else "-",
-            f"{stage['learning_parameters'] / 1e6:.3f}",
-            f"{stage['seconds']:.0f}",
-        ]
-        for number, stage in enumerate(plan["stages"], 1)
-    ]
-    display.table(titles, body)
-    minutes, seconds = divmod(round(plan["seconds"]), 60)
-    display.line(f"about {minutes} min {seconds} s on this machine ({plan['device']}), validation included")
-    display.document(plan)

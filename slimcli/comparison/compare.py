@@ -13,7 +13,7 @@ import torch
 
 from slimcli import train
 from slimcli.calibration.goal import Cost
-from slimcli.calibration.search import calibrate_model
+from slimcli.calibration.search import fit_and_search
 from slimcli.calibration.workflow import images_to_fit
 from slimcli.comparison.stages import backbone_stage as backbone_stage
 from slimcli.comparison.stages import slimming_section, total_epochs
@@ -192,7 +192,7 @@ def _untrained(cell: Cell, plan: dict[Cell, SlimModel], session: Session, progre
         # as `slim calibrate` does, on training images without their labels
         cost = Cost(allowed(cell, target.model))
         fit_on, check_on, count = images_to_fit(session, FIT_IMAGES, CHECK_IMAGES, FIT_BATCH)
-        calibrate_model(target.model, cost, fit_on, check_on, count, device, dtype, progress)
+        fit_and_search(target.model, cost, fit_on, check_on, count, device, dtype, progress)
         plan[cell] = target.model.with_schedule(target.model.schedule)
     return evaluate(plan[cell], loader, None, device, dtype, progress)[1]
 

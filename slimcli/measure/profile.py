@@ -20,6 +20,8 @@ from slimcli.slimming import SlimModel, rival
 
 #: how many times the seconds asked for may pass until speed-ups are known narrowly
 LONGER = 3.0
+#: under this share of the arithmetic's saving, a user should hear why
+REALISED_ENOUGH = 0.9
 DEFAULT_BATCH = {"cuda": 128, "mps": 32, "cpu": 16}
 
 
@@ -136,3 +138,31 @@ def rivals(
         slimmed = [v.schedule for v in variants if v.schedule is not None and v.exact_savings == model.exact_savings]
         found += [Variant(other.schedule_like(model, schedule), rival=other, like=schedule) for schedule in slimmed]
     return found
+
+
+def kept_back(rows: Sequence[Row], model: SlimModel, batch_size: int, device: torch.device, kernel: str) -> list[str]:
+    """Where time falls behind the arithmetic that is saved, and why that may be, a line each.
+
+    `kernel` is what runs the attention in inference. What other methods lose is no fault, and a timing that is not to
+    be trusted needs no other reason.
+    """
+    found = []
+    for row in rows[1:]:
+        realised = 1.0 if row.realised is None else row.realised
+        if row.timing_reliable is False or realised >= REALISED_ENOUGH or row.method not in (None, model.method):
+            continue
+        name = "the dense model, exact," if row.dense else f"keep rate {row.name}"
+        reason = likely_reason(batch_size, model.num_patches, kernel, device.type)
+        found.append(f"{name} gives {100 * realised:.0f} % of the arithmetic's saving: {reason}")
+    return found
+
+
+def likely_reason(batch: int, num_patches: int, kernel: str, device: str) -> str:
+    """Why time may not follow arithmetic. `kernel` is what runs the attention."""
+    if kernel.endswith("(math)"):
+        return "attention runs unfused here: see --precision, and timm's TIMM_FUSED_ATTN"
+    if batch * num_patches < 2048:
+        return f"{batch} images of {num_patches} patches are too little work for this device; try a larger --batch-size"
+    if device == "cuda":
+        return "launching kernels may take longer than running them; try a larger --batch-size, or torch.compile"
+    return "other programs may be using the device; run again with --seconds 10, and see --per-layer"

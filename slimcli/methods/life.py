@@ -7,7 +7,6 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slimcli import life as lives
 from slimcli.attention import NEVER
@@ -137,9 +136,8 @@ class LifeModel(SlimModel):
         if schedule is None:
             return architecture.multiply_adds()
         head = self.life_head
-        plan = Planning(
-            head.similarity_dim, head.context_dim, self.dead == "heir" or self.redundancy > 0, self.redundancy > 0
-        )
+        heirs, ranks = self.dead == "heir", self.redundancy > 0
+        plan = Planning(head.similarity_dim, head.context_dim, heirs or ranks, ranks, heirs)
         layers = range(1, schedule.depth)
         taken_over = sum(self._taken_over(architecture, layer, schedule) for layer in layers)
         return architecture.multiply_adds(schedule.resolve(self.num_patches), plan) - taken_over
@@ -200,32 +198,28 @@ class LifeModel(SlimModel):
         patch it is a key and a value only: its heir takes over before the block's queries are made.
         """
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
-        # prefix tokens stand for themselves, and inherit nothing
-        mass = F.pad(torch.stack((plan.weight, torch.ones_like(plan.weight)), dim=-1), (0, 0, prefix, 0), value=1.0)
-        heirs = plan.heirs + prefix
-
-        def take_over(tokens: Tensor, mass: Tensor, n: int) -> tuple[Tensor, Tensor]:
-            return lives.inherit(tokens, mass, heirs[:, n : mass.shape[1] - prefix])
-
-        def key_bias(exponent: float) -> Tensor | None:
-            # a token that stands for several patches counts as many keys
-            return exponent * mass[..., 1].log() if mass.shape[1] < prefix + counts[0] else None
+        steps = tuple(dict.fromkeys(counts))
+        shares = lives.shares(plan, steps, prefix, tokens.dtype)
+        # a token that stands for several patches counts as many keys
+        sizes = shares.log_size if self.size_bias == 1 else self.size_bias * shares.log_size
+        biases = sizes.to(tokens.dtype)
+        gone = 0
 
         bias = None
         for layer in range(first + 1, self.schedule.depth + 1):
             n = counts[layer - 1]
-            if mass.shape[1] > prefix + n:
-                tokens, mass = take_over(tokens, mass, n)
-                bias = key_bias(self.size_bias)
+            if steps[gone] > n:
+                tokens, gone = lives.take_over(tokens, shares, gone, prefix + n), gone + 1
+                bias = biases[:, gone, : prefix + n]
             positions = None if positions is None else positions[:, :n]
             if self._takes_over_in(layer, counts) and positions is None:
-                reading, mass = take_over(tokens, mass, counts[layer])
+                reading, gone = lives.take_over(tokens, shares, gone, prefix + counts[layer]), gone + 1
                 tokens = self._block(layer, tokens, None, bias, reading.shape[1], reading)
-                bias = key_bias(self.size_bias)
+                bias = biases[:, gone, : reading.shape[1]]
             else:
                 tokens = self._block(layer, tokens, positions, bias, self._read_after(layer, counts))
         # what pools patches counts each as many times as it stands for one
-        return tokens, key_bias(1.0)
+        return tokens, shares.log_size[:, gone, : tokens.shape[1]] if gone else None
 
     def _takes_over_in(self, layer: int, counts: Sequence[int]) -> bool:
         """Whether heirs take over inside block `layer`, from patches that are only keys and values in it."""

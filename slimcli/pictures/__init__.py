@@ -4,6 +4,7 @@ Everything is drawn on the tensor that the model takes, so whatever crops, squas
 the overlay sits on the pixels that each patch covers.
 """
 
+from slimcli.pictures.drawing import Style, draw_sheets, look_at_data, look_at_files
 from slimcli.pictures.figure import draw, draw_lives, fit, panel_titles
 from slimcli.pictures.files import FORMATS, ROWS_A_FILE, TILES_A_FILE, choose_format, encode, sheets, write_sheet
 from slimcli.pictures.geometry import MOST_STAGES, Geometry, drop_stages, find_geometry
@@ -23,6 +24,7 @@ __all__ = [
     "Guess",
     "Outcome",
     "Pixels",
+    "Style",
     "choose_format",
     "class_name",
     "counted",
@@ -31,6 +33,7 @@ __all__ = [
     "draw",
     "draw_at_random",
     "draw_lives",
+    "draw_sheets",
     "drop_stages",
     "encode",
     "find_geometry",
@@ -41,6 +44,8 @@ __all__ = [
     "kept",
     "life_map",
     "look",
+    "look_at_data",
+    "look_at_files",
     "panel_titles",
     "panels",
     "pick",

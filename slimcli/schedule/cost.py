@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slimcli.schedule.counts import planned_counts
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -102,13 +104,14 @@ class Planning:
 
     `similarity_dim` and `context_dim` are the widths of its projection and of its transformer block, 0 without;
     `compares`: patches are compared with each other, by their tokens where there is no projection; `ranks`: that also
-    says which of them leave.
+    says which of them leave; `adds`: those that leave are added to others, by one product each time.
     """
 
     similarity_dim: int = 0
     context_dim: int = 0
     compares: bool = True
     ranks: bool = True
+    adds: bool = False
 
     def multiply_adds(self, counts: Sequence[int], embed_dim: int, num_prefix_tokens: int) -> int:
         """Multiply-adds of one image under the schedule N_1..N_L."""
@@ -120,6 +123,8 @@ class Planning:
             return total
         total += patches * self.similarity_dim * (embed_dim + width)
         channels = self.similarity_dim or embed_dim
-        for n, stay in itertools.pairwise(dict.fromkeys(counts)):
+        for n, stay in itertools.pairwise(planned_counts(counts)):
             total += (n - stay) * stay * channels + (n**2 * (channels + 1) if self.ranks else 0)
+        for n, stay in itertools.pairwise(dict.fromkeys(counts)):
+            total += (n - stay) * (num_prefix_tokens + stay) * embed_dim if self.adds else 0
         return total

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,18 +253,7 @@ def choose_data(
             raise SlimError(f"{source} and {flag} {value} are both given: choose one")
     section = resolved.recipe.data if resolved.has_data else None
     if path is not None:
-        root = None if path == "digits" else Path(path)
-        if root is not None and not root.exists():
-            raise SlimError(f"--data {path}: no such folder or .tar of images")
-        update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
-        update |= {key: None for key in ("train_limit", "val_limit") if not resolved.is_given(f"data.{key}")}
-        before = section or DataSection()
-        for key in ("train_split", "val_split"):
-            if root is None:
-                update[key] = DataSection.model_fields[key].default
-            elif not resolved.is_given(f"data.{key}") and not has_split(root, getattr(before, key)):
-                update[key] = "."
-        section = before.model_copy(update=update)
+        section = named_data(path, section or DataSection(), "--data", resolved.is_given)
     if section is None:
         for flag, asked in (("--split", split), ("--limit", limit)):
             if asked is not None:
@@ -274,3 +263,24 @@ def choose_data(
         raise SlimError(f"--split {split}: {section.name or section.root} has no folders to choose from")
     changes = {"val_split": split, "val_limit": limit, "batch_size": batch_size}
     return section.model_copy(update={key: value for key, value in changes.items() if value is not None})
+
+
+def named_data(
+    path: str, before: DataSection, parameter: str, is_given: Callable[[str], bool] = lambda _field: False
+) -> DataSection:
+    """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays. `parameter` named it so.
+
+    The limits of the data before go, and where the folder has none for a split, all of it is taken, unless
+    `is_given` says that the user chose the field.
+    """
+    root = None if path == "digits" else Path(path)
+    if root is not None and not root.exists():
+        raise SlimError(f"{parameter} {path}: no such folder or .tar of images")
+    update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
+    update |= {key: None for key in ("train_limit", "val_limit") if not is_given(f"data.{key}")}
+    for key in ("train_split", "val_split"):
+        if root is None:
+            update[key] = DataSection.model_fields[key].default
+        elif not is_given(f"data.{key}") and not has_split(root, getattr(before, key)):
+            update[key] = "."
+    return before.model_copy(update=update)

@@ -45,7 +45,7 @@ def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any
         "import slimcli",
         "",
         'model = slimcli.load("path/to/this/folder")  # an nn.Module in evaluation mode',
-        f"logits = model(images)  # (B, 3, {size.replace(' x ', ', ')}), normalised as config.json says",
+        f"logits = model(images)  # (B, 3, {size.replace(' x ', ', ')}), each made by model.transform()(photo)",
         "```",
         "",
         "## Measured",

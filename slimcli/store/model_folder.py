@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from slimcli.data.transform import default_transform
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.plugins import build_model, find_backbone, find_method
@@ -168,7 +169,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load(folder: str | os.PathLike[str]) -> SlimModel:
     """Load a model folder written by `slim train`, `calibrate` or `prune`, in evaluation mode.
 
-    It is plain torch, to be edited, quantized or trained as any model; `slimcli.optimize` makes it faster.
+    It is plain torch, to be edited, quantized or trained as any model; `slimcli.optimize` makes it faster. Its
+    `class_names` and `transform()` are those that it was saved with.
 
     Raises:
         SlimError: if the folder is missing, damaged, or needs a plugin that is not installed.
@@ -183,5 +185,11 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     kind = find_method(section.get("method", "life"))
     model = kind(backbone, schedule, section["temperature"])
     model.configure(section)
-    load_weights(model, folder / WEIGHTS, backbone.grid_size)
+    found = load_weights(model, folder / WEIGHTS, backbone.grid_size)
+    model.describe(
+        built_from=config["model"],
+        class_names=config.get("class_names"),
+        transform=default_transform(backbone, config.get("preprocessing")),
+        taught=found.life_head and config.get("has_life_head", True),
+    )
     return model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimcli import data as datasets
 from slimcli.calibration.goal import Cost
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
-from slimcli.calibration.search import BRIEF, STEPS, Calibration, calibrate_model
+from slimcli.calibration.search import BRIEF, STEPS, Calibration, fit_and_search
 from slimcli.device import find_dtype
 from slimcli.errors import Interrupted
 from slimcli.measure.evaluate import first_images
@@ -110,7 +110,7 @@ class CalibrationStage(Stage):
         fit_on, check_on = split(self._images(count + checked), count)
         found = copy.deepcopy(model).requires_grad_(False)
         dtype = find_dtype(session.recipe.precision, session.device)
-        done = calibrate_model(found, self.goal(), fit_on, check_on, count, session.device, dtype, progress=progress)
+        done = fit_and_search(found, self.goal(), fit_on, check_on, count, session.device, dtype, progress=progress)
         best = done.tried[0]
         adopt_slimming(model, slimming_config(found))
         # as fitted, in float32

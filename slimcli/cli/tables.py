@@ -1,0 +1,183 @@
+"""The tables that commands print of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from slimcli.cli.display import across, number
+from slimcli.measure.rows import MEASURES, Row, interval_text, notes, timing_notes
+
+if TYPE_CHECKING:
+    from slimcli.calibration.workflow import Calibrated
+    from slimcli.cli.display import Display
+    from slimcli.comparison.workflow import Compared
+
+
+def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
+    """A line a row, with `methods` each named by its method too. Parameters are left out where there is no room."""
+    keys = ["gmacs", "params_millions", "images_per_second", "speedup", "realised"]
+    keys += ["latency_ms_p50", "latency_ms_p95"]
+    keys += ["peak_memory_mib"] if any(row.peak_memory_mib for row in rows) else []
+
+    def table() -> tuple[list[str], list[list[str]]]:
+        shown = [MEASURES[key] for key in keys]
+        titles = ["Keep", *(measure.short for measure in shown)]
+        body = []
+        for row in rows:
+            name = f"{row.method} {row.name}" if methods and row.method else row.name
+            # a mark after each figure would not fit 80 columns: the ratios have it, and the caption speaks of all
+            cells = [m.text(row, unit=m.key == "realised", doubt=m.key in ("speedup", "realised")) for m in shown]
+            body.append([name, *cells])
+        return titles, body
+
+    titles, body = table()
+    if display.too_wide(titles, body):
+        keys.remove("params_millions")
+        titles, body = table()
+    caption = ["of ideal: speed-up over the ratio of multiply-adds", "p50, p95: latency at batch 1"]
+    ratios = [row for row in rows if row.speedup_interval and row is not rows[0]]
+    intervals = [f"{row.name} {interval_text(row)}" for row in ratios]
+    if intervals and not methods:
+        caption.append(f"95 % interval of the speed-up: {', '.join(intervals)}")
+    display.table(titles, body, "\n".join([*caption, *notes(rows)]))
+
+
+def print_layers(display: Display, table: dict[str, Any]) -> None:
+    """Where patches, multiply-adds and milliseconds go, a line a block."""
+    display.line()
+    row = Row.from_json(table)
+    display.line(row.name if row.dense else f"keep rate {row.name}")
+    body = [
+        [str(layer["layer"]), str(layer["patches"]), number(layer["gmacs"], 4), number(layer["ms"], 2)]
+        for layer in table["layers"]
+    ]
+    body.append(["other", "", "", number(table["other_ms"], 2)])
+    said = "\n".join(f"do not trust the times: {note}" for note in timing_notes([row]))
+    display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body, said or None)
+
+
+def print_operators(display: Display, counted: Sequence[dict[str, Any]]) -> None:
+    """A line a model: operators of each part, the sum, its ratio to the dense model's, and the bytes moved."""
+    from slimcli.measure.operators import PARTS
+
+    body = []
+    for found in counted:
+        row = Row.from_json(found)
+        name = row.name if row.dense or row.method in (None, "life") else f"{row.method} {row.name}"
+        cells = [str(found["parts"][part]["operators"]) for part in PARTS]
+        ratio = found["operators"] / counted[0]["operators"]
+        body.append([name, *cells, str(found["operators"]), number(ratio, 2), number(found["bytes"] / 2**20, 0)])
+    caption = "operators of torch in a forward pass, views left out; MiB: read and written by them, for the whole batch"
+    display.line()
+    display.table(["Keep", *(part.capitalize() for part in PARTS), "All", "To dense", "MiB"], body, caption)
+
+
+def print_candidates(display: Display, done: Calibrated) -> None:
+    """The best ways to drop patches that a calibration tried."""
+    tried, paper = done.found.tried, done.found.paper
+    # the best of each schedule: the rule matters less than where patches leave
+    best: dict[Any, Any] = {}
+    for candidate in tried:
+        best.setdefault(candidate.schedule, candidate)
+    shown = [("", candidate) for candidate in list(best.values())[:5]]
+    shown += [("paper", paper)] if paper else []
+    body: list[list[str]] = []
+    for name, candidate in shown:
+        schedule = candidate.schedule
+        falls = ", ".join(f"{rate:g} after {layer}" for layer, rate in schedule.drops)
+        if schedule.drops and schedule.keep_rate is not None:
+            falls = f"{schedule.keep_rate:g} after {', '.join(str(layer) for layer, _ in schedule.drops)}"
+        body.append(
+            [
+                name or ("chosen" if not body else ""),
+                str(schedule.life_layer),
+                falls or " ".join(map(str, schedule.counts[schedule.life_layer :])),
+                f"{candidate.gmacs:.3f}",
+                f"{candidate.apart:.3f}",
+                f"{candidate.agreement:.1f} %",
+            ]
+        )
+    titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
+    rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].ranking).items())
+    note = f"Chosen with {rule}.\nApart: squared error of the dense model's logits, over their variance; "
+    note += f"Agrees: same class; {len(tried)} tried"
+    display.table(titles, body, note)
+
+
+def print_agreement(display: Display, done: Calibrated) -> None:
+    """How near the slimmed model is to the dense one, before its life head was fitted and after."""
+    before, after, dense = done.report["before"], done.report["after"], done.report["dense_top1"]
+    images = f"on {done.report['images']} validation images, head before fitting -> after"
+    if dense is None:
+        cosines = f"{before['agreement'] / 100:.3f} -> {after['agreement'] / 100:.3f}"
+        display.line(f"{images}: cosine with dense features {cosines}")
+        return
+    display.line(
+        f"{images}: agreement with dense {before['agreement']:.1f} % -> {after['agreement']:.1f} %, "
+        f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {dense:.2f} %)"
+    )
+
+
+def print_comparison(display: Display, found: Compared) -> None:
+    """A line for each method at each keep rate."""
+    from slimcli.comparison.table import doubts, how_trained
+
+    display.line()
+    lines = found.lines
+    titles = ["Method", "Keep", "G MACs", lines[0].score_title, "Lost", "img/s", "Speed-up", "of ideal"]
+    body = [[line.title, line.rate, MEASURES["gmacs"].text(line.row), *line.cells] for line in lines]
+    images = lines[0].row.images
+    note = f"{images} images, {how_trained(found.document)}; every method costs what life costs at the keep rate"
+    errors = [line.row.top1_se for line in lines if line.row.top1_se is not None]
+    if errors:
+        note += f"\nstandard error of top-1: {min(errors):.2f} to {max(errors):.2f} points"
+    display.table(titles, body, "\n".join([note, *doubts(lines)]))
+
+
+def print_plan(display: Display, plan: dict[str, Any]) -> None:
+    """What each stage of a training would do."""
+    display.line(f"{plan['model']}: {plan['train_images']} training images; nothing is trained")
+    across(display, plan["rows"])
+    slimmed = plan["rows"][1]["schedule"]
+    display.line(f"patches in each block: {', '.join(str(n) for n in slimmed)}")
+    titles = ["Stage", "Learns", "Mode", "Epochs", "Updates", "lr", "Parameters (M)", "Seconds"]
+    body = [
+        [
+            str(number),
+            stage["learns"],
+            stage["mode"],
+            str(stage["epochs"]),
+            str(stage["updates"]),
+            f"{stage['lr']:g}" if "lr" in stage else "-",
+            f"{stage['learning_parameters'] / 1e6:.3f}",
+            f"{stage['seconds']:.0f}",
+        ]
+        for number, stage in enumerate(plan["stages"], 1)
+    ]
+    display.table(titles, body)
+    minutes, seconds = divmod(round(plan["seconds"]), 60)
+    display.line(f"about {minutes} min {seconds} s on this machine ({plan['device']}), validation included")
+
+
+def print_pictures(
+    display: Display, entries: Sequence[dict[str, Any]], written: Sequence[str], broken: Sequence[Exception]
+) -> None:
+    """A line for each image that was drawn, then the files, and the images that could not be read."""
+    rows = [_picture_cells(entry) for entry in entries]
+    if rows:
+        display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
+    for path in written:
+        display.line(f"{path} written")
+    for error in broken:
+        display.warn(f"skipped {error}")
+
+
+def _picture_cells(entry: dict[str, Any]) -> list[str]:
+    """The line of an image: its name, what both models took it for, and whether they agree."""
+    from slimcli.pictures import fit_words, short_name
+
+    guesses = [entry["dense"], entry["slim"]]
+    said = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
+    agree = f"{entry['similarity']:.3f}" if entry["agree"] is None else "yes" if entry["agree"] else "no"
+    return [fit_words(short_name(entry["image"]), 26), *said, agree]

@@ -1,0 +1,168 @@
+"""The life head: how important a patch is, and what patches are compared with each other by (eqs. 1-3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimcli.layout import is_plain_linear
+from slimcli.life.lives import normalise_life
+
+#: channels of an attention head in the life head's own transformer block
+HEAD_CHANNELS = 32
+
+
+class Similarity(nn.Module):
+    """Projects patches to what they are compared with each other by; everything is computed in float32."""
+
+    def __init__(self, embed_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.projection = nn.Linear(embed_dim, dim, bias=False)
+        nn.init.orthogonal_(self.projection.weight)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, D) to features (B, N, dim)."""
+        with torch.autocast(patches.device.type, enabled=False):
+            return _in_float32(self.projection, normalised(patches, self.norm))
+
+
+def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer without bias on x (..., C) in float32, whatever the dtype of its weight is.
+
+    One that is more than its weight (quantized, with hooks or an adapter) is called, in its own dtype.
+    """
+    if is_plain_linear(layer):
+        return F.linear(x, layer.weight.float())
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
+    found: Tensor = layer(x.to(dtype))
+    return found.float()
+
+
+class Context(nn.Module):
+    """One narrow transformer block in which the tokens see each other: after an early block a patch alone says little.
+
+    Adds to the scores of patches, and to the features that they are compared by; nothing before it is taught. Computed
+    in the dtype of its weights.
+    """
+
+    def __init__(self, embed_dim: int, width: int, similarity_dim: int) -> None:
+        super().__init__()
+        self.num_heads = max(1, width // HEAD_CHANNELS)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.reduce = nn.Linear(embed_dim, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.final_norm = nn.LayerNorm(width)
+        self.score = nn.Linear(width, 1, bias=False)
+        self.features = nn.Linear(width, similarity_dim, bias=False)
+        for last in (self.score, self.features):
+            nn.init.zeros_(last.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, n, D) to what they are in context (B, n, width): see `score` and `features`."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = self.reduce(self.norm(tokens.to(self.norm.weight.dtype)))
+            qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(*qkv.unbind(0))
+            x = x + self.proj(attended.transpose(1, 2).flatten(2))
+            x = x + self.mlp(self.mlp_norm(x))
+            found: Tensor = self.final_norm(x)
+            return found
+
+
+def normalised(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm in float32, whatever the dtype of tokens and weights is."""
+    return F.layer_norm(tokens.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+class LifeHead(nn.Module):
+    """Predicts the life of every patch from the tokens after one block (eqs. 1-3).
+
+    s_i = (W_q h_0) . (W_k h_i) with h = LayerNorm(x). h_0 is the class token, or with `global_token="mean"`
+    the mean of the patches' h_i. Everything is computed in float32, also under autocast.
+
+    Beyond the paper, and off by default: patches are compared with each other by their tokens or, with
+    `similarity_dim` above 0, by a projection of them, which may learn how alike they will be in later blocks; with
+    `context_dim` above 0 a narrow transformer block adds to the scores and to that projection.
+    """
+
+    def __init__(self, embed_dim: int, global_token: str = "cls") -> None:
+        super().__init__()
+        if global_token not in ("cls", "mean"):
+            raise ValueError(f"global_token must be 'cls' or 'mean', not {global_token!r}")
+        self.global_token = global_token
+        self.norm = nn.LayerNorm(embed_dim)
+        self.query = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.key = nn.Linear(embed_dim, embed_dim, bias=False)
+        for projection in (self.query, self.key):
+            nn.init.trunc_normal_(projection.weight, std=0.02)
+        self.similarity: Similarity | None = None
+        self.context: Context | None = None
+
+    @property
+    def similarity_dim(self) -> int:
+        """Width of the projection that patches are compared by; 0 if their tokens are compared as they are."""
+        return self.similarity.projection.out_features if self.similarity is not None else 0
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the transformer block; 0 without one."""
+        return self.context.reduce.out_features if self.context is not None else 0
+
+    def extend(self, similarity_dim: int = 0, context_dim: int = 0) -> None:
+        """Give the head a projection, and a transformer block, of these widths; 0 takes them away.
+
+        What has its width already is kept. Raises ValueError for a block without a projection that it adds to.
+        """
+        if context_dim > 0 and similarity_dim <= 0:
+            raise ValueError("context_dim above 0 needs similarity_dim above 0")
+        weight = self.query.weight
+        embed_dim = weight.shape[0]
+        if context_dim != self.context_dim or similarity_dim != self.similarity_dim:
+            made = Context(embed_dim, context_dim, similarity_dim) if context_dim > 0 else None
+            self.context = None if made is None else made.to(weight.device, weight.dtype)
+        if similarity_dim != self.similarity_dim:
+            projection = Similarity(embed_dim, similarity_dim) if similarity_dim > 0 else None
+            self.similarity = None if projection is None else projection.to(weight.device, weight.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # weights say whether there is a projection or a block, and how wide they are
+        names = ("similarity.projection.weight", "context.reduce.weight")
+        widths = [state_dict[prefix + name].shape[0] if prefix + name in state_dict else 0 for name in names]
+        self.extend(*widths) if widths[0] else self.extend()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def read(self, tokens: Tensor, num_prefix_tokens: int, compare: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Importance s (B, N) of patches in `tokens` (B, P + N, D), and what they are compared by (B, N, C), or None.
+
+        Both are float32. The paper's product is folded, s_i = (W_k^T W_q h_0) . h_i, which costs 2 D^2 + N D
+        multiply-adds an image.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            h = normalised(tokens, self.norm)
+            patches = h[:, num_prefix_tokens:]
+            whole = h[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
+            query = _in_float32(self.query, whole)
+            if is_plain_linear(self.key):
+                score = torch.bmm(patches, (query @ self.key.weight.float()).unsqueeze(-1)).squeeze(-1)
+            else:
+                score = torch.bmm(_in_float32(self.key, patches), query.unsqueeze(-1)).squeeze(-1)
+            raw = tokens[:, num_prefix_tokens:]
+            features = (raw.float() if self.similarity is None else self.similarity(raw)) if compare else None
+            if self.context is not None:
+                seen = self.context(tokens)[:, num_prefix_tokens:]
+                score = score + self.context.score(seen).squeeze(-1).float()
+                features = features + self.context.features(seen).float() if features is not None else None
+            return score, features
+
+    def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:
+        """Lives tau (B, N), float32, with mean `life_mean` and standard deviation `life_std` in every image."""
+        score, _ = self.read(tokens, num_prefix_tokens, compare=False)
+        return normalise_life(score, life_mean, life_std)

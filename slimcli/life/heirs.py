@@ -1,0 +1,150 @@
+"""Who leaves when, who takes over from whom, and with what share: decided once, at the life layer.
+
+Shapes: B images, P prefix tokens, N patches, C channels of the features, K times that patches leave, D token width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimcli.life.lives import highest_first, normalise_life, take_rows
+from slimcli.life.tables import place_table, row_table, table
+from slimcli.schedule.counts import PLANNING_ROUNDS, planned_counts
+
+#: the highest exponent of a patch's mass: what a few outliers weigh is finite then
+MOST = 40.0
+
+
+class Plan(NamedTuple):
+    """Who leaves when, and who takes over from whom.
+
+    `order` (B, N) are the patches' places in raster order, longest life first. `heirs` (B, N) are places in `order`: a
+    patch's heir is among those that stay when it leaves; that of a patch that never leaves means nothing. `weight`
+    (B, N), in the same order, is how much each weighs in the mean of a token that it becomes part of; None: all alike.
+    """
+
+    order: Tensor
+    heirs: Tensor
+    weight: Tensor | None
+
+
+@torch.no_grad()
+def plan(
+    features: Tensor, score: Tensor, counts: Sequence[int], redundancy: float = 0.0, merge_importance: float = 0.0
+) -> Plan:
+    """Decide ahead, for falling patch counts N, N', N'', ..., who leaves, and to which patch that stays it is added.
+
+    A patch stands for a group: at first itself, later also those that it took over. Whenever patches leave, those go
+    first whose group is cheapest to join to the group of a more important patch, at the cost
+    sqrt(m_i m_j) (1 - cos(f_i, f_j)): the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with
+    s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by
+    exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
+    clustering, close to Ward's, in four rounds at most: those that leave between two of `planned_counts` are decided
+    on together, the cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the
+    least important leave, whether they are like others or not.
+    """
+    standard = normalise_life(score.detach(), 0.0, 1.0)
+    names = highest_first(standard)
+    weight = (merge_importance * standard).clamp(-MOST, MOST).exp() if merge_importance else None
+    features = features.float()
+    groups = take_rows(features if weight is None else features * weight.unsqueeze(-1), names)
+    if redundancy > 0:
+        mass = (standard.gather(1, names) / redundancy).clamp(max=MOST).exp().unsqueeze(-1)
+        groups = torch.cat((groups, mass), dim=-1)
+    left: list[tuple[Tensor, Tensor]] = []
+    for n, stay in itertools.pairwise(planned_counts(counts)):
+        unit = F.normalize(groups[..., : features.shape[-1]], dim=-1)
+        if redundancy > 0:
+            order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
+            names = names.gather(1, order)
+            rows = (order + row_table(order.shape[0], n, order.device)).flatten()
+            groups, unit = (x.flatten(0, 1).index_select(0, rows).view(x.shape) for x in (groups, unit))
+        heirs = torch.bmm(unit[:, stay:], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
+        left.append((names[:, stay:], names.gather(1, heirs)))
+        names = names[:, :stay]
+        if stay > counts[-1]:
+            where = heirs.unsqueeze(-1).expand(-1, -1, groups.shape[-1])
+            groups = groups[:, :stay].scatter_add(1, where, groups[:, stay:])
+    order, heirs = (torch.cat((names, *parts[::-1]), dim=1) for parts in zip(*left, strict=True))
+    places = place_table(order.shape[1], order.device).expand_as(order)
+    heirs = places.scatter(1, order, places).gather(1, heirs)
+    return Plan(order, heirs, None if weight is None else weight.gather(1, order))
+
+
+def _cheapest_last(unit: Tensor, root: Tensor, stay: int) -> Tensor:
+    """Places (B, n): the `stay` groups dearest to join, in the order they have, then the others, dearest first.
+
+    `unit` (B, n, C) are the groups' features, of length 1, and `root` (B, n, 1) the roots of their masses.
+    """
+    n, channels, device = unit.shape[1], unit.shape[2], unit.device
+    # the most important come first: nobody joins one that comes later
+    not_before = table(lambda: torch.full((n, n), float("inf"), device=device).triu(), "not before", n, device)
+    # so that one product of [sqrt(m), sqrt(m) f / |f|] with itself is the cost of every pair
+    signs = table(lambda: 1.0 - 2.0 * torch.arange(channels + 1, device=device).clamp(max=1), "signs", channels, device)
+    scaled = torch.cat((root, root * unit), dim=-1)
+    cost = torch.baddbmm(not_before, scaled, (scaled * signs).transpose(1, 2)).amin(dim=-1)
+    dearest = highest_first(cost)
+    return torch.cat((dearest[:, :stay].sort(dim=-1).values, dearest[:, stay:]), dim=1)
+
+
+class Shares(NamedTuple):
+    """What tokens become when heirs take over, for all K times at once; see `take_over`.
+
+    `share` (B, K, P + N, 1): the share of each token, when the k-th leave, in the token that it is part of then. `adds`
+    (B, P + N, P + N) is 1 where the token of the column is added to that of the row. `log_size` (B, K + 1, P + N): the
+    logarithm of how many patches a token stands for, before any leave and after each time.
+    """
+
+    share: Tensor
+    adds: Tensor
+    log_size: Tensor
+
+
+@torch.no_grad()
+def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: torch.dtype) -> Shares:
+    """The shares that follow from a plan for falling patch counts N, N', ...: operators do not grow with their number.
+
+    `dtype` is that of the tokens. Prefix tokens stand for themselves and inherit nothing.
+    """
+    prefix, device = num_prefix_tokens, found.heirs.device
+    batch, tokens, times = found.heirs.shape[0], prefix + counts[0], len(counts) - 1
+    heirs = F.pad(found.heirs + prefix, (prefix, 0))
+    # [k, j]: whether j has left when the k-th are to leave; who is there is its own heir
+    places = place_table(tokens, device)
+    key = (tuple(counts), prefix, device)
+    gone = table(lambda: places >= prefix + torch.tensor(counts, device=device).unsqueeze(1), "gone", *key)
+    heir = torch.where(gone, heirs.unsqueeze(1), places)
+    part_of = heir
+    # one that took over leaves to an heir of its own, once a round
+    for _ in range((min(times, PLANNING_ROUNDS) - 1).bit_length()):
+        part_of = part_of.gather(2, part_of)
+    ones = table(lambda: torch.ones(tokens, device=device), "ones", tokens, device)
+    nothing = table(lambda: torch.zeros(tokens, tokens, device=device, dtype=dtype), "zeros", tokens, dtype, device)
+    sums = table(lambda: torch.zeros(times + 1, tokens, device=device), "sums", times + 1, tokens, device)
+
+    def summed(values: Tensor) -> Tensor:
+        return sums.expand(batch, -1, -1).scatter_add(2, part_of, values.expand(batch, times + 1, tokens))
+
+    size = summed(ones)
+    weight = size if found.weight is None else summed(F.pad(found.weight, (prefix, 0), value=1.0).unsqueeze(1))
+    share = weight[:, :-1] / weight[:, 1:].gather(2, heir[:, 1:])
+    one = ones.to(dtype).expand(batch, 1, tokens)
+    adds = nothing.expand(batch, -1, -1).scatter(1, heirs.unsqueeze(1), one)
+    return Shares(share.to(dtype).unsqueeze(-1), adds, size.log())
+
+
+def take_over(tokens: Tensor, found: Shares, time: int, stay: int) -> Tensor:
+    """Tokens (B, n, D) when the `time`-th of them leave, from 0: the first `stay`, each with those that it takes over.
+
+    A token becomes the mean of what it stands for, weighted as the plan says; (B, stay, D).
+    """
+    n = tokens.shape[1]
+    with torch.autocast(tokens.device.type, enabled=False):
+        weighted = tokens * found.share[:, time, :n]
+        return torch.baddbmm(weighted[:, :stay], found.adds[:, :stay, stay:n], weighted[:, stay:])

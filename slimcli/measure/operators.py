@@ -1,0 +1,107 @@
+"""How many operators a forward pass launches, and how many bytes they move, part by part: the same on every machine."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from slimcli import life as lives
+from slimcli.life.head import LifeHead
+from slimcli.measure.evaluate import describe
+from slimcli.measure.profile import all_variants, random_images, rivals
+from slimcli.slimming import SlimModel
+
+#: the parts of a pass, in the order in which they run. `drops` is all that a rule does between the blocks.
+PARTS = ("embedding", "blocks", "life head", "plan", "drops", "head")
+#: operators that only look at the memory of a tensor in another way: nothing is launched for them
+VIEWS = {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "lift_fresh", "permute"} | {
+    *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze"),
+    "view",
+}
+
+
+@torch.no_grad()
+def operators(
+    model: SlimModel,
+    keep_rates: Sequence[float] | None,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    exact_savings: bool = False,
+    against: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """For the dense model, each keep rate and each method `against`: operators of one pass, and bytes read and written.
+
+    Operators are torch's own (aten), views left out; each has `operators` and `bytes` for each of `PARTS` under
+    `parts`, and in all. Those that a compiler would fuse, and the kernels that one operator launches, are not known.
+    """
+    model = model.to(device, dtype).eval()
+    found = []
+    with model.running():
+        variants = all_variants(model, keep_rates, exact_savings)
+        variants += rivals(model, variants, against, device, dtype)
+        images = random_images(model, batch_size, device, dtype)
+        for variant in variants:
+            runs = variant.rival or model
+            variant.set(runs)
+            runs.logits(images)  # what is made once is made
+            with _Operators(runs) as counter:
+                runs.logits(images)
+            row = describe(runs, variant.schedule, variant.exact_savings)
+            # of a rule that has none, the keep rate that its cost stands for
+            rate = row.keep_rate if variant.like is None else model.keep_rate_of(variant.like)
+            parts = {part: {"operators": counter.count[part], "bytes": counter.bytes[part]} for part in PARTS}
+            found.append(
+                {
+                    "method": row.method,
+                    "dense": row.dense,
+                    "keep_rate": rate,
+                    "exact_savings": row.exact_savings,
+                    "operators": sum(counter.count.values()),
+                    "bytes": sum(counter.bytes.values()),
+                    "parts": parts,
+                }
+            )
+    return found
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that run inside it, by the part of the model that asks for them."""
+
+    def __init__(self, model: SlimModel) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = dict.fromkeys(PARTS, 0)
+        self.bytes = dict.fromkeys(PARTS, 0)
+        self._backbones = {module.__name__ for module in map(inspect.getmodule, type(model.backbone).__mro__) if module}
+        planning = (lives.plan, lives.shares, lives.normalise_life, lives.longest_lives_first)
+        self._codes = {inspect.unwrap(run).__code__: "plan" for run in planning}
+        self._codes[LifeHead.read.__code__] = "life head"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func._overloadpacket.__name__ not in VIEWS:
+            part = self._part(sys._getframe(1))
+            self.count[part] += 1
+            tensors = (x for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor))
+            self.bytes[part] += sum(x.numel() * x.element_size() for x in tensors)
+        return output
+
+    def _part(self, frame: FrameType | None) -> str:
+        """The part of the outermost call that belongs to one."""
+        found = "drops"
+        while frame is not None:
+            code = frame.f_code
+            if code in self._codes:
+                found = self._codes[code]
+            elif frame.f_globals.get("__name__") in self._backbones:
+                found = {"embed": "embedding", "head": "head"}.get(code.co_name, "blocks")
+            frame = frame.f_back
+        return found
