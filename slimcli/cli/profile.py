@@ -72,10 +72,8 @@ def command(
     from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
-    places = places_on_cpu(runtimes, asked)
-    if places:
-        _in_runtimes(display, places, target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
-        return
+    if places := places_on_cpu(runtimes, asked):
+        return _in_runtimes(display, places, target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
     found, where, dtype = session.target, session.device, session.dtype
     for line in found.notes:
@@ -105,14 +103,8 @@ def command(
         print_layers(display, table)
     if operators:
         print_operators(display, details["operators"])
-    document = {
-        "model": found.model_name,
-        **session.facts(batch),
-        "attention": kernels,
-        "rows": rows,
-        **details,
-    }
-    display.document(document)
+    facts = {"model": found.model_name, **session.facts(batch), "attention": kernels}
+    display.document({**facts, "rows": rows, **details})
 
 
 def _in_runtimes(
