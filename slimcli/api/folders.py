@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimcli.api.errors import names_parameters
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.files import check_writable
@@ -21,7 +20,6 @@ from slimcli.slimming import SlimModel
 from slimcli.store.model_folder import save_model
 
 
-@names_parameters
 def save(
     model: SlimModel,
     folder: str | os.PathLike[str],

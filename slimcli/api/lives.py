@@ -11,7 +11,6 @@ import torch
 
 from slimcli import pictures
 from slimcli.api.batches import BATCH, check_batch_size, place_of, twin
-from slimcli.api.errors import names_parameters
 from slimcli.device import DTYPES
 from slimcli.errors import DataError, SlimError
 from slimcli.files import check_writable
@@ -33,7 +32,6 @@ class Drawing:
     skipped: tuple[str, ...]
 
 
-@names_parameters
 def draw_lives(
     model: SlimModel,
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],

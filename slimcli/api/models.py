@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from slimcli.api.batches import BATCH, Images, batches_of, check_batch_size, place_of, take, twin
-from slimcli.api.errors import names_parameters
 from slimcli.calibration import search, workflow
 from slimcli.calibration.judge import Candidate
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
@@ -101,7 +100,6 @@ class Profile:
     notes: tuple[str, ...] = field(default=())
 
 
-@names_parameters
 def calibrate_model(
     model: SlimModel,
     images: Images,
@@ -164,7 +162,6 @@ def calibrate_model(
     )
 
 
-@names_parameters
 def evaluate_model(
     model: SlimModel,
     images: Images,
@@ -203,7 +200,6 @@ def evaluate_model(
     return Evaluation(tuple(rows), where.type, precision, tuple(notes))
 
 
-@names_parameters
 def profile_model(
     model: SlimModel,
     *,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from slimcli import report, train
-from slimcli.api.errors import names_parameters
 from slimcli.api.models import KeepRates, keep_rates_of
 from slimcli.comparison.workflow import METHODS, Compared, open_comparison, run_comparison
 from slimcli.device import find_device
@@ -77,7 +76,6 @@ class Report:
     left_out: tuple[str, ...]
 
 
-@names_parameters
 def train_model(
     recipe: RecipeLike,
     overrides: Sequence[str] = (),
@@ -111,7 +109,6 @@ def train_model(
     return Trained(folder, tuple(read_rows(summary.get("rows", ()))), summary)
 
 
-@names_parameters
 def plan_training(
     recipe: RecipeLike,
     overrides: Sequence[str] = (),
@@ -141,7 +138,6 @@ def plan_training(
     )
 
 
-@names_parameters
 def compare_methods(
     recipe: RecipeLike,
     overrides: Sequence[str] = (),
@@ -187,7 +183,6 @@ def compare_methods(
     return run_comparison(open_comparison(loaded, methods, rates, where, epochs, folder, resume, log), progress)
 
 
-@names_parameters
 def write_report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = RUNS / LATEST,
     output: str | os.PathLike[str] | None = None,

@@ -109,7 +109,7 @@ def places_on_cpu(runtimes: str | None, asked: dict[str, Any]) -> list[Place]:
     from slimcli.runtimes.measuring import find_places
 
     refuse_given("with --runtime: it takes NAME:PRECISION, on the CPU", "device", "precision")
-    refuse_given("with --runtime", "against", "per_layer")
+    refuse_given("with --runtime", "against", "per_layer", "operators")
     asked["device"] = "cpu"
     found = find_places(words(runtimes))
     if not found:

@@ -17,7 +17,6 @@ from slimcli.cli.options import (
     target_options,
     words,
 )
-from slimcli.errors import SlimError
 
 if TYPE_CHECKING:
     from slimcli.cli.display import Display
@@ -72,7 +71,6 @@ def command(
     request = {"target": target, "overrides": overrides, **asked}
     places = places_on_cpu(runtimes, asked)
     if places:
-        _refuse_without_effect({"--per-layer": per_layer, "--operators": operators, "--against": against})
         _in_runtimes(display, places, request, keep_rates, batch_size, exact_savings, seconds)
     else:
         looks = Looks(words(against), per_layer, operators)
@@ -133,12 +131,6 @@ def _in_torch(
         print_operators(display, details["operators"])
     document = {"model": found.model_name, **session.facts(batch), "attention": kernels, "rows": rows, **details}
     display.document(document)
-
-
-def _refuse_without_effect(options: dict[str, Any]) -> None:
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise SlimError(f"{' and '.join(given)} and --runtime are both given: they look inside torch's own model alone")
 
 
 def _in_runtimes(

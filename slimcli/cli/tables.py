@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
     """A line a row, with `methods` each named by its method too. Parameters are left out where there is no room."""
     keys = ["gmacs", "params_millions", "images_per_second", "speedup", "realised"]
-    keys += ["latency_ms_p50", "latency_ms_p95", "peak_memory_mib"]
+    keys += ["latency_ms_p50", "latency_ms_p95"]
+    keys += ["peak_memory_mib"] if any(row.peak_memory_mib for row in rows) else []
 
     def table() -> tuple[list[str], list[list[str]]]:
         shown = [MEASURES[key] for key in keys]
@@ -30,8 +31,6 @@ def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
             body.append([name, *cells])
         return titles, body
 
-    if not any(row.peak_memory_mib for row in rows):
-        keys.remove("peak_memory_mib")
     titles, body = table()
     if display.too_wide(titles, body):
         keys.remove("params_millions")

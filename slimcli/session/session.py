@@ -272,9 +272,9 @@ def choose_data(
 def named_data(
     path: str, before: DataSection, name: str, is_given: Callable[[str], bool] = lambda _field: False
 ) -> DataSection:
-    """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays. An error calls the parameter `name`.
+    """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays.
 
-    The limits of the data before go, and where the folder has none for a split, all of it is taken, unless
+    An error calls the parameter `name`. The limits of the data before go, and where the folder has none for a split, all of it is taken, unless
     `is_given` says that the user chose the field.
     """
     root = None if path == "digits" else Path(path)
