@@ -11,7 +11,7 @@ import torch
 
 from slimcli.comparison import compare
 from slimcli.comparison.table import Line
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe
@@ -51,12 +51,12 @@ def open_comparison(
         SlimError: for what cannot be compared, and a folder that holds something else.
     """
     if not methods:
-        raise SlimError(f"--methods names no method: expected some of {', '.join(METHODS)}")
+        raise SlimError(f"{parameter('methods')} names no method: expected some of {', '.join(METHODS)}")
     check_writable(output or recipe.output, "folder")
     if output is None:
         output = compare.unfinished(recipe) if resume else None
     elif resume and not (output / compare.SETTINGS).is_file():
-        raise SlimError(f"{output}: is no comparison to go on with: start it without --resume")
+        raise SlimError(f"{output}: is no comparison to go on with: start it without {parameter('resume')}")
     rates: list[float | None] = [*dict.fromkeys(keep_rates)] if keep_rates else [None]
     found = compare.Comparison(recipe, methods, rates, output or Path(), device, epochs, log=log)
     compare.check(found)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slimcli.deployment.card import export_card
 from slimcli.device import DTYPES
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable, write_error, write_file, write_json
 from slimcli.progress import Progress, no_progress
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime
@@ -115,7 +115,9 @@ def export_model(
     runtime.require(precision)
     check_free(folder)
     if precision == "int8" and not calibration:
-        raise SlimError("int8 needs images to find the ranges of activations on: name a folder of them with --data")
+        raise SlimError(
+            f"int8 needs images to find the ranges of activations on: name a folder of them with {parameter('data')}"
+        )
     own = model.to("cpu", torch.float32).eval()
     forward = Forward(own)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -160,9 +160,9 @@ def kept_back(rows: Sequence[Row], model: SlimModel, batch_size: int, device: to
 def likely_reason(batch: int, num_patches: int, kernel: str, device: str) -> str:
     """Why time may not follow arithmetic. `kernel` is what runs the attention."""
     if kernel.endswith("(math)"):
-        return "attention runs unfused here: see --precision, and timm's TIMM_FUSED_ATTN"
+        return "attention runs unfused here: try another precision, and see timm's TIMM_FUSED_ATTN"
     if batch * num_patches < 2048:
-        return f"{batch} images of {num_patches} patches are too little work for this device; try a larger --batch-size"
+        return f"{batch} images of {num_patches} patches are too little work for this device; try a larger batch"
     if device == "cuda":
-        return "launching kernels may take longer than running them; try a larger --batch-size, or torch.compile"
-    return "other programs may be using the device; run again with --seconds 10, and see --per-layer"
+        return "launching kernels may take longer than running them; try a larger batch, or torch.compile"
+    return "other programs may be using the device; measure again for ten seconds, and layer by layer"
