@@ -112,12 +112,8 @@ def export_model(
         Inexact: where the outputs differ by more than `TOLERANCES` allows.
         SlimError: where the runtime cannot run the model.
     """
-    runtime.require(precision)
+    require(runtime, precision, calibration)
     check_free(folder)
-    if precision == "int8" and not calibration:
-        raise SlimError(
-            f"int8 needs images to find the ranges of activations on: name a folder of them with {parameter('data')}"
-        )
     own = model.to("cpu", torch.float32).eval()
     forward = Forward(own)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +146,15 @@ def export_model(
         raise write_error(folder, error) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def require(runtime: Runtime, precision: str, calibration: Sequence[Tensor]) -> None:
+    """`SlimError` if the runtime is not here or cannot run in the precision, or int8 comes without images."""
+    runtime.require(precision)
+    if precision == "int8" and not calibration:
+        raise SlimError(
+            f"int8 needs images to find the ranges of activations on: name a folder of them with {parameter('data')}"
+        )
 
 
 def check_free(folder: Path) -> None:

@@ -274,8 +274,8 @@ def named_data(
 ) -> DataSection:
     """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays.
 
-    An error calls the parameter `name`. The limits of the data before go, and where the folder has none for a split, all
-    of it is taken, unless `is_given` says that the user chose the field.
+    An error calls the parameter `name`. The limits of the data before go, and where the folder has none for a split,
+    all of it is taken, unless `is_given` says that the user chose the field.
     """
     root = None if path == "digits" else Path(path)
     if root is not None and not root.exists():
