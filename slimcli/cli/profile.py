@@ -73,7 +73,8 @@ def command(
 
     display = Display(as_json)
     if places := places_on_cpu(runtimes, asked):
-        return _in_runtimes(display, places, target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
+        _in_runtimes(display, places, target, overrides, keep_rates, batch_size, exact_savings, seconds, asked)
+        return
     session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
     found, where, dtype = session.target, session.device, session.dtype
     for line in found.notes:
