@@ -79,10 +79,9 @@ def command(
     found, where, dtype = session.target, session.device, session.dtype
     for line in found.notes:
         display.warn(line)
-    batch = batch_size or profile.DEFAULT_BATCH[where.type]
+    batch, others = batch_size or profile.DEFAULT_BATCH[where.type], words(against)
     details: dict[str, list[dict[str, Any]]] = {}
     with display.progress() as progress:
-        others = words(against)
         rows = profile.profile(
             found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=others
         )
@@ -104,8 +103,8 @@ def command(
         print_layers(display, table)
     if operators:
         print_operators(display, details["operators"])
-    facts = {"model": found.model_name, **session.facts(batch), "attention": kernels}
-    display.document({**facts, "rows": rows, **details})
+    facts = {**session.facts(batch), "attention": kernels}
+    display.document({"model": found.model_name, **facts, "rows": rows, **details})
 
 
 def _in_runtimes(
