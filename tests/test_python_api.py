@@ -126,7 +126,7 @@ def test_errors_name_parameters_not_flags(model, pairs):
         ({"target_flops": 1.0, "keep_rate": 0.5}, "^target_flops and keep_rate"),
         ({"keep_rate": 2}, "^keep_rate"),
         ({"num_images": 1}, "^num_images"),
-        ({"device": "tpu"}, "^device tpu"),
+        ({"device": "tpu"}, "^device=tpu"),
         ({"precision": "half"}, "^precision 'half'"),
         ({"batch_size": 4}, "^batch_size"),
     ):

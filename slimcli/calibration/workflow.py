@@ -53,16 +53,15 @@ class Goal:
     keep_schedule: bool = False
 
     def __post_init__(self) -> None:
-        check_target("flops", self.flops)
-        check_target("speedup", self.speedup)
-        goals = {"flops": self.flops, "speedup": self.speedup, "keep_rates": self.keep_rates or None}
+        check_target("target_flops", self.flops)
+        check_target("target_speedup", self.speedup)
+        goals = {"target_flops": self.flops, "target_speedup": self.speedup, "keep_rate": self.keep_rates or None}
         given = [parameter(name) for name, value in goals.items() if value is not None]
         if len(given) > 1:
             raise SlimError(f"{' and '.join(given)} are two goals: choose one")
         if self.keep_schedule and (self.flops is not None or self.speedup is not None):
             raise SlimError(
-                f"{parameter('keep_schedule')} keeps where patches leave: "
-                f"choose the cost with {parameter('keep_rates')}"
+                f"{parameter('keep_schedule')} keeps where patches leave: choose the cost with {parameter('keep_rate')}"
             )
         if self.keep_schedule and len(self.keep_rates) > 1:
             raise SlimError(

@@ -107,11 +107,16 @@ def _added() -> dict[str, click.Command]:
 
 
 def _options(command: click.Command, ctx: click.Context) -> dict[str, str]:
-    """How the command that is running spells its parameters: `{"keep_rates": "--keep-rate"}`."""
+    """How the command that is running spells its parameters: `{"keep_rates": "--keep-rate"}`.
+
+    The name in an option itself, `keep_rate`, means it too: what takes one and several may be called by either.
+    """
     for word in ctx.meta.get("slim.words", ()):
         if isinstance(command, click.Group):
             command = command.get_command(ctx, word) or command
-    return {option.name: option.opts[0] for option in command.params if isinstance(option, click.Option)}
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    spelled = {max(o.opts, key=len).lstrip("-").replace("-", "_"): o.opts[0] for o in options}
+    return spelled | {option.name: option.opts[0] for option in options}
 
 
 def _explain(error: Exception, options: dict[str, str]) -> tuple[str, int]:

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 @click.command("calibrate")
 @click.argument("target", required=False)
 @target_options
-@click.option("--target-flops", "flops", type=float, metavar="G", help="Cost to reach, in G multiply-adds an image.")
-@click.option(
-    "--target-speedup", "speedup", type=float, metavar="X", help="Speed-up to reach, measured on this device."
-)
+@click.option("--target-flops", type=float, metavar="G", help="Cost to reach, in G multiply-adds an image.")
+@click.option("--target-speedup", type=float, metavar="X", help="Speed-up to reach, measured on this device.")
 @click.option(
     "--keep-rate",
     "keep_rates",
@@ -55,8 +53,8 @@ if TYPE_CHECKING:
 @common_options
 def command(
     target: str | None,
-    flops: float | None,
-    speedup: float | None,
+    target_flops: float | None,
+    target_speedup: float | None,
     keep_rates: list[float] | None,
     keep_schedule: bool,
     images: int,
@@ -80,7 +78,7 @@ def command(
     from slimcli.store.run_folder import RECIPE, point_latest
 
     display = Display(as_json)
-    goal = Goal(flops, speedup, keep_rates or (), keep_schedule)
+    goal = Goal(target_flops, target_speedup, keep_rates or (), keep_schedule)
     embedded = target is None and asked["model"] is None
     request = Request("calibrate", target, overrides, embedded=embedded, default_dead="heir", **asked)
     if output is not None:

@@ -63,6 +63,8 @@ def command(
     """
     if untrained and epochs is not None:
         raise SlimError("--untrained and --epochs are both given: choose one")
+    if not words(methods):
+        raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
     from slimcli.cli.display import Display
     from slimcli.cli.tables import print_comparison
     from slimcli.comparison import compare

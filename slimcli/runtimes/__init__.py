@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING, Any
 
 from slimcli.errors import SlimError
 from slimcli.plugins.manager import ask
-from slimcli.runtimes.base import Conversion as Conversion
-from slimcli.runtimes.base import Forward as Forward
-from slimcli.runtimes.base import Program as Program
-from slimcli.runtimes.base import Runtime as Runtime
+
+if TYPE_CHECKING:
+    from slimcli.runtimes.base import Conversion, Forward, Program, Runtime
+
+__all__ = ["Conversion", "Forward", "Program", "Runtime", "find_runtime", "runtimes"]
+
+
+def __getattr__(name: str) -> Any:
+    # the hook of the built-in runtimes lies in this room, and listing commands needs no torch
+    if name not in __all__:
+        raise AttributeError(f"module 'slimcli.runtimes' has no attribute {name!r}")
+    from slimcli.runtimes import base
+
+    return getattr(base, name)
 
 
 def runtimes() -> dict[str, Runtime]:
