@@ -3,16 +3,17 @@
 import io
 import os
 import tarfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from slimcli.data import open_dataset
+from slimcli.data import match_classes, open_dataset
 from slimcli.data.folders import by_class, is_hidden
 from slimcli.data.read import is_image_name
-from slimcli.errors import DataError
+from slimcli.errors import DataError, SlimError
 from slimcli.recipe import DataSection
 
 
@@ -102,7 +103,7 @@ def test_commands_say_what_was_skipped(slim, tiny_recipe, photographs):
     ("files", "line"),
     [
         (["cat/1.png", "dog/a.heicx"], "dog: this class folder holds no image .*none of its 1 files .a.heicx."),
-        (["1.png", "2.png"], "holds images but no folder a class"),
+        (["1.txt"], "holds no images in class folders"),
         (["train/cat/1.png", "val/cat/1.png"], "its folders train, val are splits, not classes"),
         (["cat/1.png", "\u00fc/1.png", "u\u0308/1.png"], "have the same name"),
     ],
@@ -114,6 +115,20 @@ def test_folders_that_cannot_be_meant_are_refused_by_name(tmp_path, files, line)
         path.touch()
     with pytest.raises(DataError, match=line):
         opened(tmp_path)
+
+
+def test_images_without_class_folders_have_no_labels_and_are_refused_where_classes_are_needed(tmp_path):
+    for name in ("10.png", "2.png"):
+        picture(tmp_path / name)
+    (tmp_path / "labels.csv").touch()
+    found = opened(tmp_path)
+    assert [Path(found.name(index)).name for index in range(len(found))] == ["2.png", "10.png"]
+    assert found.class_names == []
+    assert found.notes == [f"{tmp_path}: skipped 1 file not named as an image that Pillow reads (labels.csv)"]
+    assert match_classes(found, None, 0) == (found, None)
+    for names in (None, ["cat", "dog"]):
+        with pytest.raises(SlimError, match="lie in no class folders"):
+            match_classes(found, names, 2)
 
 
 def test_one_class_whose_folders_may_have_been_meant_is_said(tmp_path):
@@ -202,13 +217,13 @@ def test_any_tree_has_the_classes_of_its_first_level(tree):
     try:
         found = by_class("root", set(), files)
     except DataError:
-        assert not expected or full != expected
+        assert full != expected or not any(is_image_name(parts[-1]) for parts in files)
         return
     assert set(found.class_names) == expected == full
     assert {files[place] for place, _ in found.images} == {
-        parts for parts in files if len(parts) > 1 and is_image_name(parts[-1])
+        parts for parts in files if is_image_name(parts[-1]) and (len(parts) > 1 or not expected)
     }
-    for place, target in found.images:
+    for place, target in found.images if expected else ():
         assert found.class_names[target] == files[place][0]
     numbers = [int(name) for name in found.class_names if name.isascii() and name.isdigit()]
     assert numbers == sorted(numbers)

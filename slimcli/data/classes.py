@@ -61,6 +61,11 @@ def match_classes(
     names = getattr(samples, "class_names", None)
     if not num_outputs:
         return samples, None
+    if names is not None and not names:
+        raise SlimError(
+            f"the images lie in no class folders, so that nothing says which of the model's {num_outputs} classes they "
+            "are of: expected CLASS/image.jpg, a folder for every class"
+        )
     if names is None:
         if class_map:
             raise SlimError("class_map: the classes of this data have no names to map")

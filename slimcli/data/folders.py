@@ -120,14 +120,23 @@ def by_class(where: str, folders: Collection[str], files: Sequence[Parts]) -> In
         folders: the first level of folders that are not hidden, those without a file too.
         files: the files below `where`, without hidden ones.
 
+    Images without a folder for any class have no labels: there are no class names then.
+
     Raises:
-        DataError: where there is no class, a class has no image, or the folders are splits and not classes.
+        DataError: where there is no image, a class has none, or the folders are splits and not classes.
     """
     names = sorted({*folders, *(parts[0] for parts in files if len(parts) > 1)}, key=lambda name: (natural(name), name))
     images = [place for place, parts in enumerate(files) if is_image_name(parts[-1])]
+    if not names and not images:
+        raise DataError(
+            f"{where}: holds no images in class folders: expected CLASS/image.jpg, a folder for every class"
+        )
     if not names:
-        held = "images but no folder a class" if images else "no images in class folders"
-        raise DataError(f"{where}: holds {held}: expected CLASS/image.jpg, a folder for every class")
+        # what learns or compares without labels takes them; `match_classes` refuses them where classes are needed
+        images.sort(key=lambda place: (natural(files[place][-1]), files[place]))
+        other = sorted(parts[-1] for parts in files if not is_image_name(parts[-1]))
+        notes = [f"{where}: skipped {_counted(other, 'not named as an image that Pillow reads')}"] if other else []
+        return InClasses([], [(place, 0) for place in images], notes)
     _check_names(where, names, any(len(parts) > 2 for parts in files))
     number = {name: index for index, name in enumerate(names)}
     inside = sorted(
