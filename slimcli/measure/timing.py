@@ -18,8 +18,8 @@ import torch
 #: rounds would not change what is printed. Chosen on two cores, digits_vit and batches of 1 to 16: 100 rounds beside
 #: two busy loops come down to 0.01, ten rounds there give errors of 0.06.
 BELIEVED, NARROW = 0.05, 0.02
-#: Share of the processor time it asked for that a timing must have got. Two busy loops on two cores leave 0.33 to 0.45,
-#: one 0.65 to 0.75; a machine without them 0.97 and more.
+#: Share of the processor time it asked for that a timing must have got. Two busy loops on two cores left 0.33 to 0.50;
+#: a machine without them more than this.
 ENOUGH_CORES = 0.9
 #: share of the machine's time that its host gave to other machines, up to which timings are believed
 STOLEN = 0.05
