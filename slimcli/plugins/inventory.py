@@ -29,7 +29,7 @@ class Plugin:
 
 def commands() -> dict[str, click.Command]:
     """The subcommands that installed plugins add; nothing is loaded where slim is installed alone."""
-    if not entries():
+    if not entries() and not plugin_manager.cache_info().currsize:
         return {}
     return {name: command for found in ask("slim_commands")[0].values() for name, command in found.items()}
 
