@@ -109,7 +109,7 @@ def verdict(measured: str, value: float, limit: float, at_most: bool = False) ->
     return {"measure": measured, "at_most" if at_most else "at_least": limit, "met": bool(met)}
 
 
-def said(goal: dict[str, Any] | None) -> str:
+def goal_text(goal: dict[str, Any] | None) -> str:
     """A goal in words, for a table."""
     if goal is None:
         return ""
@@ -154,7 +154,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return said(value)
+        return goal_text(value)
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)

@@ -17,8 +17,8 @@ from common import TINY, finish, parser, rounds, start, verdict, whole_numbers
 from slimcli.cli.display import Display
 from slimcli.layout import lay_out_for_inference
 from slimcli.measure import clock
-from slimcli.measure.evaluate import Variant, describe
-from slimcli.measure.profile import random_images
+from slimcli.measure.evaluation import Variant, describe
+from slimcli.measure.profiling import random_images
 from slimcli.plugins import build_model
 from slimcli.slimming import slim
 

@@ -13,8 +13,8 @@ from common import TINY, Contender, contest, finish, numbers, parser, start, who
 
 from slimcli.device import find_dtype
 from slimcli.layout import lay_out_for_inference
-from slimcli.measure.evaluate import Variant, describe
-from slimcli.measure.profile import random_images
+from slimcli.measure.evaluation import Variant, describe
+from slimcli.measure.profiling import random_images
 from slimcli.plugins import build_model
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel, slim

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from slimcli.device import find_dtype, synchronise
 from slimcli.layout import lay_out_for_inference
-from slimcli.measure.profile import random_images
+from slimcli.measure.profiling import random_images
 from slimcli.plugins import build_model
 from slimcli.slimming import slim
 

@@ -13,8 +13,8 @@ from common import TINY, finish, numbers, parser, rounds, start, whole_numbers
 from slimcli.device import find_dtype
 from slimcli.layout import lay_out_for_inference
 from slimcli.measure import clock
-from slimcli.measure.evaluate import Variant
-from slimcli.measure.profile import random_images
+from slimcli.measure.evaluation import Variant
+from slimcli.measure.profiling import random_images
 from slimcli.plugins import build_model
 from slimcli.slimming import SlimModel, slim
 

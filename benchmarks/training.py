@@ -19,7 +19,7 @@ from torch import nn
 from slimcli.attention import TrainingAttention
 from slimcli.device import find_dtype
 from slimcli.measure import clock
-from slimcli.measure.profile import random_images
+from slimcli.measure.profiling import random_images
 from slimcli.plugins import build_model
 from slimcli.recipe import DataSection, ModelSection, Recipe, StageSection
 from slimcli.slimming import SlimModel, slim

@@ -17,13 +17,13 @@ from PIL import Image
 from torch import nn
 
 from slimcli.cli import main
-from slimcli.measure import evaluate
+from slimcli.measure import evaluation
 
 # tests run side by side: one thread each is faster than two that compete
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # the figures need not be narrow here
-evaluate.MOST_SECONDS = 0.2
+evaluation.MOST_SECONDS = 0.2
 
 # the same examples each time, so that nobody's change fails for a reason that is not its own; `long` looks for new ones
 slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]

@@ -8,7 +8,7 @@ from conftest import document
 from PIL import Image
 
 import slimcli
-from slimcli.comparison import compare
+from slimcli.comparison import cells
 from slimcli.errors import Interrupted
 from slimcli.recipe import load_recipe
 from slimcli.training.run import Run
@@ -23,8 +23,8 @@ def rows_of(found):
 @pytest.fixture
 def few_images(monkeypatch):
     """Calibrations on fewer images, to save time."""
-    monkeypatch.setattr(compare, "FIT_IMAGES", 64)
-    monkeypatch.setattr(compare, "CHECK_IMAGES", 16)
+    monkeypatch.setattr(cells, "FIT_IMAGES", 64)
+    monkeypatch.setattr(cells, "CHECK_IMAGES", 16)
 
 
 def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
@@ -57,8 +57,8 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
 def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, monkeypatch, few_images):
     words = ["compare", "paper-digits", "--methods", "life", "--limit", 40, "--batch-size", 8]
     calls = []
-    real = compare.fit_and_search
-    monkeypatch.setattr(compare, "fit_and_search", lambda *args: calls.append(1) or real(*args))
+    real = cells.fit_and_search
+    monkeypatch.setattr(cells, "fit_and_search", lambda *args: calls.append(1) or real(*args))
     assert slim(*words, "--set", "slimming.keep_rate=0.6").exit_code == 0
     assert calls == [1]
     slim("calibrate", "paper-digits", "--images", 64, "--limit", 20, "-o", "calibrated")
@@ -90,23 +90,23 @@ def test_trained_for_the_same_epochs(slim, tiny_recipe, tmp_path):
 
 def test_epochs_are_shared_out_over_the_stages(tiny_recipe):
     recipe = load_recipe(tiny_recipe)
-    assert [stage.epochs for stage in compare.stages_for("life", recipe, 5)] == [2, 3]
-    assert [stage.epochs for stage in compare.stages_for("tome", recipe, 5)] == [5]
-    assert [stage.epochs for stage in compare.stages_for("life", recipe, 0)] == [1, 2]
-    stage = compare.stages_for("dynamicvit", recipe, 0)[0]
+    assert [stage.epochs for stage in cells.stages_for("life", recipe, 5)] == [2, 3]
+    assert [stage.epochs for stage in cells.stages_for("tome", recipe, 5)] == [5]
+    assert [stage.epochs for stage in cells.stages_for("life", recipe, 0)] == [1, 2]
+    stage = cells.stages_for("dynamicvit", recipe, 0)[0]
     assert (stage.lr, stage.backbone_lr, stage.epochs) == (1e-3, 1e-3, 3)
 
 
 def test_every_method_but_the_dense_model_is_trained_for_the_keep_rates_of_the_recipe(tiny_recipe):
     words = ["stages.1.keep_rates=[1.0, 0.7]"]
     recipe = load_recipe(tiny_recipe, overrides=words)
-    assert compare.stages_for("tome", recipe, 0)[0].keep_rates == [1.0, 0.7]
-    assert compare.stages_for("dense", recipe, 0)[0].keep_rates is None
+    assert cells.stages_for("tome", recipe, 0)[0].keep_rates == [1.0, 0.7]
+    assert cells.stages_for("dense", recipe, 0)[0].keep_rates is None
 
 
 def test_finished_lines_are_kept_and_not_measured_again(slim, tiny_recipe, tmp_path, monkeypatch):
     words = ["compare", tiny_recipe, "--methods", "random,tome", "--keep-rate", "0.7,0.5"]
-    real, calls = compare.evaluate, []
+    real, calls = cells.evaluate, []
 
     def interrupted(*args):
         if len(calls) == 2:
@@ -114,7 +114,7 @@ def test_finished_lines_are_kept_and_not_measured_again(slim, tiny_recipe, tmp_p
         calls.append(1)
         return real(*args)
 
-    monkeypatch.setattr(compare, "evaluate", interrupted)
+    monkeypatch.setattr(cells, "evaluate", interrupted)
     stopped = slim(*words)
     assert stopped.exit_code == 1
     assert "what was finished is kept" in stopped.stderr
@@ -122,7 +122,7 @@ def test_finished_lines_are_kept_and_not_measured_again(slim, tiny_recipe, tmp_p
     folder = next((tmp_path / "runs").glob("tiny-compare-*"))
     kept = {path.name: path.read_text() for path in (folder / "cells").iterdir()}
     assert set(kept) == {"dense.json", "random-0.7.json"}
-    monkeypatch.setattr(compare, "evaluate", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(cells, "evaluate", lambda *args: calls.append(1) or real(*args))
     found = document(slim(*words, "--resume", "--json"))
     assert found["output"] == str(folder.relative_to(tmp_path))
     assert len(calls) == 5, "two lines were there already"

@@ -212,9 +212,9 @@ def test_a_damaged_artefact_is_refused_in_a_line(exported, tmp_path, photograph,
     else:
         config["preprocessing"]["interpolation"] = "../../etc"
     (folder / "config.json").write_text(json.dumps(config))
-    said = refused("predict", photograph, "--model", folder)
+    line = refused("predict", photograph, "--model", folder)
     expected = {"version": "version 99", "file": "damaged", "runtime": "did you mean onnx", "schema": "interpolation"}
-    assert expected[change] in said
+    assert expected[change] in line
 
 
 def test_what_cannot_be_exported_is_refused_before_the_work(refused, tmp_path, photographs, monkeypatch):

@@ -34,10 +34,10 @@ def test_names_in_square_brackets_stand_in_tables_and_captions(terminal):
 def test_what_is_not_to_be_trusted_is_marked_and_explained(terminal):
     display, out = shown(terminal)
     across(display, [DENSE, SLIM])
-    said = out.getvalue()
-    assert "0.53?" in said and "0.40-0.90" in said and "do not trust: other programs: stop them" in said
-    assert "92.50 ± 0.40" in said and "-1.50 ± 0.40" in said and "1.00?" not in said
-    assert "exact: without the work for tokens that nothing reads" in said
+    text = out.getvalue()
+    assert "0.53?" in text and "0.40-0.90" in text and "do not trust: other programs: stop them" in text
+    assert "92.50 ± 0.40" in text and "-1.50 ± 0.40" in text and "1.00?" not in text
+    assert "exact: without the work for tokens that nothing reads" in text
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -63,8 +63,8 @@ def test_documents_hold_null_for_what_is_no_number(capsys):
 
 
 def test_steps_are_counted_through_and_never_go_back():
-    said = []
-    work = Steps(lambda label, done, total: said.append((label, done / total)), [
+    text = []
+    work = Steps(lambda label, done, total: text.append((label, done / total)), [
         Step("reading", 1.0), Step("fitting", 6.0, steps=2), Step("evaluating", 3.0)
     ], numbered=True)  # fmt: skip
     with work.step() as part:
@@ -78,10 +78,10 @@ def test_steps_are_counted_through_and_never_go_back():
     with work.step() as part:  # noqa: SIM117
         with Steps(part, [Step("scoring", 1.0), Step("timing", 1.0)]).step() as small:
             small("scoring", 1, 1)
-    labels = list(dict.fromkeys(label for label, _ in said))
+    labels = list(dict.fromkeys(label for label, _ in text))
     assert labels == [
         "step 1 of 4: reading", "step 2 of 4: one head", "step 3 of 4: the other", "step 4 of 4: evaluating"
     ]  # fmt: skip
-    shares = [share for _, share in said]
+    shares = [share for _, share in text]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == pytest.approx(1.0)
     assert isinstance(part, Part)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimcli import slim
 from slimcli.errors import SlimError
 from slimcli.files import write_json
-from slimcli.measure import clock, evaluate
+from slimcli.measure import clock, evaluation
 from slimcli.measure.rows import Row, notes, read_rows
 from slimcli.measure.scores import Accuracy, Similarity
 
@@ -29,16 +29,16 @@ def test_a_small_set_is_timed_for_as_long_as_there_is_time(seconds, monkeypatch)
     real = clock.timed
     monkeypatch.setattr(clock, "timed", lambda run, device: calls.append(1) or real(run, device))
     monkeypatch.setattr(clock, "narrow", lambda times: False)
-    monkeypatch.setattr(evaluate, "MOST_SECONDS", seconds)
-    rows = evaluate.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
+    monkeypatch.setattr(evaluation, "MOST_SECONDS", seconds)
+    rows = evaluation.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
     assert len(calls) == 2 * 3 if seconds == 0 else len(calls) > 2 * 6
     assert all(row.images == 4 and row.speedup > 0 for row in rows)
 
 
 def test_timing_ends_as_soon_as_the_ratios_are_known(monkeypatch):
     monkeypatch.setattr(clock, "timed", lambda run, device: (run(), 0.001))
-    monkeypatch.setattr(evaluate, "MOST_SECONDS", 60.0)
-    (dense, row) = evaluate.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
+    monkeypatch.setattr(evaluation, "MOST_SECONDS", 60.0)
+    (dense, row) = evaluation.evaluate(slim(tiny_vit(), 0.5), loader(4), [0.5], CPU)
     assert row.speedup_interval == (1.0, 1.0) and dense.speedup == 1.0
 
 
@@ -78,7 +78,7 @@ def test_all_of_few_images_right_is_not_certainty():
 
 def test_the_dense_and_a_slimmed_model_are_compared_image_by_image():
     model = slim(tiny_vit(), 0.5)
-    dense, same, half = evaluate.evaluate(model, loader(40, 8), [1.0, 0.3], CPU)
+    dense, same, half = evaluation.evaluate(model, loader(40, 8), [1.0, 0.3], CPU)
     assert dense.top1_difference is None
     assert (same.top1_difference, same.top1_difference_se) == (0.0, 0.0)
     assert half.top1_difference == pytest.approx(half.top1 - dense.top1, abs=2e-3)
@@ -88,9 +88,9 @@ def test_the_dense_and_a_slimmed_model_are_compared_image_by_image():
 def test_no_images_are_refused_plainly():
     model = slim(tiny_vit(), 0.5)
     with pytest.raises(SlimError, match="there are no images to evaluate on"):
-        evaluate.evaluate(model, loader(0), [0.5], CPU)
+        evaluation.evaluate(model, loader(0), [0.5], CPU)
     with pytest.raises(SlimError, match="there are no images"):
-        evaluate.agreement(model, [], CPU, torch.float32)
+        evaluation.agreement(model, [], CPU, torch.float32)
 
 
 def test_the_model_is_as_it_was_even_after_a_failure():
@@ -98,7 +98,7 @@ def test_the_model_is_as_it_was_even_after_a_failure():
     schedule, mode = model.schedule, model.mode
     bad = DataLoader(TensorDataset(torch.randn(4, 3, 32, 40), torch.zeros(4, dtype=torch.long)), 4)
     with pytest.raises(Exception, match=r"."):
-        evaluate.evaluate(model, bad, [0.3], CPU)
+        evaluation.evaluate(model, bad, [0.3], CPU)
     assert (model.schedule, model.mode) == (schedule, mode)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import document
 
-from slimcli.measure.evaluate import Similarity
+from slimcli.measure.evaluation import Similarity
 
 FEATURES = ("--set", "model.num_classes=0")
 
@@ -36,8 +36,8 @@ def test_the_tables_show_the_cosine(slim, tiny_recipe):
 
 def test_training_a_model_without_classifier_is_refused_with_what_to_do(refused, tiny_recipe):
     for words in ((), ("--dry-run",)):
-        said = refused("train", tiny_recipe, *FEATURES, *words)
-        assert "no classifier" in said and "slim calibrate" in said
+        line = refused("train", tiny_recipe, *FEATURES, *words)
+        assert "no classifier" in line and "slim calibrate" in line
 
 
 def test_similarity_is_the_mean_cosine():

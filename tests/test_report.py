@@ -512,8 +512,8 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(refused, tiny_r
         importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest)
     )
     for words in ((), ("--dry-run",)):
-        said = refused("train", tiny_recipe, "--set", "tracker=wandb", *words)
-        assert 'pip install "slimcli[wandb]"' in said
+        line = refused("train", tiny_recipe, "--set", "tracker=wandb", *words)
+        assert 'pip install "slimcli[wandb]"' in line
 
 
 def test_an_unknown_tracker_is_refused_by_name(refused, tiny_recipe):

@@ -185,9 +185,9 @@ def test_the_title_tells_what_dense_and_slim_chose_and_whether_they_agree():
     for outcome, d, s in zip(outcomes, dense, slim, strict=True):
         assert (outcome.dense.index, outcome.slim.index) == (int(d.argmax()), int(s.argmax()))
         assert outcome.slim.probability == pytest.approx(float(s.max()), rel=1e-4)
-        said = pictures.verdict(outcome, None)
-        assert f"dense: class {int(d.argmax())} ({100 * d.max():.1f} %)" in said
-        assert said.endswith("agree" if d.argmax() == s.argmax() else "differ")
+        text = pictures.verdict(outcome, None)
+        assert f"dense: class {int(d.argmax())} ({100 * d.max():.1f} %)" in text
+        assert text.endswith("agree" if d.argmax() == s.argmax() else "differ")
 
 
 def test_imagenets_class_numbers_are_put_into_words():
@@ -395,7 +395,7 @@ def test_only_broken_images_write_nothing_and_fail(slim, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "text"),
     [
         (["nowhere.png"], "nowhere.png: no such image"),
         (["none-*.png"], "no image matches"),
@@ -410,11 +410,11 @@ def test_only_broken_images_write_nothing_and_fail(slim, run, tmp_path):
         (["--run", "nothing/here"], "no such file or folder"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(refused, run, photos, tmp_path, words, said):
+def test_what_cannot_be_is_refused_in_a_line(refused, run, photos, tmp_path, words, text):
     (tmp_path / "empty").mkdir()
     if "--run" not in words:
         words = [*words, "--run", "model"]
-    assert said in refused("show", *words)
+    assert text in refused("show", *words)
 
 
 def test_changed_picks_what_slimming_broke(slim, run):

@@ -13,7 +13,7 @@ from torch import nn
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.files import check_writable
-from slimcli.measure.profile import random_images
+from slimcli.measure.profiling import random_images
 from slimcli.measure.scores import pooled
 from slimcli.plugins import build_model, find_backbone
 from slimcli.slimming import SlimModel

@@ -16,8 +16,8 @@ from slimcli.calibration.judge import Candidate
 from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
-from slimcli.measure import profile
-from slimcli.measure.evaluate import evaluate
+from slimcli.measure import profiling
+from slimcli.measure.evaluation import evaluate
 from slimcli.measure.per_layer import per_layer as per_layer_tables
 from slimcli.measure.rows import Row
 from slimcli.methods.life import LifeModel
@@ -233,13 +233,13 @@ def profile_model(
         raise SlimError(f"against = {against!r}: expected a list of methods, such as [{against!r}]")
     where, precision = place_of(model, device, precision)
     dtype = DTYPES[precision]
-    size = check_batch_size(batch_size or profile.DEFAULT_BATCH.get(where.type, BATCH))
+    size = check_batch_size(batch_size or profiling.DEFAULT_BATCH.get(where.type, BATCH))
     found = twin(model, where, dtype)
-    rows = profile.profile(found, rates, size, where, dtype, seconds, progress, exact_savings, against)
+    rows = profiling.profile(found, rates, size, where, dtype, seconds, progress, exact_savings, against)
     tables: list[dict[str, Any]] = []
     if per_layer:
         tables = per_layer_tables(found, rates, size, where, dtype, progress=progress, exact_savings=exact_savings)
-    kernels = profile.attention(found, size, where, dtype)
+    kernels = profiling.attention(found, size, where, dtype)
     blocks = tuple(
         BlockTimes(Row.from_json(table), tuple(BlockTime(**block) for block in table["layers"]), table["other_ms"])
         for table in tables

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from slimcli.errors import SlimError, parameter
 from slimcli.measure import clock
-from slimcli.measure.evaluate import Variant
-from slimcli.measure.profile import random_images
+from slimcli.measure.evaluation import Variant
+from slimcli.measure.profiling import random_images
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts
 from slimcli.slimming import LifeModel, SlimModel

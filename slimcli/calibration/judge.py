@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.measure.evaluate import Accuracy, Similarity, pooled
+from slimcli.measure.evaluation import Accuracy, Similarity, pooled
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
 

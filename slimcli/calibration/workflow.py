@@ -21,7 +21,7 @@ from slimcli.calibration.observe import candidate_life_layers, images_that_fit, 
 from slimcli.calibration.search import Calibration, fit_and_search, plan
 from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
-from slimcli.measure.evaluate import agreement, evaluate, first_images
+from slimcli.measure.evaluation import agreement, evaluate, first_images
 from slimcli.measure.rows import Row
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.recipe import Recipe

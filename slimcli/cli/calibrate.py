@@ -99,6 +99,6 @@ def command(
         display.warn(warning)
     print_candidates(display, done)
     print_agreement(display, done)
-    across(display, done.rows, f"on {done.rows[0].images} validation images; {session.said(done.batch_size)}")
+    across(display, done.rows, f"on {done.rows[0].images} validation images; {session.conditions(done.batch_size)}")
     display.line(f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / RECIPE}")
     display.document(document)

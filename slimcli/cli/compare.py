@@ -67,7 +67,7 @@ def command(
         raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
     from slimcli.cli.display import Display
     from slimcli.cli.tables import print_comparison
-    from slimcli.comparison import compare
+    from slimcli.comparison import cells
     from slimcli.comparison.workflow import open_comparison, run_comparison
     from slimcli.device import find_device
     from slimcli.files import write_json
@@ -92,7 +92,7 @@ def command(
         )
         click.get_current_context().exit(1)
     document = {**found.document, "command": command_line(), "output": str(found.folder)}
-    write_json(found.folder / compare.RESULT, document)
+    write_json(found.folder / cells.RESULT, document)
     print_comparison(display, found)
-    display.line(f"{found.folder} holds {compare.TABLE}, {compare.RESULT} and {compare.PLOT}.png and .svg")
+    display.line(f"{found.folder} holds {cells.TABLE}, {cells.RESULT} and {cells.PLOT}.png and .svg")
     display.document(document)

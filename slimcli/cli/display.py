@@ -151,20 +151,20 @@ def across(display: Display, rows: Sequence[Any], caption: str | None = None) ->
                 lines.append(["  95 % interval", *(interval_text(row) for row in rows)])
         return lines
 
-    said = [caption] if caption else []
+    lines_below = [caption] if caption else []
     cells = body(True)
     if display.too_wide(titles, cells):
         cells = body(False)
-        said += _errors_in_words(rows)
-    display.table(titles, cells, "\n".join([*said, *notes(rows)]) or None)
+        lines_below += _errors_in_words(rows)
+    display.table(titles, cells, "\n".join([*lines_below, *notes(rows)]) or None)
 
 
 def _errors_in_words(rows: Sequence[Row]) -> list[str]:
     """Standard errors of the scores, for a table that has no room for them."""
-    said = []
+    lines_below = []
     for measure in measured(rows, ("top1", "similarity", "top1_difference")):
         errors = [found for row in rows if (found := row.get(measure.error))]
         if errors:
             low, high = (f"{value:.{measure.digits}f}" for value in (min(errors), max(errors)))
-            said.append(f"standard error of {measure.title}: {low if low == high else f'{low} to {high}'}")
-    return said
+            lines_below.append(f"standard error of {measure.title}: {low if low == high else f'{low} to {high}'}")
+    return lines_below

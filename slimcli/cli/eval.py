@@ -51,7 +51,7 @@ def command(
     run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display, across
-    from slimcli.measure.evaluate import evaluate
+    from slimcli.measure.evaluation import evaluate
     from slimcli.session.session import Request, open_session
     from slimcli.store.run_folder import add_evaluation
 
@@ -71,9 +71,8 @@ def command(
         else:
             rows = evaluate(session.model, session.loader(images), keep_rates, session.device, session.dtype, progress)
     found = session.target
-    display.line(
-        f"{found.label}: {found.model_name} on {len(images)} images of {session.data_label}; {session.said(batch_size)}"
-    )
+    where = f"{len(images)} images of {session.data_label}; {session.conditions(batch_size)}"
+    display.line(f"{found.label}: {found.model_name} on {where}")
     across(display, rows)
     document = {
         "model": found.model_name,

@@ -111,8 +111,8 @@ def command(
     size = " x ".join(map(str, session.preprocessing["input_size"]))
     display.line(f"checked on {checked}")
     display.line(f"{output} is ready for {runtime}: {f'always {fixed}' if fixed else 'any number of'} images of {size}")
-    said = {"runtime": runtime, "precision": to_precision, "batch_size": fixed, **asdict(checked)}
-    display.document({"output": str(output), "model": found.model_name, **said})
+    facts = {"runtime": runtime, "precision": to_precision, "batch_size": fixed, **asdict(checked)}
+    display.document({"output": str(output), "model": found.model_name, **facts})
 
 
 def _ready(runtime: str, precision: str, output: Path, keep_rates: list[float] | None) -> Runtime:

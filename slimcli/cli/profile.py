@@ -97,7 +97,7 @@ def _in_torch(
     """Measure where the model is, in eager PyTorch."""
     from slimcli.cli.tables import print_layers, print_operators, print_profile
     from slimcli.measure import operators as operator_counts
-    from slimcli.measure import profile
+    from slimcli.measure import profiling
     from slimcli.measure.per_layer import per_layer as per_layer_tables
     from slimcli.session.session import Request, open_session
 
@@ -105,10 +105,10 @@ def _in_torch(
     found, where, dtype = session.target, session.device, session.dtype
     for line in found.notes:
         display.warn(line)
-    batch = batch_size or profile.DEFAULT_BATCH[where.type]
+    batch = batch_size or profiling.DEFAULT_BATCH[where.type]
     details: dict[str, list[dict[str, Any]]] = {}
     with display.progress() as progress:
-        rows = profile.profile(
+        rows = profiling.profile(
             found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=looks.others
         )
         if looks.per_layer:
@@ -119,11 +119,11 @@ def _in_torch(
             details["operators"] = operator_counts.operators(
                 found.model, keep_rates, batch, where, dtype, exact_savings, looks.others
             )
-    kernels = profile.attention(found.model, batch, where, dtype)
-    display.line(f"{found.model_name}: {session.said(batch)}")
+    kernels = profiling.attention(found.model, batch, where, dtype)
+    display.line(f"{found.model_name}: {session.conditions(batch)}")
     print_profile(display, rows, bool(looks.others))
     display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
-    for line in profile.kept_back(rows, found.model, batch, where, kernels["inference"]):
+    for line in profiling.kept_back(rows, found.model, batch, where, kernels["inference"]):
         display.warn(line)
     for table in details.get("per_layer", ()):
         print_layers(display, table)
@@ -144,12 +144,12 @@ def _in_runtimes(
 ) -> None:
     """Measure dense and slimmed in runtimes by name."""
     from slimcli.cli.tables import print_profile
-    from slimcli.measure import profile
+    from slimcli.measure import profiling
     from slimcli.runtimes.measuring import profile_places
     from slimcli.session.session import Request, open_session
 
     session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
-    batch = batch_size or profile.DEFAULT_BATCH["cpu"]
+    batch = batch_size or profiling.DEFAULT_BATCH["cpu"]
     with display.progress() as progress:
         rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings)
     facts = {key: value for key, value in session.facts(batch).items() if key != "precision"}

@@ -53,8 +53,8 @@ def print_layers(display: Display, table: dict[str, Any]) -> None:
         for layer in table["layers"]
     ]
     body.append(["other", "", "", number(table["other_ms"], 2)])
-    said = "\n".join(f"do not trust the times: {note}" for note in timing_notes([row]))
-    display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body, said or None)
+    caption = "\n".join(f"do not trust the times: {note}" for note in timing_notes([row]))
+    display.table(["Block", "Patches", "G MACs an image", "ms a batch"], body, caption or None)
 
 
 def print_operators(display: Display, counted: Sequence[dict[str, Any]]) -> None:
@@ -178,6 +178,6 @@ def _picture_cells(entry: dict[str, Any]) -> list[str]:
     from slimcli.pictures import fit_words, short_name
 
     guesses = [entry["dense"], entry["slim"]]
-    said = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
+    classes = ["-" if g is None else f"{fit_words(g['class'], 14)} ({100 * g['probability']:.0f} %)" for g in guesses]
     agree = f"{entry['similarity']:.3f}" if entry["agree"] is None else "yes" if entry["agree"] else "no"
-    return [fit_words(short_name(entry["image"]), 26), *said, agree]
+    return [fit_words(short_name(entry["image"]), 26), *classes, agree]

@@ -1,1 +1,1 @@
-"""Life regression beside other methods: the runs (`compare`), their `stages` and the `table`."""
+"""Life regression beside other methods: its `cells`, their `stages` and the `table`."""

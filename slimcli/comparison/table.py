@@ -52,7 +52,7 @@ class Line:
         return "Cosine x 100" if self.row.score is MEASURES["similarity"] else "Top-1 (%)"
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """The line in words, for a log."""
         score = "-" if self.score is None else f"{self.score:.2f}"
         cost, speed = (MEASURES[key].text(self.row, unit=True) for key in ("gmacs", "speedup"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slimcli.comparison import compare
+from slimcli.comparison import cells
 from slimcli.comparison.table import Line
 from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable
@@ -42,7 +42,7 @@ def open_comparison(
     output: Path | None = None,
     resume: bool = False,
     log: Callable[[str], None] = lambda _line: None,
-) -> compare.Comparison:
+) -> cells.Comparison:
     """A comparison that can run, all of it checked, with its folder: a new one, or the one that it goes on in.
 
     `epochs` None trains nothing, 0 the recipe's own stages.
@@ -54,20 +54,20 @@ def open_comparison(
         raise SlimError(f"{parameter('methods')} names no method: expected some of {', '.join(METHODS)}")
     check_writable(output or recipe.output, "folder")
     if output is None:
-        output = compare.unfinished(recipe) if resume else None
-    elif resume and not (output / compare.SETTINGS).is_file():
+        output = cells.unfinished(recipe) if resume else None
+    elif resume and not (output / cells.SETTINGS).is_file():
         raise SlimError(f"{output}: is no comparison to go on with: start it without {parameter('resume')}")
     rates: list[float | None] = [*dict.fromkeys(keep_rates)] if keep_rates else [None]
-    found = compare.Comparison(recipe, methods, rates, output or Path(), device, epochs, log=log)
-    compare.check(found)
+    found = cells.Comparison(recipe, methods, rates, output or Path(), device, epochs, log=log)
+    cells.check(found)
     if output is None:
         found.folder = new_run_folder(recipe.output, f"{recipe.name}-compare")
-    compare.open_folder(found, resume)
+    cells.open_folder(found, resume)
     return found
 
 
-def run_comparison(comparison: compare.Comparison, progress: Progress = no_progress) -> Compared:
+def run_comparison(comparison: cells.Comparison, progress: Progress = no_progress) -> Compared:
     """Fill the table; `Interrupted` when training is asked to stop, with what was finished kept."""
     comparison.progress = progress
-    document = compare.compare(comparison)
+    document = cells.compare(comparison)
     return Compared(comparison.folder, tuple(document["rows"]), document)

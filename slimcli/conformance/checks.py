@@ -161,13 +161,15 @@ def cost(subject: Subject) -> None:
     slim, one = subject.slim, subject.images[:1]
     for mode, rate in (("none", 1.0), ("hard", 0.6), ("hard", 0.3)):
         slim.keep_rate = rate
-        said = slim.architecture().multiply_adds(None if mode == "none" else slim.patches_per_layer)
+        stated = slim.architecture().multiply_adds(None if mode == "none" else slim.patches_per_layer)
         slim.mode = mode
         with torch.no_grad():
             found, _ = counted(lambda: slim.logits(one))
-        if abs(said - found) > 0.01 * found:
+        if abs(stated - found) > 0.01 * found:
             what = "dense" if mode == "none" else f"at keep rate {rate}"
-            raise Failed(f"the cost formula says {said:,} multiply-adds {what}, counted are {found:,}", "architecture")
+            raise Failed(
+                f"the cost formula says {stated:,} multiply-adds {what}, counted are {found:,}", "architecture"
+            )
 
 
 def exact_savings(subject: Subject) -> None:
@@ -203,14 +205,15 @@ def exact_savings(subject: Subject) -> None:
             continue
         counts = None if mode == "none" else slim.patches_per_layer
         architecture = slim.architecture()
-        said = architecture.multiply_adds(counts) - architecture.exact_savings(
+        stated = architecture.multiply_adds(counts) - architecture.exact_savings(
             counts, None if mode == "none" else slim.schedule.life_layer
         )
         with torch.no_grad():
             cost, _ = counted(lambda: slim.logits(one))
-        if abs(said - cost) > 0.01 * cost:
+        if abs(stated - cost) > 0.01 * cost:
             raise Failed(
-                f"with narrow blocks the cost formula says {said:,} multiply-adds, counted are {cost:,}", "narrow_block"
+                f"with narrow blocks the cost formula says {stated:,} multiply-adds, counted are {cost:,}",
+                "narrow_block",
             )
 
 

@@ -69,7 +69,7 @@ def _program(runtime: str, prepare: dict[str, Any], conversion: Conversion, outp
     hint = {"hint": "bf16" if conversion.precision == "bfloat16" else "f32"}
     fixed = conversion.batch_size
     more = [f"batch = numpy.repeat(batch, {fixed}, axis=0)"] if fixed not in (None, 1) else []
-    said = (
+    printing = (
         ["print(output[0])"]
         if output == EMBEDDINGS
         else [
@@ -95,7 +95,7 @@ def _program(runtime: str, prepare: dict[str, Any], conversion: Conversion, outp
         "batch = numpy.ascontiguousarray(pixels.transpose(2, 0, 1)[None])",
         *more,
         *(line % hint if "%(hint)s" in line else line for line in run),
-        *said,
+        *printing,
     ]
 
 

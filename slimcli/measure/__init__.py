@@ -1,1 +1,1 @@
-"""What is measured (`evaluate`, `profile`, `per_layer`), how (`clock`, `timing`, `scores`), and the `rows` of it."""
+"""Measured: `evaluation`, `profiling`, `per_layer`, `operators`; how: `clock`, `timing`, `scores`; what is found: `rows`."""

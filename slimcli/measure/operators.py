@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from slimcli import life as lives
 from slimcli.life.head import LifeHead
-from slimcli.measure.evaluate import describe
-from slimcli.measure.profile import all_variants, random_images, rivals
+from slimcli.measure.evaluation import describe
+from slimcli.measure.profiling import all_variants, random_images, rivals
 from slimcli.slimming import SlimModel
 
 #: the parts of a pass, in the order in which they run. `drops` is all that a rule does between the blocks.

@@ -16,8 +16,8 @@ from slimcli.device import synchronise
 from slimcli.errors import SlimError, parameter
 from slimcli.layout import optimize
 from slimcli.measure import clock
-from slimcli.measure.evaluate import Variant, describe
-from slimcli.measure.profile import all_variants, random_images
+from slimcli.measure.evaluation import Variant, describe
+from slimcli.measure.profiling import all_variants, random_images
 from slimcli.measure.timing import Watch
 from slimcli.progress import Progress, no_progress
 from slimcli.slimming import LifeModel, SlimModel

@@ -51,11 +51,11 @@ class Load:
             return f"the host gave {100 * self.stolen:.0f} % of the time to other machines: measure again later"
         if self.got is None or self.got >= ENOUGH_CORES:
             return None
-        said = f"other programs kept the cores busy, and the work got {100 * self.got:.0f} % of the time it needed"
+        reason = f"other programs kept the cores busy, and the work got {100 * self.got:.0f} % of the time it needed"
         free = self.cores - (self.others or 0.0)
         if self.threads > 1 and 1 <= round(free) < self.threads:
-            return f"{said}: stop them, or set OMP_NUM_THREADS={round(free)} and run again"
-        return f"{said}: stop them and run again"
+            return f"{reason}: stop them, or set OMP_NUM_THREADS={round(free)} and run again"
+        return f"{reason}: stop them and run again"
 
 
 def _cores(count: int) -> str:

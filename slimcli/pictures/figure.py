@@ -100,15 +100,15 @@ class _Sheet:
     def caption(self, outcome: Outcome, class_names: Sequence[str] | None, left: float, top: float) -> None:
         """The image's name and what the models say of it."""
         size, width, two_lines = self.size, self.row_width, self.two_lines
-        said, colour = verdict(outcome, class_names), INK if outcome.agree is not False else ALARM
+        guess, colour = verdict(outcome, class_names), INK if outcome.agree is not False else ALARM
         name = short_name(outcome.name)
         if outcome.target is not None:
             name += f" (is {class_name(outcome.target, class_names)})"
-        name = fit(name, width if two_lines else width - _width(f"   {said}", size), size)
+        name = fit(name, width if two_lines else width - _width(f"   {guess}", size), size)
         ahead = 0.0 if two_lines else _width(f"{name}   ", size, bold=True)
         below = (2.6 if two_lines else 1.2) * size / 72
         self.write(name, left, top + 1.2 * size / 72, size, color=INK, weight="bold")
-        self.write(fit(said, width - ahead, size), left + ahead, top + below, size, color=colour)
+        self.write(fit(guess, width - ahead, size), left + ahead, top + below, size, color=colour)
 
     def panel(self, index: int, pixels: Pixels, left: float, top: float) -> Axes:
         """A picture under its title."""

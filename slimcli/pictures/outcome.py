@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimcli.layout import optimize
-from slimcli.measure.evaluate import pooled
+from slimcli.measure.evaluation import pooled
 from slimcli.pictures.geometry import Geometry, predicts_lives
 from slimcli.pictures.words import class_name
 from slimcli.progress import Progress

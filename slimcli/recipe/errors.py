@@ -46,7 +46,9 @@ def joined(lines: Iterable[str]) -> list[str]:
     for line in lines:
         found, _, expected = line.partition(", expected ")
         told.setdefault(found, []).append(expected)
-    return [", expected ".join(filter(None, (found, " or ".join(dict.fromkeys(said))))) for found, said in told.items()]
+    return [
+        ", expected ".join(filter(None, (found, " or ".join(dict.fromkeys(types))))) for found, types in told.items()
+    ]
 
 
 def where_of(place: Location, source: str, sources: dict[Location, str]) -> str:

@@ -132,5 +132,5 @@ def optimizer_options(opt: str, options: Mapping[str, Any]) -> None:
         create_optimizer_v2([torch.nn.Parameter(torch.zeros(1))], opt=opt, lr=1e-3, weight_decay=0.05, **options)
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it needs a package that is not installed"
-        said = ", ".join(f"{key} = {value}" for key, value in options.items())
-        raise ValueError(f"timm cannot make opt = {opt!r} with {said}: {reason}") from None
+        pairs = ", ".join(f"{key} = {value}" for key, value in options.items())
+        raise ValueError(f"timm cannot make opt = {opt!r} with {pairs}: {reason}") from None

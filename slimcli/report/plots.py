@@ -124,7 +124,7 @@ def validation(runs: Mapping[str, Metrics]) -> Markup | None:
         return None
     measure, curves = MEASURES[key], _curves(runs, f"val_{key}", ("epoch",))
 
-    def said(value: float) -> str:
+    def text_of(value: float) -> str:
         return f"{value:.{measure.digits}f}{measure.unit}"
 
     def draw(axes: Axes) -> str:
@@ -137,10 +137,10 @@ def validation(runs: Mapping[str, Metrics]) -> Markup | None:
             if start is not None and len(curves) == 1 and key == "top1":
                 axes.axhline(start, color=INK, linestyle=(0, (2, 2)), linewidth=1)
                 axes.annotate(
-                    f"dense as given {said(start)}", (1, start), xycoords=("axes fraction", "data"), ha="right",
+                    f"dense as given {text_of(start)}", (1, start), xycoords=("axes fraction", "data"), ha="right",
                     xytext=(0, 3), textcoords="offset points", size=9,
                 )  # fmt: skip
-            words.append(f"{name}: from {said(scores[0])} to {said(scores[-1])}, best {said(max(scores))}")
+            words.append(f"{name}: from {text_of(scores[0])} to {text_of(scores[-1])}, best {text_of(max(scores))}")
         axes.margins(y=0.25)
         axes.set(xlabel="epoch", ylabel="top-1 (%)" if key == "top1" else "cosine")
         _mark_stages(axes, {name: runs[name] for name in curves})

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from slimcli.errors import SlimError
 from slimcli.measure import clock
-from slimcli.measure.evaluate import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
-from slimcli.measure.profile import LONGER, all_variants, random_images
+from slimcli.measure.evaluation import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
+from slimcli.measure.profiling import LONGER, all_variants, random_images
 from slimcli.measure.rows import Row
 from slimcli.measure.scores import predictions
 from slimcli.measure.timing import Timing

@@ -11,8 +11,8 @@ import torch
 
 from slimcli.device import environment
 from slimcli.errors import SlimError
-from slimcli.measure import profile
-from slimcli.measure.evaluate import evaluate
+from slimcli.measure import profiling
+from slimcli.measure.evaluation import evaluate
 from slimcli.measure.rows import Row
 from slimcli.progress import Progress, no_progress
 from slimcli.session.session import Session
@@ -74,8 +74,8 @@ def prepare_to_deploy(
         rows = evaluate(model, session.loader(images), None, where, dtype, progress)
         note = f"Accuracy on {len(images)} images ({session.data.val_split})."
     else:
-        batch = session.request.batch_size or profile.DEFAULT_BATCH[where.type]
-        rows = profile.profile(model, None, batch, where, dtype, progress=progress)
+        batch = session.request.batch_size or profiling.DEFAULT_BATCH[where.type]
+        rows = profiling.profile(model, None, batch, where, dtype, progress=progress)
         note = "No data was at hand: accuracy was not measured."
     # measuring may have cast the weights
     model.to("cpu", torch.float32).load_state_dict(stored)

@@ -161,7 +161,7 @@ class Session:
             "versions": versions(),
         }
 
-    def said(self, batch_size: int) -> str:
+    def conditions(self, batch_size: int) -> str:
         """The same in words."""
         return f"{self.device.type}, {torch.get_num_threads()} threads, {self.precision}, batch {batch_size}"
 

@@ -54,7 +54,7 @@ def model_card(config: dict[str, Any], model: SlimModel, measured: dict[str, Any
         "",
         f"On {measured['device_name']} ({measured['device']}, {measured['threads']} threads, {measured['precision']}, "
         f"batch {measured['batch_size']}), dense and slimmed in turn, medians; torch {measured['versions']['torch']}, "
-        f"timm {measured['versions']['timm']}. {' '.join([measured.get('note', ''), *_said(rows)])}".rstrip(),
+        f"timm {measured['versions']['timm']}. {' '.join([measured.get('note', ''), *_notes(rows)])}".rstrip(),
         "",
     ]
     if names:
@@ -88,16 +88,16 @@ def _table(rows: Sequence[Row]) -> list[str]:
     return table
 
 
-def _said(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table should know of its figures."""
-    said = []
+    notes = []
     if any(row.top1_se or row.similarity_se for row in rows):
-        said.append("After ± stand standard errors.")
+        notes.append("After ± stand standard errors.")
     if any(row.speedup_interval for row in rows):
-        said.append("Speed-up: the median of paired rounds, with its 95 % interval.")
+        notes.append("Speed-up: the median of paired rounds, with its 95 % interval.")
     problems = timing_notes(rows)
     if problems:
         # what to do about it is for who made the card, not for who reads it
         reasons = "; ".join(problem.partition(":")[0] for problem in problems)
-        said.append(f"Speed was not measured reliably and is left out: {reasons}.")
-    return said
+        notes.append(f"Speed was not measured reliably and is left out: {reasons}.")
+    return notes

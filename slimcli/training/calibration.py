@@ -15,7 +15,7 @@ from slimcli.calibration.observe import candidate_life_layers, images_that_fit, 
 from slimcli.calibration.search import BRIEF, STEPS, Calibration, fit_and_search
 from slimcli.device import find_dtype
 from slimcli.errors import Interrupted
-from slimcli.measure.evaluate import first_images
+from slimcli.measure.evaluation import first_images
 from slimcli.progress import Progress
 from slimcli.schedule import Schedule
 from slimcli.store.model_folder import slimming_config
@@ -23,7 +23,7 @@ from slimcli.training.checkpoint import adopt_slimming, seed_epoch
 from slimcli.training.control import Control, Stopped
 from slimcli.training.run import Position, Run
 from slimcli.training.stages import Stage
-from slimcli.training.validation import said, validate
+from slimcli.training.validation import scores_text, validate
 
 #: candidates that a search runs over the check images, and what of a forward pass each takes
 CANDIDATES, CANDIDATE_SHARE = 17, 0.6
@@ -95,7 +95,7 @@ class CalibrationStage(Stage):
         counts = " ".join(str(count) for count in model.patches_per_layer[model.schedule.life_layer :])
         control.log(
             f"{self.title}: life layer {model.schedule.life_layer}, then {counts} patches, the best of "
-            f"{len(done.tried)} ways tried; slim val {said(found.row())}, {seconds:.0f} s"
+            f"{len(done.tried)} ways tried; slim val {scores_text(found.row())}, {seconds:.0f} s"
         )
         run.position = Position(stage=self.number + 1)
         run.checkpoint(model)

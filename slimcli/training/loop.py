@@ -9,7 +9,7 @@ from typing import Any
 from slimcli import data as datasets
 from slimcli.device import environment, find_dtype
 from slimcli.files import write_file, write_json
-from slimcli.measure.evaluate import evaluate
+from slimcli.measure.evaluation import evaluate
 from slimcli.progress import Progress
 from slimcli.recipe import Recipe
 from slimcli.store.model_folder import load_weights, read_config
@@ -21,7 +21,7 @@ from slimcli.training.run import Run, open_run
 from slimcli.training.session import Log, Session, life_head_taught, model_config, set_up
 from slimcli.training.stages import Stage
 from slimcli.training.track import Tracker
-from slimcli.training.validation import said, validate
+from slimcli.training.validation import scores_text, validate
 
 
 def run_recipe(
@@ -68,7 +68,7 @@ def begin(session: Session, run: Run, progress: Progress, log: Log) -> None:
     found = validate(session, session.model, "none", progress)
     run.tracker = Tracker(session.accelerator, session.recipe, run.folder, log)
     run.add({"event": "start", **found.row()}, 0)
-    log(f"dense model as given: {said(found.row())} on {found.count} images")
+    log(f"dense model as given: {scores_text(found.row())} on {found.count} images")
 
 
 def run_stages(stages: list[Stage], run: Run, state: dict[str, Any] | None, control: Control) -> None:
@@ -123,9 +123,9 @@ def best_epoch_line(run: Run, best: dict[str, int]) -> str:
     epochs = [row for row in run.rows if row["event"] == "epoch"]
     row = next(row for row in epochs if (row["stage"], row["epoch"]) == (best["stage"], best["epoch"]))
     values = {key: row.get(f"val_{key}") for key in ("top1", "similarity")}
-    line = f"best epoch: stage {best['stage']} epoch {best['epoch']} ({said(values)})"
+    line = f"best epoch: stage {best['stage']} epoch {best['epoch']} ({scores_text(values)})"
     if row is epochs[-1]:
         return line
     last = {key: epochs[-1].get(f"val_{key}") for key in ("top1", "similarity")}
     place = f"stage {epochs[-1]['stage']} epoch {epochs[-1]['epoch']}"
-    return f"{line}; it is the saved model, the last one ({place}, {said(last)}) is in {run.folder / LAST}"
+    return f"{line}; it is the saved model, the last one ({place}, {scores_text(last)}) is in {run.folder / LAST}"

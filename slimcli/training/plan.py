@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slimcli.measure.evaluate import describe
+from slimcli.measure.evaluation import describe
 from slimcli.progress import Progress
 from slimcli.recipe import Recipe
 from slimcli.training.calibration import CalibrationStage

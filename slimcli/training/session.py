@@ -18,7 +18,7 @@ from slimcli import data as datasets
 from slimcli.device import find_device, make_accelerator
 from slimcli.errors import SlimError
 from slimcli.files import check_writable
-from slimcli.measure.evaluate import check_classes, check_classifier
+from slimcli.measure.evaluation import check_classes, check_classifier
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe
 from slimcli.session.classifier import match_classifier

@@ -19,7 +19,7 @@ from slimcli.training.faults import Faults
 from slimcli.training.learner import Learner
 from slimcli.training.run import EpochSums, Position, Run
 from slimcli.training.session import Session
-from slimcli.training.validation import said, validate
+from slimcli.training.validation import scores_text, validate
 
 STEP_ROWS_PER_EPOCH = 20
 #: an estimate of the time takes so many steps, or as many as fit in so many seconds
@@ -186,8 +186,8 @@ class LearningStage(Stage):
         run.add({"event": "epoch", **row, **values}, (self.epochs_before + epoch + 1) * self.batches)
         run.save(learner.result, found.score, (self.number + 1, epoch + 1))
         control.log(
-            f"{self.title} epoch {epoch + 1}/{section.epochs}: loss {row['loss']:.4f}, train {said(row)}, "
-            f"{'dense' if section.mode == 'none' else 'slim'} val {said(found.row())}, "
+            f"{self.title} epoch {epoch + 1}/{section.epochs}: loss {row['loss']:.4f}, train {scores_text(row)}, "
+            f"{'dense' if section.mode == 'none' else 'slim'} val {scores_text(found.row())}, "
             f"{row['images_per_second']:.0f} img/s, {sums.seconds:.0f} s"
         )
         if sums.waited > 0.25 * sums.seconds and sums.seconds > 5:

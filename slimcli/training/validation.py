@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from slimcli.measure.evaluate import Scores, pooled
+from slimcli.measure.evaluation import Scores, pooled
 from slimcli.progress import Progress
 from slimcli.slimming import SlimModel
 from slimcli.training.session import Session
@@ -36,7 +36,7 @@ def validate(session: Session, model: SlimModel, mode: str, progress: Progress) 
     return found
 
 
-def said(row: dict[str, Any]) -> str:
+def scores_text(row: dict[str, Any]) -> str:
     """Top-1 and cosine of a row in words, for the log."""
     words = [f"top-1 {row['top1']:.2f} %"] if row.get("top1") is not None else []
     return ", ".join([*words, *([f"cosine {row['similarity']:.4f}"] if row.get("similarity") is not None else [])])

@@ -53,8 +53,8 @@ class Tower(slimcli.Backbone):
         return self.model.classify(embedding) if isinstance(self.model, ImageTower) else embedding
 
     def preprocessing(self):
-        said = getattr(self.visual, "preprocess_cfg", {})
-        mean, std = said.get("mean", CLIP[0]), said.get("std", CLIP[1])
+        config = getattr(self.visual, "preprocess_cfg", {})
+        mean, std = config.get("mean", CLIP[0]), config.get("std", CLIP[1])
         return {**super().preprocessing(), "mean": tuple(mean), "std": tuple(std)}
 
 

@@ -83,9 +83,9 @@ class TransformersViT(slimcli.Backbone):
         chosen = {**super().preprocessing(), "mean": mean, "std": std}
         file = Path(self.model.config.name_or_path) / "preprocessor_config.json"
         if self.model.config.name_or_path and file.is_file():
-            said = json.loads(file.read_text())
-            chosen["mean"], chosen["std"] = said.get("image_mean", mean), said.get("image_std", std)
-            chosen["interpolation"] = RESAMPLE.get(said.get("resample"), "bicubic")
+            config = json.loads(file.read_text())
+            chosen["mean"], chosen["std"] = config.get("image_mean", mean), config.get("image_std", std)
+            chosen["interpolation"] = RESAMPLE.get(config.get("resample"), "bicubic")
         return chosen
 
     def call(

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimcli.attention import AttentionRecorder, running
 from slimcli.layout import lay_out_for_inference, optimize
 from slimcli.measure import clock
-from slimcli.measure.evaluate import Variant, describe, schedules
+from slimcli.measure.evaluation import Variant, describe, schedules
 from slimcli.measure.rows import Row
 from slimcli.measure.timing import Timing
 from slimcli.progress import Progress, Step, Steps, no_progress

@@ -22,7 +22,7 @@ from slimcli.comparison.table import Line, against_dense, draw, markdown
 from slimcli.device import environment
 from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
-from slimcli.measure.evaluate import evaluate
+from slimcli.measure.evaluation import evaluate
 from slimcli.measure.rows import Row, read_rows
 from slimcli.methods.base import Method
 from slimcli.pictures import encode
@@ -141,10 +141,10 @@ def compare(comparison: Comparison) -> dict[str, Any]:
                 cell.title, cell.trained, _setting(cell, plan), run, seconds,
             )  # fmt: skip
             write_json(path, line)
-            comparison.log(f"{cell.name}: {line.said}")
+            comparison.log(f"{cell.name}: {line.summary}")
         else:
             line = Line.from_json(kept)
-            comparison.log(f"{cell.name}: {line.said} (kept)")
+            comparison.log(f"{cell.name}: {line.summary} (kept)")
         lines.append(line)
     document = {
         "recipe": recipe.name,
