@@ -1,1 +1,1 @@
-"""Measured: `evaluation`, `profiling`, `per_layer`, `operators`; how: `clock`, `timing`, `scores`; what is found: `rows`."""
+"""What is measured (`evaluation`, `profiling`, `per_layer`, `operators`), how (`clock`, `timing`), and its `rows`."""
