@@ -177,6 +177,10 @@ class Backbone(ABC):
         """Tokens after the last block as the classifier sees them: normalised, where the model does that first."""
         return tokens
 
+    def features(self, tokens: Tensor) -> Tensor:
+        """All tokens (B, P + N, D) after the last block to what the dense model's `forward_features` gives of them."""
+        return self.final_norm(tokens)
+
     def embedding(self, tokens: Tensor, key_bias: Tensor | None = None) -> Tensor:
         """Tokens after the last block to the image embedding (B, E) that training on the cosine compares.
 

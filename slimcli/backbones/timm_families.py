@@ -283,6 +283,10 @@ class TimmCait(TimmViT):
             return tokens
         return pool_mean(tokens[:, 1:], key_bias) if model.global_pool == "avg" else tokens[:, 0]
 
+    def features(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        return model.norm(model.forward_cls(tokens) if model.blocks_token_only is not None else tokens)
+
     def _classify(self, features: Tensor, pre_logits: bool) -> Tensor:
         features = self.model.head_drop(features)
         return features if pre_logits else self.model.head(features)

@@ -79,8 +79,13 @@ class Method(SlimModel):
             tokens = self._block(layer, tokens, positions, None)
             if layer in drop_layers(counts):
                 chosen = self.choose(layer, tokens, counts[layer])
+                self._follow(layer, tokens, chosen)
                 tokens, positions = self._take(tokens, positions, chosen)
         return tokens, None
+
+    def _follow(self, layer: int, tokens: Tensor, stay: Tensor, into: Tensor | None = None) -> None:
+        if self._trail is not None:
+            self._trail.drop(layer, tokens, stay, into)
 
     def _take(self, tokens: Tensor, positions: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prefix tokens and the `chosen` patches (B, n), with their positions."""

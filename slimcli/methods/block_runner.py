@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slimcli.attention import TrainingAttention
 from slimcli.backbones.base import Backbone
+from slimcli.methods.trail import Trail
 
 
 class BlockRunner(nn.Module):
@@ -25,6 +26,8 @@ class BlockRunner(nn.Module):
         #: whether tokens that nothing reads after a block are only keys and values in it: patches that leave after it
         #: and, where the classifier reads prefix tokens alone, all patches in the last block. Same logits to rounding.
         self.exact_savings = False
+        #: who follows the present pass, to put patches back; None outside of a call for features
+        self._trail: Trail | None = None
         # inside `untouched_blocks_once`: (), then what they made, as it is and as the others see it, and the positions
         self._begun: tuple[()] | tuple[Tensor, Tensor, Tensor | None] | None = None
 
@@ -38,6 +41,8 @@ class BlockRunner(nn.Module):
         if self._begun:
             return self._begun[1], self._begun[2]
         tokens, positions = self.backbone.embed(images)
+        if self._trail is not None:
+            self._trail.begin(tokens, positions)
         for layer in range(1, self.untouched_blocks + 1):
             tokens = self._block(layer, tokens, positions, None)
         if self._begun is not None and (positions is None or not positions.requires_grad):
@@ -65,7 +70,8 @@ class BlockRunner(nn.Module):
         Training always uses it: no gradient comes back from a token that nothing reads.
         """
         prefix = self.backbone.num_prefix_tokens
-        narrow = (self.exact_savings or self.training) and prefix and self.backbone.head_reads_prefix_only
+        saves = (self.exact_savings or self.training) and self._trail is None
+        narrow = saves and prefix and self.backbone.head_reads_prefix_only
         return prefix if narrow else None
 
     def _block(
@@ -77,6 +83,9 @@ class BlockRunner(nn.Module):
         keep: int | None = None,
         reading: Tensor | None = None,
     ) -> Tensor:
+        trail = self._trail
+        if trail is not None and trail.revives and layer == trail.depth:
+            (tokens, positions), bias, keep, reading = trail.revived(tokens), None, None, None
         run: Callable[..., Tensor] = self.backbone.block
         args: tuple[Any, ...] = (layer, tokens, positions)
         if keep is not None:
@@ -87,9 +96,11 @@ class BlockRunner(nn.Module):
         if learns and not torch.compiler.is_compiling():
             run = partial(_trained, run)
         if learns and self.grad_checkpointing:
-            result: Tensor = checkpoint(run, *args, use_reentrant=False)
-            return result
-        return run(*args)
+            run = partial(checkpoint, run, use_reentrant=False)
+        result: Tensor = run(*args)
+        if trail is not None:
+            trail.after(layer, result)
+        return result
 
 
 def _trained(block: Callable[..., Tensor], *args: Any) -> Tensor:

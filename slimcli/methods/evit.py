@@ -88,22 +88,25 @@ class ClassAttention(Method):
             halves = self.backbone.halves(layer) if positions is None else None
             if halves is None:
                 tokens, paid = self.backbone.global_attention(layer, tokens, positions)
-                tokens, positions = self._reorganise(tokens, positions, paid, stay)
+                tokens, positions = self._reorganise(layer, tokens, positions, paid, stay)
             else:
                 attention, mlp = halves
                 seen = AttentionRecorder()
                 with seen:
                     tokens = attention(tokens)
                 paid = class_attention(seen, self.backbone.num_prefix_tokens)
-                tokens, positions = self._reorganise(tokens, positions, paid, stay)
+                tokens, positions = self._reorganise(layer, tokens, positions, paid, stay)
                 tokens = mlp(tokens)
+            if self._trail is not None:
+                self._trail.after(layer, tokens)
         return tokens, None
 
     def _reorganise(
-        self, tokens: Tensor, positions: Tensor | None, paid: Tensor, stay: int
+        self, layer: int, tokens: Tensor, positions: Tensor | None, paid: Tensor, stay: int
     ) -> tuple[Tensor, Tensor | None]:
         """Keep the `stay` patches with the highest class attention `paid` (B, n); fuse the others."""
         chosen = paid.topk(stay, dim=1).indices
+        self._follow(layer, tokens, chosen)
         kept, positions = self._take(tokens, positions, chosen)
         if self.fuses:
             weights = paid.scatter(1, chosen, 0.0).to(tokens.dtype)

@@ -173,6 +173,8 @@ class LifeModel(SlimModel):
             order = lives.longest_lives_first(life, counts[first]) if plan is None else plan.order
         # with heirs all patches are there when the first leave
         order = order if inherit else order[:, : counts[first]]
+        if self._trail is not None:
+            self._trail.drop(first, tokens, order)
         tokens = lives.sort_patches(tokens, order, prefix)
         if positions is not None:
             positions = lives.take_patches(positions, order)
@@ -185,6 +187,8 @@ class LifeModel(SlimModel):
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         for layer in range(first + 1, self.schedule.depth + 1):
             n = counts[layer - 1]
+            if self._trail is not None and n < tokens.shape[1] - prefix:
+                self._trail.cut(layer - 1, tokens, n)
             positions = None if positions is None else positions[:, :n]
             tokens = self._block(layer, tokens[:, : prefix + n], positions, None, self._read_after(layer, counts))
         return tokens, None
@@ -209,10 +213,12 @@ class LifeModel(SlimModel):
         for layer in range(first + 1, self.schedule.depth + 1):
             n = counts[layer - 1]
             if steps[gone] > n:
+                self._follow(layer - 1, tokens, n, plan)
                 tokens, gone = lives.take_over(tokens, shares, gone, prefix + n), gone + 1
                 bias = biases[:, gone, : prefix + n]
             positions = None if positions is None else positions[:, :n]
             if self._takes_over_in(layer, counts) and positions is None:
+                self._follow(layer, tokens, counts[layer], plan)
                 reading, gone = lives.take_over(tokens, shares, gone, prefix + counts[layer]), gone + 1
                 tokens = self._block(layer, tokens, None, bias, reading.shape[1], reading)
                 bias = biases[:, gone, : reading.shape[1]]
@@ -220,6 +226,10 @@ class LifeModel(SlimModel):
                 tokens = self._block(layer, tokens, positions, bias, self._read_after(layer, counts))
         # what pools patches counts each as many times as it stands for one
         return tokens, shares.log_size[:, gone, : tokens.shape[1]] if gone else None
+
+    def _follow(self, layer: int, tokens: Tensor, stay: int, plan: lives.Plan) -> None:
+        if self._trail is not None:
+            self._trail.cut(layer, tokens, stay, plan.heirs)
 
     def _takes_over_in(self, layer: int, counts: Sequence[int]) -> bool:
         """Whether heirs take over inside block `layer`, from patches that are only keys and values in it."""
@@ -243,7 +253,8 @@ class LifeModel(SlimModel):
         """How many tokens, the first ones, anything reads after block `layer`; None for all, or if that is not used."""
         if layer == self.schedule.depth:
             return self._read_at_the_end()
-        if not (self.exact_savings or self.training) or self.mode != "hard" or self.dead != "discard":
+        saves = (self.exact_savings or self.training) and self._trail is None
+        if not saves or self.mode != "hard" or self.dead != "discard":
             return None
         leave = layer > self.schedule.life_layer and counts[layer] < counts[layer - 1]
         return self.backbone.num_prefix_tokens + counts[layer] if leave else None

@@ -30,8 +30,12 @@ class RandomDiscard(Method):
         for layer in range(1, self.schedule.depth + 1):
             n = counts[layer - 1]
             if not sorted_yet and n < counts[0]:
-                tokens, positions = self._take(tokens, positions, self._order(tokens, counts[0])[:, :n])
+                order = self._order(tokens, counts[0])[:, :n]
+                self._follow(layer - 1, tokens, order)
+                tokens, positions = self._take(tokens, positions, order)
                 sorted_yet = True
+            if self._trail is not None and n < tokens.shape[1] - prefix:
+                self._trail.cut(layer - 1, tokens, n)
             tokens = tokens[:, : prefix + n]
             positions = None if positions is None else positions[:, :n]
             tokens = self._block(layer, tokens, positions, None)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from slimcli.attention import KERNELS
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
-from slimcli.methods.block_runner import BlockRunner
 from slimcli.methods.described import Described
+from slimcli.methods.surface import DenseSurface
 from slimcli.schedule import (
     Architecture,
     Schedule,
@@ -36,7 +36,7 @@ RETURNS = ("output", "embedding", "both")
 LIFE_SETTINGS: Mapping[str, Any] = {"dead": "discard", "redundancy": 0.0, "merge_importance": 0.0, "size_bias": 1.0}
 
 
-class SlimModel(Described, BlockRunner, ABC):
+class SlimModel(Described, DenseSurface, ABC):
     """A Vision Transformer that drops patches. Call it like the model it was made from.
 
     `model` is the dense model, unchanged and shared. The keep rate and the mode can be set at any time. This class is

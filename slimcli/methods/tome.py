@@ -32,6 +32,7 @@ class ToMe(Method):
 
     method = "tome"
     by_cost = True
+    merges = True
 
     #: the keep rates and drop layers that stand for a cost
     _reference: Schedule | None = None
@@ -113,8 +114,12 @@ class ToMe(Method):
             if seen.key is None:
                 raise SlimError("a block that used scaled_dot_product_attention before does not any more")
             match = matching(seen.key.detach().mean(dim=1)[:, prefix:], r, prefix)
+            if self._trail is not None:
+                self._follow(layer, tokens, *merged_places(match))
             tokens, size = merge(tokens, size, match, prefix)
             tokens = mlp(tokens)
+            if self._trail is not None:
+                self._trail.after(layer, tokens)
             bias = prefix_bias(size.log(), prefix)
         return tokens, bias
 
@@ -175,6 +180,14 @@ def matching(metric: Tensor, r: int, prefix: int) -> Matching:
         rest = rest.sort(dim=-1).values
     others = torch.arange(1 - first, metric.shape[1], 2, device=metric.device)
     return Matching(2 * source + first, partner.gather(1, source), others, 2 * rest + first)
+
+
+def merged_places(match: Matching) -> tuple[Tensor, Tensor]:
+    """Places of patches that stay (B, n - r) in a merge, in their new order, and where all (B, n) are after it."""
+    stay = torch.cat((match.rest, match.others.expand(match.rest.shape[0], -1)), dim=1)
+    places = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
+    into = stay.new_zeros(stay.shape[0], stay.shape[1] + match.source.shape[1]).scatter(1, stay, places)
+    return stay, into.scatter(1, match.source, match.target + match.rest.shape[1])
 
 
 def merge(tokens: Tensor, size: Tensor, match: Matching, prefix: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,74 @@
+"""What a pass leaves behind for those who want patches back: tokens after blocks, and who left where."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from slimcli.life.restore import Drop, restore
+
+
+class Reached(Exception):
+    """The last block that anybody asked for is done."""
+
+
+class Trail:
+    """A record of one pass: the tokens after the blocks in `layers` (from 1), and every drop, in order."""
+
+    def __init__(
+        self,
+        num_prefix_tokens: int,
+        depth: int,
+        layers: Collection[int],
+        way: str,
+        mix: Tensor | None = None,
+        stop_after: int | None = None,
+    ) -> None:
+        self.prefix, self.layers, self.way, self.mix = num_prefix_tokens, frozenset(layers), way, mix
+        self.depth, self.stop_after = depth, stop_after
+        self.drops: list[Drop] = []
+        #: images, patches, and where they are
+        self.shape: tuple[int, int, torch.device] | None = None
+        self._positions: Tensor | None = None
+        self._after: dict[int, tuple[Tensor, int]] = {}
+
+    def begin(self, tokens: Tensor, positions: Tensor | None) -> None:
+        """A pass begins with all tokens (B, P + N, D)."""
+        self.shape = tokens.shape[0], tokens.shape[1] - self.prefix, tokens.device
+        self._positions = positions
+
+    def after(self, layer: int, tokens: Tensor) -> None:
+        """Block `layer` gave `tokens` (B, P + n, D)."""
+        if layer in self.layers:
+            everybody = self.shape is not None and tokens.shape[1] == self.prefix + self.shape[1]
+            reordered = bool(self.drops) and not (layer == self.depth and self.revives)
+            self._after[layer] = tokens, len(self.drops) if reordered or not everybody else 0
+        if layer == self.stop_after:
+            raise Reached
+
+    @property
+    def revives(self) -> bool:
+        """Whether patches that left come back before the last block."""
+        return self.way == "last" and bool(self.drops)
+
+    def revived(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, P + N, D) that enter the last block with all patches back in raster order, and their positions."""
+        return restore(tokens, self.drops, self.prefix, self.way), self._positions
+
+    def drop(self, layer: int, tokens: Tensor, stay: Tensor, into: Tensor | None = None) -> None:
+        """Of `tokens` (B, P + n, D) after block `layer`, the patches at `stay` (B, m) go on; see `Drop`."""
+        self.drops.append(Drop(layer, tokens[:, self.prefix :], stay, into))
+
+    def cut(self, layer: int, tokens: Tensor, stay: int, heirs: Tensor | None = None) -> None:
+        """Of `tokens` (B, P + n, D) the first `stay` patches go on; `heirs` (B, n) are places of those that stay."""
+        batch, n = tokens.shape[0], tokens.shape[1] - self.prefix
+        places = torch.arange(n, device=tokens.device).expand(batch, -1)
+        into = None if heirs is None else torch.cat((places[:, :stay], heirs[:, stay:n]), dim=1)
+        self.drop(layer, tokens, places[:, :stay], into)
+
+    def restored(self, layer: int) -> Tensor:
+        """All tokens (B, P + N, D) after block `layer`, patches in raster order."""
+        tokens, number = self._after[layer]
+        return restore(tokens, self.drops[:number], self.prefix, self.way, self.mix)
