@@ -48,6 +48,9 @@ class Request:
     limit: int | None = None
     batch_size: int | None = None
     class_map: str | None = None
+    #: what the model is set to, where it is not its own
+    keep_rate: float | None = None
+    exact_savings: bool = False
     #: whether a model's name stands for pretrained weights
     pretrained: bool = True
     #: whether no target means slim's own model, also where there is a latest run
@@ -211,6 +214,9 @@ def open_session(request: Request) -> Session:
         # what was never taught is random, and the same every time
         torch.manual_seed(0)
         target = build_target(resolved, section if request.reads_data and request.pretrained else None)
+    if request.keep_rate is not None:
+        target.model.keep_rate = request.keep_rate
+    target.model.exact_savings = target.model.exact_savings or request.exact_savings
     return Session(request, resolved, target, device, section)
 
 
