@@ -6,7 +6,7 @@ import os
 
 import click
 
-from slimcli.cli.options import common_options, set_option
+from slimcli.cli.options import class_map_option, common_options, set_option
 from slimcli.errors import SlimError
 
 
@@ -20,12 +20,14 @@ from slimcli.errors import SlimError
     help="Go on with RUN, or with RECIPE's newest unfinished run, to the same weights as without the break.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the model, what learns, the schedule and the cost; train nothing.")
+@class_map_option
 @set_option
 @common_options
 def command(
     recipe: str | None,
     resume: str | None,
     dry_run: bool,
+    class_map: str | None,
     overrides: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -42,10 +44,10 @@ def command(
 
     if dry_run and resume is not None:
         raise SlimError("--dry-run trains nothing: leave --resume out")
-    recipe, run, newest = choose_run(recipe, resume, changed=bool(overrides) or precision is not None)
+    recipe, run, newest = choose_run(recipe, resume, changed=bool(overrides or precision or class_map))
     if recipe is None:
         raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
-    loaded = read_recipe(recipe, "train", overrides, precision)
+    loaded = read_recipe(recipe, "train", overrides, precision, class_map=class_map)
 
     from slimcli import train
     from slimcli.cli.display import Display
