@@ -162,3 +162,19 @@ def test_training_on_from_weights_of_other_classes_starts_the_classifier_anew(
     assert "is of other classes (ant, bee): its classifier is left out" in result.stdout
     config = json.loads((tmp_path / "runs" / "latest" / CONFIG).read_text())
     assert config["class_names"] == ["cat", "dog"]
+
+
+def test_training_takes_a_class_map_and_the_run_keeps_it(
+    slim, refused, tiny_recipe, of_photographs, photographs, tmp_path
+):
+    words, run = of_photographs
+    for split in ("train", "val"):
+        (photographs / split / "dog").rename(photographs / split / "puppy")
+    words += ["--set", f"model.weights={run / WEIGHTS}"]
+    result = slim("train", tiny_recipe, *words, "--class-map", "puppy=dog")
+    assert result.exit_code == 0, result.output
+    assert "class_map (puppy=dog)" in result.stdout
+    latest = tmp_path / "runs" / "latest"
+    assert json.loads((latest / CONFIG).read_text())["class_names"] == ["cat", "dog"]
+    assert document(slim("eval", latest, "--json"))["rows"][0]["images"] == 12
+    assert "the data has no class kitten" in refused("train", tiny_recipe, *words, "--class-map", "kitten=cat")

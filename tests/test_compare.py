@@ -160,7 +160,7 @@ def test_a_training_that_was_interrupted_goes_on(slim, tiny_recipe, tmp_path, mo
         ([], "Missing argument"),
         (["nowhere.toml"], "nowhere.toml: no such recipe"),
         (["paper-digits", "--methods", "life,tomee"], "did you mean tome?"),
-        (["paper-digits", "--methods", ","], "--methods ',' names no method"),
+        (["paper-digits", "--methods", ","], "--methods names no method"),
         (["paper-digits", "--keep-rate", "0"], "--keep-rate 0"),
         (["paper-digits", "--untrained", "--epochs", "2"], "--untrained and --epochs"),
         (["paper-digits", "--epochs", "1"], "--epochs 1: paper-digits has 2 stages"),

@@ -16,6 +16,8 @@ ROOT = Path(slimcli.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: lines of a file, and of a function from its `def` on
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+#: lines of the file of a command, which parses, calls one function of the library and prints
+LONGEST_COMMAND = 100
 
 
 def nodes(path, *kinds):
@@ -26,6 +28,12 @@ def test_no_file_is_long():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert len(lengths) > 50
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_does_the_work_itself(name):
+    lines = (ROOT / "cli" / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST_COMMAND
 
 
 def test_no_function_is_long():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import slimcli
 from slimcli import train
+from slimcli.calibration.observe import share_out
 from slimcli.errors import Interrupted, SlimError
 from slimcli.recipe import load_recipe
 from slimcli.training import control, learner, stages
@@ -211,3 +212,19 @@ def test_accelerates_environment_does_not_overrule_the_recipe(slim, refused, tin
 def test_a_summary_says_that_the_life_head_was_never_taught(slim, tiny_recipe):
     words = ["--set", "stages=[{learns='backbone',mode='none',lr=1e-3}]", "--json"]
     assert document(slim("train", tiny_recipe, *words))["life_head_taught"] is False
+
+
+@pytest.mark.parametrize(
+    ("fit", "available", "check", "expected"),
+    [
+        (1024, None, None, (1024, 256)),
+        (1024, 1280, 256, (1024, 256)),
+        (512, None, 128, (512, 128)),
+        (16, None, None, (16, 8)),
+        (1024, 300, None, (240, 60)),
+        (16, 10, None, (8, 2)),
+        (16, 1, None, (1, 1)),
+    ],
+)
+def test_a_calibration_keeps_a_fifth_of_few_images_to_check_on(fit, available, check, expected):
+    assert share_out(fit, available, check) == expected

@@ -111,7 +111,7 @@ def _differs(model: SlimModel, built_from: Mapping[str, Any]) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        with model.running(mode="none", returns="output"):
+        with model.running(mode="none"):
             own = pooled(model.logits(images)).float()
     finally:
         model.train(was_training)

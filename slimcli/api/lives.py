@@ -13,7 +13,6 @@ from slimcli import pictures
 from slimcli.api.batches import BATCH, check_batch_size, place_of, twin
 from slimcli.device import DTYPES
 from slimcli.errors import DataError, SlimError
-from slimcli.files import check_writable
 from slimcli.pictures import Outcome
 from slimcli.progress import Progress, no_progress
 from slimcli.slimming import SlimModel
@@ -60,14 +59,10 @@ def draw_lives(
         progress: called with (label, done, total).
     """
     target = Path(output)
-    form = pictures.choose_format(target, None)
-    check_writable(target, "file")
     given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     if not given:
         raise SlimError("images: names none: expected a file, a folder or a pattern")
-    paths = pictures.find_images([os.fspath(image) for image in given])
-    if any(path.is_file() and target.absolute() == path.absolute() for path in paths):
-        raise SlimError(f"output: {target}: is one of the images: choose another name")
+    paths, form = pictures.check_files([os.fspath(image) for image in given], target)
     if columns is not None and (not isinstance(columns, int) or columns < 1):
         raise SlimError(f"columns = {columns!r}: expected a whole number above 0")
     where, precision = place_of(model, device, precision)

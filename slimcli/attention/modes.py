@@ -14,26 +14,27 @@ from slimcli.attention.kernels import attend
 from slimcli.errors import SlimError
 
 
-class _Biased(TorchFunctionMode):
-    """Hands the fused attention of the modules that run inside it to `attend`, with the biases."""
+class ReplacedAttention(TorchFunctionMode):
+    """Runs `attend` in the place of every fused attention that is called inside it, by whom it may be."""
 
-    def __init__(self, key_bias: Tensor | None, places: Tensor | None, kernel: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.key_bias, self.places, self.kernel = key_bias, places, kernel
         self.calls = 0
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None
+    ) -> Tensor:
+        """The attention of queries (B, H, n, d) to keys and values (B, H, m, d), with the caller's mask."""
+        raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.calls += 1
-            return self._attend(*args, **kwargs)
-        if func is F.multi_head_attention_forward and self.key_bias is not None:
-            # torch's own attention module: what it calls inside does not come through here
-            self.calls += 1
-            kwargs["key_padding_mask"] = self.key_bias.to(args[0].dtype)
-        return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return self._replace(*args, **kwargs)
 
-    def _attend(
+    def _replace(
         self,
         query: Tensor,
         key: Tensor,
@@ -49,17 +50,32 @@ class _Biased(TorchFunctionMode):
         if enable_gqa and key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return self.attend(query, key, value, attn_mask, dropout_p, scale)
+
+
+class _Biased(ReplacedAttention):
+    """Hands the fused attention of the modules that run inside it to `slimcli.attention.attend`, with the biases."""
+
+    def __init__(self, key_bias: Tensor | None, places: Tensor | None, kernel: str) -> None:
+        super().__init__()
+        self.key_bias, self.places, self.kernel = key_bias, places, kernel
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward and self.key_bias is not None:
+            # torch's own attention module: what it calls inside does not come through here
+            self.calls += 1
+            kwargs["key_padding_mask"] = self.key_bias.to(args[0].dtype)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None
+    ) -> Tensor:
+        places = self.places if mask is not None else None
         return attend(
-            query,
-            key,
-            value,
-            self.key_bias,
-            pair_bias=attn_mask,
-            places=self.places if attn_mask is not None else None,
-            scale=scale,
-            dropout=dropout_p,
+            query, key, value, self.key_bias, pair_bias=mask, places=places, scale=scale, dropout=dropout,
             kernel=self.kernel,
-        )
+        )  # fmt: skip
 
 
 @contextmanager

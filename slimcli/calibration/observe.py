@@ -16,6 +16,10 @@ from slimcli.slimming import SlimModel
 
 #: memory that what is remembered of the images may take, for all candidate life layers together
 REMEMBERED_BYTES = 2 * 2**30
+#: the most images in a batch where none was asked for: attention maps of a training batch would fill the memory
+MOST_IN_A_BATCH = 64
+#: the fewest images that candidates are compared on, where there are enough
+FEWEST_CHECKED = 8
 #: patches of an image that teach how alike patches are: their pairs grow with the square
 COMPARED_PATCHES = 256
 
@@ -48,6 +52,18 @@ def images_that_fit(backbone: Backbone, wanted: int, layers: int) -> int:
     patches = rows * columns
     tokens = (patches + backbone.num_prefix_tokens) * backbone.embed_dim
     return max(1, min(wanted, REMEMBERED_BYTES // (2 * layers * (tokens + min(patches, COMPARED_PATCHES) ** 2))))
+
+
+def share_out(fit: int, available: int | None = None, check: int | None = None) -> tuple[int, int]:
+    """How many images to fit on and how many others to check on, at least 1 each.
+
+    That is `fit` and a quarter as many, or `check` if that is less than `fit`, eight at least; where fewer are
+    `available`, a fifth of them is for checking.
+    """
+    check = max(FEWEST_CHECKED, min(fit // 4 if check is None else check, fit))
+    total = fit + check if available is None else min(fit + check, available)
+    fit = max(1, min(fit, total - max(1, total // 5)))
+    return fit, max(1, total - fit)
 
 
 def split(

@@ -17,7 +17,7 @@ from slimcli import data as datasets
 from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
 from slimcli.calibration.judge import Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
-from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
+from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
 from slimcli.calibration.search import Calibration, fit_and_search, plan
 from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
@@ -31,12 +31,8 @@ from slimcli.slimming import SlimModel
 from slimcli.store.model_folder import save_model
 from slimcli.store.run_folder import RECIPE, SUMMARY, WEIGHTS, new_run_folder
 
-#: the most images in a batch where none was asked for: attention maps of a training batch would fill the memory
-MOST_IN_A_BATCH = 64
 #: validation images to report on where neither the recipe nor the user says
 REPORTED = 1000
-#: the fewest images that candidates are compared on
-FEWEST_CHECKED = 8
 
 
 @dataclass(frozen=True)
@@ -188,11 +184,13 @@ def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tu
     """Batches of training images to fit on, as many as memory holds; others to check on; how many the first are."""
     layers = candidate_life_layers(session.model.backbone.depth)
     count = images_that_fit(session.model.backbone, wanted, len(layers))
-    total = count + max(FEWEST_CHECKED, min(checked, count))
+    total = sum(share_out(count, None, checked))
     # a limit of the recipe's own is kept
-    limit = min(session.data.train_limit or total, total)
-    images = datasets.shuffled(session.images(train=True, train_limit=limit))
-    fit_on, check_on = split(list(first_images(session.loader(images, batch), total)), count)
+    total = min(session.data.train_limit or total, total)
+    images = datasets.shuffled(session.images(train=True, train_limit=total))
+    taken = list(first_images(session.loader(images, batch), total))
+    count, _ = share_out(count, sum(len(targets) for _, targets in taken), checked)
+    fit_on, check_on = split(taken, count)
     return fit_on, check_on, sum(len(targets) for _, targets in fit_on)
 
 
@@ -224,14 +222,14 @@ def fit_to_goal(
     if goal.speedup is not None:
         with work.step() as part:
             cost = cost_for_speedup(model, goal.speedup, batch_size, device, dtype, part)
-    aim, others = _aim(model, goal, cost)
+    sought, others = aim(model, goal, cost)
     count = sum(len(images) for images, _ in fit_on)
     with work.step() as part, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fit_and_search(model, aim, fit_on, check_on, count, device, dtype, part, others)
+        return fit_and_search(model, sought, fit_on, check_on, count, device, dtype, part, others)
 
 
-def _aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None) -> tuple[Cost | Schedule, list[Cost]]:
+def aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None = None) -> tuple[Cost | Schedule, list[Cost]]:
     """What is searched for: a schedule or a cost, and the lower costs that the found fall is to serve too."""
     searched = goal.searched
     others = [Cost(model.usual_cost(rate)) for rate in searched[1:]]

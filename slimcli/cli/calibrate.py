@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,13 +14,11 @@ from slimcli.cli.options import (
     common_options,
     data_option,
     dead_option,
+    limit_option,
     set_option,
     split_option,
     target_options,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("calibrate")
@@ -36,9 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--keep-schedule", is_flag=True, help="Keep the layers where patches leave; only teach the life head.")
 @click.option("--images", type=click.IntRange(min=8), default=1024, show_default=True, help="Images to fit on.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Validation images to report on.  [default: the recipe's, or 1000]"
-)
+@limit_option("Validation images to report on.  [default: the recipe's, or 1000]")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: runs/NAME-calibrated-TIME]"
 )
@@ -71,8 +67,8 @@ def command(
     that comes with slim. Writes a folder that `slim eval` runs at once and a recipe that `slim train` starts from.
     """
     from slimcli.calibration.workflow import Goal, calibrate_session, new_folder
-    from slimcli.cli.display import Display, across
-    from slimcli.cli.tables import print_agreement, print_candidates
+    from slimcli.cli.display import Display
+    from slimcli.cli.tables import print_calibration
     from slimcli.files import check_writable
     from slimcli.session.session import Request, open_session
     from slimcli.store.run_folder import RECIPE, point_latest
@@ -85,20 +81,15 @@ def command(
         check_writable(output, "folder")
     session = open_session(request)
     check_writable(output or session.recipe.output, "folder")
-    for line in session.target.notes:
-        display.warn(line)
+    display.warnings(session.target.notes)
     with display.progress() as progress:
         done = calibrate_session(session, goal, images, progress)
-    for line in session.notes:
-        display.warn(line)
+    display.warnings(session.notes)
     folder = output or new_folder(done.recipe)
     document = {"command": command_line(), "output": str(folder), **done.document()}
     done.write(folder, document)
     warning = point_latest(folder) if output is None else None
-    if warning is not None:
-        display.warn(warning)
-    print_candidates(display, done)
-    print_agreement(display, done)
-    across(display, done.rows, f"on {done.rows[0].images} validation images; {session.conditions(done.batch_size)}")
+    display.warnings([warning] if warning else [])
+    print_calibration(display, done)
     display.line(f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / RECIPE}")
     display.document(document)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from slimcli.cli.options import batch_size_option, command_line, common_options, keep_rate_option, set_option, words
+from slimcli.cli.options import (
+    batch_size_option,
+    command_line,
+    common_options,
+    keep_rate_option,
+    limit_option,
+    set_option,
+    words,
+)
 from slimcli.errors import Interrupted, SlimError
-
-if TYPE_CHECKING:
-    pass
 
 METHODS = "life,evit,tome,random"
 
@@ -33,7 +37,7 @@ METHODS = "life,evit,tome,random"
     help="Train nothing, only calibrate (the default), or train every method for the epochs of the recipe's stages.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Train every method for this many epochs.")
-@click.option("--limit", type=click.IntRange(min=1), help="Validate on this many images, spread over the split.")
+@limit_option("Validate on this many images, spread over the split.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: runs/NAME-compare-TIME]"
 )
@@ -63,8 +67,6 @@ def command(
     """
     if untrained and epochs is not None:
         raise SlimError("--untrained and --epochs are both given: choose one")
-    if not words(methods):
-        raise SlimError(f"--methods {methods!r} names no method: expected some of {METHODS}")
     from slimcli.cli.display import Display
     from slimcli.cli.tables import print_comparison
     from slimcli.comparison import cells

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,11 @@ class Display:
         """A line that must be seen but is not a result."""
         if not self.quiet:
             self.err.print(f"Warning: {text}", markup=False, soft_wrap=True, style="yellow")
+
+    def warnings(self, lines: Iterable[str]) -> None:
+        """Several such lines."""
+        for line in lines:
+            self.warn(line)
 
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None, left: bool = False

@@ -15,6 +15,7 @@ from slimcli.cli.options import (
     data_option,
     dead_option,
     keep_rate_option,
+    limit_option,
     places_on_cpu,
     runtime_option,
     set_option,
@@ -31,7 +32,7 @@ from slimcli.errors import SlimError
 @data_option
 @class_map_option
 @split_option
-@click.option("--limit", type=click.IntRange(min=1), help="Use this many images, spread evenly over the split.")
+@limit_option("Use this many images, spread evenly over the split.")
 @batch_size_option
 @runtime_option
 @dead_option
@@ -60,8 +61,7 @@ def command(
     session = open_session(Request("eval", target, overrides, **asked))
     images = session.images()
     batch_size = session.data.batch_size
-    for line in (*session.warnings, *session.notes):
-        display.warn(line)
+    display.warnings((*session.warnings, *session.notes))
     with display.progress() as progress:
         if places:
             from slimcli.runtimes.measuring import CALIBRATION, evaluate_places

@@ -42,6 +42,20 @@ class KeepRates(click.ParamType):  # type: ignore[type-arg]
         return rates
 
 
+class KeepRate(KeepRates):
+    """One keep rate."""
+
+    name = "RATE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, float):
+            return value
+        rates = super().convert(value, param, ctx)
+        if len(rates) > 1:
+            raise SlimError(f"--keep-rate {value}: takes one keep rate here")
+        return rates[0]
+
+
 def words(text: str | None) -> list[str]:
     """Names separated by commas, each once."""
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
@@ -55,6 +69,16 @@ def command_line() -> str:
 def keep_rate_option(help_text: str) -> Callable[[F], F]:
     """--keep-rate, one or several."""
     return click.option("--keep-rate", "keep_rates", type=KeepRates(), help=help_text)
+
+
+def one_keep_rate_option(help_text: str) -> Callable[[F], F]:
+    """--keep-rate, one."""
+    return click.option("--keep-rate", "keep_rate", type=KeepRate(), help=help_text)
+
+
+def limit_option(help_text: str, **more: Any) -> Callable[[F], F]:
+    """--limit, a number of images."""
+    return click.option("--limit", type=click.IntRange(min=1), help=help_text, **more)
 
 
 def common_options(command: F) -> F:

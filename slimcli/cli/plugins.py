@@ -22,42 +22,16 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if ctx.invoked_subcommand is not None:
         return
     from slimcli.cli.display import Display
+    from slimcli.cli.tables import print_plugins
     from slimcli.plugins import installed
     from slimcli.plugins.manager import failures
 
     display = Display(as_json)
     plugins = installed()
-    for plugin in plugins:
-        display.line(f"{plugin.name} ({plugin.package} {plugin.version})")
-        for name, about in plugin.backbones.items():
-            display.line(f"  {name:<12} {about}")
-        for name, about in plugin.methods.items():
-            display.line(f"  method {name}: {about}")
-        for name, about in plugin.datasets.items():
-            display.line(f"  data {name}: {about}")
-        for name, about in plugin.commands.items():
-            display.line(f"  slim {name}: {about}")
+    print_plugins(display, plugins)
     for failure in failures if ctx.meta.get("slim.debug") else ():
         display.line(f"{failure}\n{failure.traceback()}")
-    display.document(
-        {
-            "plugins": [
-                {
-                    "name": p.name,
-                    "package": p.package,
-                    "version": p.version,
-                    "backbones": p.backbones,
-                    "methods": p.methods,
-                    "datasets": p.datasets,
-                    "commands": p.commands,
-                }
-                for p in plugins
-            ],
-            "failures": [
-                {"plugin": f.plugin, "package": f.package, "asked": f.asked, "error": str(f.error)} for f in failures
-            ],
-        }
-    )
+    display.document({"plugins": [vars(p) for p in plugins], "failures": [failure.document() for failure in failures]})
 
 
 @command.command("check")
@@ -72,7 +46,8 @@ def check(ctx: click.Context, name: str, model: str | None, as_json: bool) -> No
     Exit code 1 if a check fails.
     """
     from slimcli.cli.display import Display
-    from slimcli.conformance import CHECKS, check_backbone
+    from slimcli.cli.tables import print_checks
+    from slimcli.conformance import check_backbone
     from slimcli.plugins import check_models
 
     display = Display(as_json)
@@ -82,21 +57,9 @@ def check(ctx: click.Context, name: str, model: str | None, as_json: bool) -> No
         for done, (label, build) in enumerate(builders.items()):
             progress(label, done, len(builders))
             found[label] = check_backbone(build(), plugin=name)
-    if len(found) == 1:
-        label, outcomes = next(iter(found.items()))
-        display.line(f"{label}, plugin {name}")
-        rows = [[outcome.name, "pass" if outcome.passed else "FAIL"] for outcome in outcomes]
-        display.table(["Check", "Outcome"], rows, left=True)
-    else:
-        rows = [[label, f"{sum(o.passed for o in found[label])} of {len(CHECKS)}"] for label in found]
-        display.table(["Model", "Checks passed"], rows, left=True)
-    failed = [(label, outcome) for label, outcomes in found.items() for outcome in outcomes if not outcome.passed]
-    for label, outcome in failed:
-        display.line(f"FAIL {label}: {outcome.name}: {outcome.reason}")
-        display.line(f"     change {outcome.where}")
+    print_checks(display, name, found)
     display.document({"plugin": name, "models": {k: [vars(o) for o in v] for k, v in found.items()}})
-    if failed:
-        ctx.exit(1)
+    ctx.exit(0 if all(outcome.passed for outcomes in found.values() for outcome in outcomes) else 1)
 
 
 @command.command("new")

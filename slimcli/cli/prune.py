@@ -13,7 +13,8 @@ from slimcli.cli.options import (
     common_options,
     data_option,
     dead_option,
-    keep_rate_option,
+    limit_option,
+    one_keep_rate_option,
     set_option,
     target_options,
 )
@@ -23,7 +24,7 @@ from slimcli.errors import SlimError
 @click.command("prune")
 @click.argument("target", required=False)
 @target_options
-@keep_rate_option("The keep rate to bake in.  [default: the model's own schedule]")
+@one_keep_rate_option("The keep rate to bake in.  [default: the model's own schedule]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace the model folder at --output.")
 @click.option(
@@ -32,7 +33,7 @@ from slimcli.errors import SlimError
 )  # fmt: skip
 @data_option
 @class_map_option
-@click.option("--limit", type=click.IntRange(min=1), help="Measure accuracy on this many validation images.")
+@limit_option("Measure accuracy on this many validation images.")
 @batch_size_option
 @dead_option
 @click.option(
@@ -42,12 +43,10 @@ from slimcli.errors import SlimError
 @common_options
 def command(
     target: str | None,
-    keep_rates: list[float] | None,
     output: Path,
     force: bool,
     weights_dtype: str,
     weights: Path | None,
-    exact_savings: bool,
     overrides: tuple[str, ...],
     as_json: bool,
     **asked: Any,
@@ -57,8 +56,6 @@ def command(
     The card's figures are measured now: accuracy where there is data, cost and speed always.
     `slimcli.load(FOLDER)` gives the model back.
     """
-    if keep_rates is not None and len(keep_rates) > 1:
-        raise SlimError("--keep-rate takes one keep rate here: it is baked in")
     if str(weights) in ("float32", "bfloat16", "float16"):
         raise SlimError(f"--weights {weights}: expected a file; how weights are stored is --dtype {weights}")
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]) and not force:
@@ -77,8 +74,7 @@ def command(
     display = Display(as_json)
     session = open_session(Request("prune", target, overrides, weights, **asked))
     with display.progress() as progress:
-        rate = None if keep_rates is None else keep_rates[0]
-        found = prepare_to_deploy(session, rate, exact_savings, progress, display.warn)
+        found = prepare_to_deploy(session, progress, display.warn)
     found.write(output, DTYPES[weights_dtype])
     across(display, found.rows, found.note)
     if any(row.timing_reliable is False for row in found.rows):

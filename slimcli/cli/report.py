@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from slimcli.cli.options import common_options, data_option
+from slimcli.cli.options import common_options, data_option, limit_option
 
 
 @click.command("report")
@@ -15,9 +15,7 @@ from slimcli.cli.options import common_options, data_option
     "-o", "--output", type=click.Path(path_type=Path),
     help="File to write.  [default: RUN/report.html, or report.html for several]",
 )  # fmt: skip
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=500, show_default=True, help="Validation images to look at."
-)
+@limit_option("Validation images to look at.", default=500, show_default=True)
 @click.option("--count", type=click.IntRange(min=1), default=3, show_default=True, help="Pictures of each kind.")
 @data_option
 @common_options

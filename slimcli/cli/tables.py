@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from slimcli.calibration.workflow import Calibrated
     from slimcli.cli.display import Display
     from slimcli.comparison.workflow import Compared
+    from slimcli.conformance.kit import Check
+    from slimcli.pictures import Album
+    from slimcli.plugins.inventory import Plugin
+    from slimcli.recipe import Recipe
 
 
 def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
@@ -71,6 +75,14 @@ def print_operators(display: Display, counted: Sequence[dict[str, Any]]) -> None
     caption = "operators of torch in a forward pass, views left out; MiB: read and written by them, for the whole batch"
     display.line()
     display.table(["Keep", *(part.capitalize() for part in PARTS), "All", "To dense", "MiB"], body, caption)
+
+
+def print_calibration(display: Display, done: Calibrated) -> None:
+    """What was tried, how near the dense model it came, and the figures of what was chosen."""
+    print_candidates(display, done)
+    print_agreement(display, done)
+    conditions = done.session.conditions(done.batch_size)
+    across(display, done.rows, f"on {done.rows[0].images} validation images; {conditions}")
 
 
 def print_candidates(display: Display, done: Calibrated) -> None:
@@ -160,17 +172,52 @@ def print_plan(display: Display, plan: dict[str, Any]) -> None:
     display.line(f"about {minutes} min {seconds} s on this machine ({plan['device']}), validation included")
 
 
-def print_pictures(
-    display: Display, entries: Sequence[dict[str, Any]], written: Sequence[str], broken: Sequence[Exception]
-) -> None:
+def print_training(display: Display, recipe: Recipe, summary: dict[str, Any]) -> None:
+    """The figures of the best epoch, dense beside slimmed, and of the dense model before."""
+    display.line()
+    across(display, summary["rows"], f"{recipe.data.name or recipe.data.root} ({recipe.data.val_split}), best epoch")
+    if "top1" in summary["before"]:
+        display.line(f"before training, dense: top-1 {summary['before']['top1']:.2f} %")
+
+
+def print_plugins(display: Display, plugins: Sequence[Plugin]) -> None:
+    """Every plugin, and what it adds."""
+    for plugin in plugins:
+        display.line(f"{plugin.name} ({plugin.package} {plugin.version})")
+        for name, about in plugin.backbones.items():
+            display.line(f"  {name:<12} {about}")
+        for kind, added in (("method ", plugin.methods), ("data ", plugin.datasets), ("slim ", plugin.commands)):
+            for name, about in added.items():
+                display.line(f"  {kind}{name}: {about}")
+
+
+def print_checks(display: Display, plugin: str, found: dict[str, list[Check]]) -> None:
+    """What the conformance kit found on each model: all checks of a single one, and those that failed."""
+    if len(found) == 1:
+        label, outcomes = next(iter(found.items()))
+        display.line(f"{label}, plugin {plugin}")
+        rows = [[outcome.name, "pass" if outcome.passed else "FAIL"] for outcome in outcomes]
+        display.table(["Check", "Outcome"], rows, left=True)
+    else:
+        rows = [[label, f"{sum(o.passed for o in found[label])} of {len(found[label])}"] for label in found]
+        display.table(["Model", "Checks passed"], rows, left=True)
+    for label, outcomes in found.items():
+        for outcome in outcomes:
+            if not outcome.passed:
+                display.line(f"FAIL {label}: {outcome.name}: {outcome.reason}")
+                display.line(f"     change {outcome.where}")
+
+
+def print_pictures(display: Display, album: Album) -> None:
     """A line for each image that was drawn, then the files, and the images that could not be read."""
-    rows = [_picture_cells(entry) for entry in entries]
+    for line in album.notes:
+        display.line(line)
+    rows = [_picture_cells(entry) for entry in album.entries]
     if rows:
         display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
-    for path in written:
+    for path in album.written:
         display.line(f"{path} written")
-    for error in broken:
-        display.warn(f"skipped {error}")
+    display.warnings(f"skipped {error}" for error in album.broken)
 
 
 def _picture_cells(entry: dict[str, Any]) -> list[str]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
 
 import click
 
-from slimcli.cli.options import common_options, set_option
+from slimcli.cli.options import class_map_option, common_options, set_option
 from slimcli.errors import SlimError
-
-if TYPE_CHECKING:
-    from slimcli.cli.display import Display
-    from slimcli.recipe import Recipe
 
 
 @click.command("train")
@@ -25,12 +20,14 @@ if TYPE_CHECKING:
     help="Go on with RUN, or with RECIPE's newest unfinished run, to the same weights as without the break.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the model, what learns, the schedule and the cost; train nothing.")
+@class_map_option
 @set_option
 @common_options
 def command(
     recipe: str | None,
     resume: str | None,
     dry_run: bool,
+    class_map: str | None,
     overrides: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -43,18 +40,18 @@ def command(
     every process.
     """
     from slimcli.session.recipes import read_recipe
-    from slimcli.store.run_folder import SUMMARY
+    from slimcli.training.resume import choose_run
 
-    recipe, resume, run = _what_to_resume(recipe, resume, with_changes=bool(overrides) or precision is not None)
+    if dry_run and resume is not None:
+        raise SlimError("--dry-run trains nothing: leave --resume out")
+    recipe, run, newest = choose_run(recipe, resume, changed=bool(overrides or precision or class_map))
     if recipe is None:
         raise SlimError("which RECIPE? `slim recipes` lists the built-in ones; `slim train quickstart` is a good start")
-    loaded = read_recipe(recipe, "train", overrides, precision)
-    if dry_run and (run is not None or resume is not None):
-        raise SlimError("--dry-run trains nothing: leave --resume out")
+    loaded = read_recipe(recipe, "train", overrides, precision, class_map=class_map)
 
     from slimcli import train
     from slimcli.cli.display import Display
-    from slimcli.cli.tables import print_plan
+    from slimcli.cli.tables import print_plan, print_training
     from slimcli.device import find_device
 
     if dry_run:
@@ -64,19 +61,13 @@ def command(
         print_plan(display, plan)
         display.document(plan)
         return
-    if resume == "":
-        run = train.unfinished_run(loaded)
-    if run is not None and (run / SUMMARY).is_file():
-        raise SlimError(f"{run}: this run has ended: `slim eval {run}` shows its figures")
-
-    import os
-
+    run = train.unfinished_run(loaded) if newest else run
     display = Display(as_json, quiet=int(os.environ.get("RANK", "0")) != 0)
     with display.progress() as progress:
         folder, summary = train.train(loaded, device, run, progress, display.line)
     if not summary:
         return
-    _print_end(display, loaded, folder, summary)
+    print_training(display, loaded, summary)
     from slimcli.report import report_of_training
 
     with display.progress() as progress:
@@ -87,38 +78,3 @@ def command(
     else:
         display.line(f"{folder} holds the model; next: slim eval --keep-rate 0.9,0.8,0.7,0.5")
     display.document(summary)
-
-
-def _what_to_resume(
-    recipe: str | None, resume: str | None, with_changes: bool
-) -> tuple[str | None, str | None, Path | None]:
-    """The recipe, what is left of --resume ("": the recipe's newest unfinished run), and the run that was named."""
-    from slimcli.store.run_folder import RECIPE, find_run
-
-    run: Path | None = None
-    if resume and not find_run(Path(resume)).is_dir():
-        if recipe is not None:
-            raise SlimError(f"--resume {resume}: no such run folder")
-        recipe, resume = resume, ""
-    if resume:
-        if recipe is not None or with_changes:
-            raise SlimError(
-                f"--resume {resume} goes on with the run's own recipe: leave RECIPE, --set and --precision out"
-            )
-        run = find_run(Path(resume))
-        run = run.resolve() if run.is_symlink() else run
-        recipe = str(run / RECIPE)
-        if not Path(recipe).is_file():
-            raise SlimError(f"{run}: is not a run: expected {RECIPE} in it")
-    return recipe, resume, run
-
-
-def _print_end(display: Display, recipe: Recipe, folder: Path, summary: dict[str, Any]) -> None:
-    from slimcli.cli.display import across
-
-    display.line()
-    data = recipe.data
-    across(display, summary["rows"], f"{data.name or data.root} ({data.val_split}), best epoch")
-    start = summary["before"]
-    if "top1" in start:
-        display.line(f"before training, dense: top-1 {start['top1']:.2f} %")

@@ -73,13 +73,6 @@ def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Sche
     return [None, *(model.at_keep_rate(rate) for rate in keep_rates)]
 
 
-def check_classes(model: SlimModel, class_names: Sequence[str] | None) -> None:
-    """`SlimError` if the data's classes are not the model's."""
-    outputs = model.architecture().num_outputs
-    if class_names is not None and outputs and len(class_names) != outputs:
-        raise SlimError(f"the data has {len(class_names)} classes and the model {outputs}: they must be the same")
-
-
 def check_classifier(model: SlimModel) -> None:
     """`SlimError` if the model has no classifier to train."""
     if not model.architecture().num_outputs:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from slimcli import life as lives
 from slimcli.life.head import LifeHead
 from slimcli.measure.evaluation import describe
-from slimcli.measure.profiling import all_variants, random_images, rivals
+from slimcli.measure.profiling import compared
 from slimcli.slimming import SlimModel
 
 #: the parts of a pass, in the order in which they run. `drops` is all that a rule does between the blocks.
@@ -46,9 +46,7 @@ def operators(
     model = model.to(device, dtype).eval()
     found = []
     with model.running():
-        variants = all_variants(model, keep_rates, exact_savings)
-        variants += rivals(model, variants, against, device, dtype)
-        images = random_images(model, batch_size, device, dtype)
+        variants, images = compared(model, keep_rates, batch_size, device, dtype, exact_savings, against)
         for variant in variants:
             runs = variant.rival or model
             variant.set(runs)

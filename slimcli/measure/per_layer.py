@@ -17,7 +17,7 @@ from slimcli.errors import SlimError, parameter
 from slimcli.layout import optimize
 from slimcli.measure import clock
 from slimcli.measure.evaluation import Variant, describe
-from slimcli.measure.profiling import all_variants, random_images
+from slimcli.measure.profiling import compared
 from slimcli.measure.timing import Watch
 from slimcli.progress import Progress, no_progress
 from slimcli.slimming import LifeModel, SlimModel
@@ -43,8 +43,7 @@ def per_layer(
             f"{parameter('per_layer')} is for life regression: the method {model.method} works inside the blocks"
         )
     model = optimize(model.to(device, dtype).eval())
-    variants = all_variants(model, keep_rates, exact_savings)
-    images = random_images(model, batch_size, device, dtype)
+    variants, images = compared(model, keep_rates, batch_size, device, dtype, exact_savings)
     backbone, timed_backbone = model.backbone, _BlockClock(model.backbone, device)
     seconds: list[list[list[float]]] = [[] for _ in variants]
     model.backbone = cast(Backbone, timed_backbone)

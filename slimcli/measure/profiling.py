@@ -55,9 +55,7 @@ def profile(
     model = optimize(model.to(device, dtype).eval())
     steps = Steps(progress, [Step("throughput", 3.0), Step("latency", 2.0), Step("memory", 1.0)])
     with model.running():
-        variants = all_variants(model, keep_rates, exact_savings)
-        variants += rivals(model, variants, against, device, dtype)
-        images = random_images(model, batch_size, device, dtype)
+        variants, images = compared(model, keep_rates, batch_size, device, dtype, exact_savings, against)
         runs = [partial(_forward, model, variant, images) for variant in variants]
         singles = [partial(_forward, model, variant, images[:1]) for variant in variants]
         most = LONGER * min_seconds
@@ -90,6 +88,21 @@ def _timed(row: Row, dense: Row, timing: Timing, latency: Sequence[float], index
         latency_ms_p95=round(1000 * clock.percentile(latency, 0.95), 3),
         **timing.figures(index),
     )
+
+
+def compared(
+    model: SlimModel,
+    keep_rates: Sequence[float] | None,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    exact_savings: bool = False,
+    against: Sequence[str] = (),
+) -> tuple[list[Variant], Tensor]:
+    """What is measured side by side: `all_variants` and the `rivals`, and the images (B, 3, H, W) that all run on."""
+    variants = all_variants(model, keep_rates, exact_savings)
+    variants += rivals(model, variants, against, device, dtype)
+    return variants, random_images(model, batch_size, device, dtype)
 
 
 def all_variants(model: SlimModel, keep_rates: Sequence[float] | None, exact_savings: bool) -> list[Variant]:

@@ -12,10 +12,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from slimcli.attention import NEVER
+from slimcli.attention import NEVER, ReplacedAttention
 from slimcli.errors import SlimError
 from slimcli.life import prefix_bias
 from slimcli.methods.base import Method, drop_layers
@@ -184,7 +183,7 @@ class ScoreHead(nn.Module):
         return num_patches * each + half * half
 
 
-class PolicyAttention(TorchFunctionMode):
+class PolicyAttention(ReplacedAttention):
     """Multiplies the exponentials of every attention inside by the keys' `policy` (B, n); a token always sees itself.
 
     The product, and not a bias of log 0, is what hands the samples a gradient. The small constant is the paper's.
@@ -193,31 +192,16 @@ class PolicyAttention(TorchFunctionMode):
     def __init__(self, policy: Tensor, eps: float = 1e-6) -> None:
         super().__init__()
         self.policy, self.eps = policy, eps
-        self.calls = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None
     ) -> Tensor:
         logits = (query @ key.transpose(-2, -1)).float() * (scale if scale is not None else query.shape[-1] ** -0.5)
-        if attn_mask is not None:
-            logits = logits + attn_mask
+        if mask is not None:
+            logits = logits + mask
         n = key.shape[-2]
         policy = self.policy[:, None, None, :]
         seen = policy + (1 - policy) * torch.eye(n, dtype=policy.dtype, device=policy.device)
         weights = (logits - logits.amax(dim=-1, keepdim=True)).exp() * seen
         weights = (weights + self.eps / n) / (weights.sum(dim=-1, keepdim=True) + self.eps)
-        return F.dropout(weights, dropout_p).to(value.dtype) @ value
+        return F.dropout(weights, dropout).to(value.dtype) @ value

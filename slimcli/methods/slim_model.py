@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 #: the gradient is that of the soft weights (training). `mask`: the patches that `hard` drops are masked instead, and
 #: `threshold`: a patch is masked once the layer exceeds its life; both are slow, for checking.
 MODES = ("none", "soft", "straight", "hard", "mask", "threshold")
-#: what a call can return: "output", as the dense model does, "embedding", or "both" logits and embedding
-RETURNS = ("output", "embedding", "both")
 #: what can be said of life regression alone, as it stands in [slimming], and the values that ask for nothing
 LIFE_SETTINGS: Mapping[str, Any] = {"dead": "discard", "redundancy": 0.0, "merge_importance": 0.0, "size_bias": 1.0}
 
@@ -66,8 +64,6 @@ class SlimModel(Described, DenseSurface, ABC):
         self.temperature = temperature
         self.schedule = schedule
         self._mode = "hard"
-        #: what a call returns: one of `RETURNS`
-        self.returns = "output"
 
     # What a method says.
 
@@ -167,13 +163,12 @@ class SlimModel(Described, DenseSurface, ABC):
         mode: str | None = None,
         schedule: Schedule | None = None,
         exact_savings: bool | None = None,
-        returns: str | None = None,
     ) -> Iterator[Self]:
-        """Run the model in another way inside a `with` block; afterwards all four are what they were, come what may.
+        """Run the model in another way inside a `with` block; afterwards all three are what they were, come what may.
 
         What is None is left as it is; it may still be set inside.
         """
-        before = self._mode, self._schedule, self.exact_savings, self.returns
+        before = self._mode, self._schedule, self.exact_savings
         try:
             if mode is not None:
                 self.mode = mode
@@ -181,11 +176,9 @@ class SlimModel(Described, DenseSurface, ABC):
                 self.schedule = schedule
             if exact_savings is not None:
                 self.exact_savings = exact_savings
-            if returns is not None:
-                self.returns = returns
             yield self
         finally:
-            self._mode, self._schedule, self.exact_savings, self.returns = before
+            self._mode, self._schedule, self.exact_savings = before
 
     def configuration(self) -> dict[str, Any]:
         """How this model drops patches beside its schedule, as [slimming] and config.json say it."""
@@ -278,14 +271,7 @@ class SlimModel(Described, DenseSurface, ABC):
         self.backbone.attention = kernel
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C); called as it is called.
-
-        With `returns` set to "embedding", images to image embeddings (B, E); with "both", to logits and embeddings.
-        """
-        if self.returns == "embedding":
-            return self.embedding(*args, **kwargs)
-        if self.returns == "both":
-            return self.logits_and_embedding(*args, **kwargs)
+        """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C); called as it is called."""
         return self.backbone.call(self.logits, *args, **kwargs)
 
     def logits(self, images: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Everything is drawn on the tensor that the model takes, so whatever crops, squas
 the overlay sits on the pixels that each patch covers.
 """
 
-from slimcli.pictures.drawing import Style, draw_sheets, look_at_data, look_at_files
+from slimcli.pictures.album import Album, Picking, check_files, open_album
+from slimcli.pictures.drawing import Style, draw_sheets
 from slimcli.pictures.figure import draw, draw_lives, fit, panel_titles
 from slimcli.pictures.files import FORMATS, ROWS_A_FILE, TILES_A_FILE, choose_format, encode, sheets, write_sheet
 from slimcli.pictures.geometry import MOST_STAGES, Geometry, drop_stages, find_geometry
@@ -20,11 +21,14 @@ __all__ = [
     "PICKS",
     "ROWS_A_FILE",
     "TILES_A_FILE",
+    "Album",
     "Geometry",
     "Guess",
     "Outcome",
+    "Picking",
     "Pixels",
     "Style",
+    "check_files",
     "choose_format",
     "class_name",
     "counted",
@@ -44,8 +48,7 @@ __all__ = [
     "kept",
     "life_map",
     "look",
-    "look_at_data",
-    "look_at_files",
+    "open_album",
     "panel_titles",
     "panels",
     "pick",

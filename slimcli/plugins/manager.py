@@ -42,6 +42,10 @@ class Failure:
         first = (str(self.error).strip() or "no message").splitlines()[0]
         return f"plugin {self.plugin} of {self.package} failed in {self.asked}: {type(self.error).__name__}: {first}"
 
+    def document(self) -> dict[str, str]:
+        """All but the traceback, as plain values."""
+        return {"plugin": self.plugin, "package": self.package, "asked": self.asked, "error": str(self.error)}
+
     def traceback(self) -> str:
         """The traceback, as Python prints it."""
         return "".join(traceback.format_exception(self.error))

@@ -60,6 +60,9 @@ class DataSection(Section):
     val_split: Name = "validation"
     train_limit: PositiveInt | None = Field(None, description="train on this many images, spread over the classes")
     val_limit: PositiveInt | None = None
+    class_map: dict[str, str] | None = Field(
+        None, description="the model's class for classes of the data that have other names"
+    )
     batch_size: PositiveInt = 64
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
     cache: bool = Field(False, description="decode every image once, before training, and keep it in memory")

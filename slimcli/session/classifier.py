@@ -23,20 +23,23 @@ def match_classifier(
 
     The same classes in another order, and some of the model's, are mapped by name. For other classes the classifier
     of the weights means nothing: it starts untrained, as one for another number of classes does. Both are told to
-    `log`. Raises `SlimError` where they differ and the classifier has no weights that could start anew.
+    `log`. Where the model knows no names, its classes and the data's must be as many.
+
+    Raises:
+        SlimError: where they differ and the classifier has no weights that could start anew, or a class map was given.
     """
-    weights = target.recipe.model.weights if target.recipe is not None else None
-    if weights is None or not target.has_classifier or weights.name != WEIGHTS:
-        return train, val
-    names = read_config(weights.parent).get("class_names") if (weights.parent / CONFIG).is_file() else None
+    recipe = target.recipe
+    weights = recipe.model.weights if recipe is not None and target.has_classifier else None
+    class_map = recipe.data.class_map if recipe is not None else None
+    names = None
+    if weights is not None and weights.name == WEIGHTS and (weights.parent / CONFIG).is_file():
+        names = read_config(weights.parent).get("class_names")
     outputs = target.model.architecture().num_outputs
-    if names is None or not outputs:
-        return train, val
     try:
-        matched, note = match_classes(train, names, outputs)
-        val, _ = match_classes(val, names, outputs)
+        matched, note = match_classes(train, names, outputs, class_map)
+        val, _ = match_classes(val, names, outputs, class_map)
     except SlimError:
-        if not _reset(target.model.model, target.model.backbone.classifier_names):
+        if names is None or class_map or not _reset(target.model.model, target.model.backbone.classifier_names):
             raise
         log(f"{weights} is of other classes ({', '.join(names[:5])}): its classifier is left out")
         target.has_classifier = False

@@ -45,12 +45,10 @@ class Deployable:
 
 def prepare_to_deploy(
     session: Session,
-    keep_rate: float | None = None,
-    exact_savings: bool = False,
     progress: Progress = no_progress,
     warn: Callable[[str], None] = lambda _line: None,
 ) -> Deployable:
-    """Set the session's model to what is baked in, and measure it: accuracy where there is data, cost and speed always.
+    """Measure the session's model, as it is baked in: accuracy where there is data, cost and speed always.
 
     Its weights are then on the CPU, in float32, as they came.
 
@@ -58,11 +56,8 @@ def prepare_to_deploy(
         SlimError: where its life head is untaught.
     """
     found, model, where, dtype = session.target, session.model, session.device, session.dtype
-    model.exact_savings = model.exact_savings or exact_savings
     if not found.has_life_head:
         raise SlimError(session.warnings[-1])
-    if keep_rate is not None:
-        model.keep_rate = keep_rate
     config = {**found.config, "preprocessing": session.preprocessing}
     stored = {name: value.clone() for name, value in model.state_dict().items()}
     images = session.images() if session.section is not None else None

@@ -16,14 +16,15 @@ def read_recipe(
     precision: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    class_map: str | None = None,
 ) -> Recipe:
     """The recipe called `name`, a file or a built-in one, for `command`, one of `resolve.WITHOUT_EFFECT`.
 
-    `overrides` are FIELD=VALUE; `limit` validation images are used.
+    `overrides` are FIELD=VALUE; `limit` validation images are used; `class_map` is a file or A=B,...
 
     Raises:
         SlimError: where it is wrong, or what it names is not there.
     """
     resolved = resolve(str(find_recipe(name)), command, overrides, precision=precision, check=FILES)
-    section = choose_data(resolved, None, None, limit, batch_size)
+    section = choose_data(resolved, None, None, limit, batch_size, class_map)
     return resolved.recipe if section is None else resolved.recipe.model_copy(update={"data": section})

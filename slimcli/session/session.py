@@ -48,6 +48,9 @@ class Request:
     limit: int | None = None
     batch_size: int | None = None
     class_map: str | None = None
+    #: what the model is set to, where it is not its own
+    keep_rate: float | None = None
+    exact_savings: bool = False
     #: whether a model's name stands for pretrained weights
     pretrained: bool = True
     #: whether no target means slim's own model, also where there is a latest run
@@ -121,9 +124,8 @@ class Session:
         self._note(getattr(images, "notes", ()))
         if train:
             return images
-        named = datasets.read_class_map(self.request.class_map) if self.request.class_map is not None else None
         outputs = self.model.architecture().num_outputs
-        images, note = datasets.match_classes(images, self.target.class_names, outputs, named)
+        images, note = datasets.match_classes(images, self.target.class_names, outputs, self.data.class_map)
         self._note([note] if note else ())
         return images
 
@@ -206,11 +208,14 @@ def open_session(request: Request) -> Session:
         check=("model.weights", *(("data.root",) if own_data and _names_data(request) else ())),
     )
     find_dtype(resolved.recipe.precision, device)
-    section = choose_data(resolved, request.data, request.split, request.limit, request.batch_size)
+    section = choose_data(resolved, request.data, request.split, request.limit, request.batch_size, request.class_map)
     with torch.random.fork_rng(devices=[]):
         # what was never taught is random, and the same every time
         torch.manual_seed(0)
         target = build_target(resolved, section if request.reads_data and request.pretrained else None)
+    if request.keep_rate is not None:
+        target.model.keep_rate = request.keep_rate
+    target.model.exact_savings = target.model.exact_savings or request.exact_savings
     return Session(request, resolved, target, device, section)
 
 
@@ -231,7 +236,12 @@ def _names_data(request: Request) -> bool:
 
 
 def choose_data(
-    resolved: Resolved, path: str | None, split: str | None, limit: int | None, batch_size: int | None
+    resolved: Resolved,
+    path: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    class_map: str | None = None,
 ) -> DataSection | None:
     """The data of a target, or what `path` names, with the options that were given; None if there is neither.
 
@@ -247,6 +257,7 @@ def choose_data(
         "data.val_split": ("split", split),
         "data.val_limit": ("limit", limit),
         "data.batch_size": ("batch_size", batch_size),
+        "data.class_map": ("class_map", class_map),
     }
     for place, (name, value) in options.items():
         if value is not None and resolved.is_given(place):
@@ -265,7 +276,8 @@ def choose_data(
         return None
     if split is not None and (section.name == "digits" or (section.root is not None and section.root.is_file())):
         raise SlimError(f"{parameter('split', split)}: {section.name or section.root} has no folders to choose from")
-    changes = {"val_split": split, "val_limit": limit, "batch_size": batch_size}
+    named = None if class_map is None else datasets.read_class_map(class_map)
+    changes = {"val_split": split, "val_limit": limit, "batch_size": batch_size, "class_map": named}
     return section.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
@@ -274,14 +286,14 @@ def named_data(
 ) -> DataSection:
     """The data that `path` names, a folder, a .tar or digits; the rest of `before` stays.
 
-    An error calls the parameter `name`. The limits of the data before go, and where the folder has none for a split,
-    all of it is taken, unless `is_given` says that the user chose the field.
+    An error calls the parameter `name`. The limits and the class map of the data before go, and where the folder has
+    none for a split, all of it is taken, unless `is_given` says that the user chose the field.
     """
     root = None if path == "digits" else Path(path)
     if root is not None and not root.exists():
         raise SlimError(f"{parameter(name, path)}: no such folder or .tar of images")
     update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
-    update |= {key: None for key in ("train_limit", "val_limit") if not is_given(f"data.{key}")}
+    update |= {key: None for key in ("train_limit", "val_limit", "class_map") if not is_given(f"data.{key}")}
     for key in ("train_split", "val_split"):
         if root is None:
             update[key] = DataSection.model_fields[key].default

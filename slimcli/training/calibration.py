@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from slimcli import data as datasets
-from slimcli.calibration.goal import Cost
-from slimcli.calibration.observe import candidate_life_layers, images_that_fit, split
+from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
 from slimcli.calibration.search import BRIEF, STEPS, Calibration, fit_and_search
+from slimcli.calibration.workflow import Goal, aim
 from slimcli.device import find_dtype
 from slimcli.errors import Interrupted
 from slimcli.measure.evaluation import first_images
 from slimcli.progress import Progress
-from slimcli.schedule import Schedule
 from slimcli.store.model_folder import slimming_config
 from slimcli.training.checkpoint import adopt_slimming, seed_epoch
 from slimcli.training.control import Control, Stopped
@@ -59,12 +58,11 @@ class CalibrationStage(Stage):
         return (model.schedule.life_layer,) if keeps else candidate_life_layers(model.backbone.depth)
 
     def _numbers(self) -> tuple[int, int, int]:
-        """Images to fit on and to compare candidates on, a fifth of all, and the size of their batches."""
+        """Images to fit on, others to compare candidates on, and the size of their batches."""
         session = self.session
         wanted = images_that_fit(session.model.backbone, self.section.images, len(self._life_layers()))
-        total = min(wanted + max(8, wanted // 4), len(session.train_set))
-        checked = max(1, total // 5)
-        return max(1, total - checked), checked, min(session.recipe.data.batch_size, 64)
+        fit, check = share_out(wanted, len(session.train_set))
+        return fit, check, min(session.recipe.data.batch_size, MOST_IN_A_BATCH)
 
     def run(self, run: Run, state: dict[str, Any] | None, control: Control) -> None:
         session, model = self.session, self.session.model
@@ -110,7 +108,8 @@ class CalibrationStage(Stage):
         fit_on, check_on = split(self._images(count + checked), count)
         found = copy.deepcopy(model).requires_grad_(False)
         dtype = find_dtype(session.recipe.precision, session.device)
-        done = fit_and_search(found, self.goal(), fit_on, check_on, count, session.device, dtype, progress=progress)
+        goal, _ = aim(model, Goal(keep_schedule=self.section.keep_schedule))
+        done = fit_and_search(found, goal, fit_on, check_on, count, session.device, dtype, progress=progress)
         best = done.tried[0]
         adopt_slimming(model, slimming_config(found))
         # as fitted, in float32
@@ -118,14 +117,6 @@ class CalibrationStage(Stage):
         model.to(session.device)
         self._share()
         return done
-
-    def goal(self) -> Cost | Schedule:
-        """The recipe's own schedule, or what the paper's way costs at its keep rate."""
-        model = self.session.model
-        if self.section.keep_schedule:
-            return model.schedule
-        rate = model.schedule.keep_rate
-        return Cost(model.multiply_adds() if rate is None else model.usual_cost(rate))
 
     def _images(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Training images of all classes, prepared as for inference, in batches."""

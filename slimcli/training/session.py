@@ -18,7 +18,7 @@ from slimcli import data as datasets
 from slimcli.device import find_device, make_accelerator
 from slimcli.errors import SlimError
 from slimcli.files import check_writable
-from slimcli.measure.evaluation import check_classes, check_classifier
+from slimcli.measure.evaluation import check_classifier
 from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe
 from slimcli.session.classifier import match_classifier
@@ -82,7 +82,7 @@ def set_up(
     model = target.model.to(accelerator.device)
     if not target.has_classifier:
         log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
-    teacher = make_teacher(model, recipe, class_names)
+    teacher = make_teacher(model, recipe)
     check_stages(model, recipe)
     prepare = datasets.preprocessing(model.backbone.preprocessing(), recipe.data)
     workers = datasets.num_workers(recipe.data, train_set, accelerator.device)
@@ -116,11 +116,10 @@ def check_stages(model: SlimModel, recipe: Recipe) -> None:
         make_optimizer(model, stage, recipe)
 
 
-def make_teacher(model: SlimModel, recipe: Recipe, class_names: list[str] | None) -> SlimModel | None:
+def make_teacher(model: SlimModel, recipe: Recipe) -> SlimModel | None:
     """A copy of the dense model as it is before training, where a stage learns from it or it has no classifier."""
     if any(stage.mode != "calibrate" and stage.loss != "cosine" for stage in recipe.stages):
         check_classifier(model)
-    check_classes(model, class_names)
     compares = model.backbone.compares_embeddings or not model.architecture().num_outputs
     if not (compares or model.needs_teacher or any(stage.uses_teacher for stage in recipe.stages)):
         return None
