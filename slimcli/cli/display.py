@@ -57,6 +57,11 @@ class Display:
         if not self.quiet:
             self.err.print(f"Warning: {text}", markup=False, soft_wrap=True, style="yellow")
 
+    def note(self, text: str) -> None:
+        """A line that is worth knowing and is no result."""
+        if not self.quiet:
+            self.err.print(text, markup=False, soft_wrap=True, style="dim")
+
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None, left: bool = False
     ) -> None:
