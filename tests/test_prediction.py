@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import document, tiny_vit
 from PIL import Image
 
 import slimcli
+from slimcli.backbones.timm_vit import DIGITS_VIT
+from slimcli.cli import main
 from slimcli.deployment.inputs import Inputs, Shard
 from slimcli.deployment.prediction import Prediction
 
@@ -60,7 +63,7 @@ def rows_of(folder):
     return dataset.dataset(folder, format="parquet").to_table().to_pylist()
 
 
-def test_files_folders_and_names_come_in_the_order_given(slim, photographs, monkeypatch):
+def test_files_folders_and_names_come_in_the_order_given(slim, photographs):
     (photographs / "val" / "broken.png").write_text("no image")
     one = photographs / "train" / "dog" / "3.jpg"
     result = slim("predict", one, photographs / "val", "--csv", "table.csv", "--top", 2)
@@ -69,8 +72,8 @@ def test_files_folders_and_names_come_in_the_order_given(slim, photographs, monk
     found = [row["image"] for row in rows]
     assert found[0] == str(one) and len(rows) == 14 and found[1:] == sorted(found[1:])
     assert [row["error"] != "" for row in rows] == [name.endswith("broken.png") for name in found]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{one}\n"))
-    (image,) = document(slim("predict", "-", "--json", "--top", 2))["images"]
+    piped = CliRunner().invoke(main, ["predict", "-", "--json", "--top", "2"], input=f"{one}\n")
+    (image,) = document(piped)["images"]
     assert image["image"] == str(one)
     assert [entry["class"] for entry in image["classes"]] == [rows[0]["class_1"], rows[0]["class_2"]]
 
@@ -110,7 +113,7 @@ def test_shares_are_disjoint_and_together_all(shards, photographs, kind, count):
     listed = "".join(f"{number}.jpg\n" for number in range(23))
     whole = names(*words, stdin=io.StringIO(listed))
     shares = [names(*words, shard=Shard(index + 1, count), stdin=io.StringIO(listed)) for index in range(count)]
-    assert sorted(sum(shares, [])) == sorted(whole)
+    assert sorted(name for share in shares for name in share) == sorted(whole)
     if kind != "tars":
         assert max(map(len, shares)) - min(map(len, shares)) <= (5 if count == 1 else 4)
     elif count <= 4:
@@ -233,16 +236,16 @@ def test_parts_of_something_else_are_refused(slim, refused, shards, photographs)
     ):
         assert said in refused("predict", *words, "--parquet", "out")
     assert "no parts of predictions" in refused("predict", tars, "--parquet", photographs)
-    listed = photographs / "val"
-    assert slim("predict", listed, "--embeddings", "out.parquet", "--part-rows", 4).exit_code == 0
+    listed = (photographs / "val", "--model", DIGITS_VIT, "--embeddings", "out.parquet", "--part-rows", 4)
+    assert slim("predict", *listed).exit_code == 0
     assert len(rows_of("out.parquet")[0]["embedding"]) == 96
-    (listed / "cat" / "00.jpg").write_bytes((listed / "cat" / "0.jpg").read_bytes())
-    assert "another input" in refused("predict", listed, "--embeddings", "out.parquet", "--part-rows", 4)
-    (listed / "cat" / "00.jpg").unlink()
-    (listed / "dog" / "5.jpg").unlink()
-    assert "another input" in refused("predict", listed, "--embeddings", "out.parquet", "--part-rows", 4)
+    (listed[0] / "cat" / "00.jpg").write_bytes((listed[0] / "cat" / "0.jpg").read_bytes())
+    assert "another input" in refused("predict", *listed)
+    (listed[0] / "cat" / "00.jpg").unlink()
+    (listed[0] / "dog" / "5.jpg").unlink()
+    assert "another input" in refused("predict", *listed)
     Path("out.parquet/part-000001.parquet").write_bytes(b"PAR1")
-    assert "is damaged" in refused("predict", listed, "--embeddings", "out.parquet", "--part-rows", 4)
+    assert "is damaged" in refused("predict", *listed)
 
 
 def test_without_a_target_the_newer_of_run_and_export_predicts(slim, photographs, tmp_path):

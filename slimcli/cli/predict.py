@@ -48,15 +48,15 @@ def command(
     images: tuple[str, ...],
     target: str | None,
     keep_rates: list[float] | None,
+    top: int,
+    csv: Path | None,
+    parquet: Path | None,
+    embeddings: Path | None,
+    part_rows: int | None,
     shard: str | None,
     batch_size: int | None,
     as_json: bool,
-    device: str,
-    precision: str | None,
-    dead: str | None,
-    weights: Path | None,
-    overrides: tuple[str, ...],
-    **places: Any,
+    **model: Any,
 ) -> None:
     """Classes and probabilities of images, or their embeddings.
 
@@ -69,30 +69,25 @@ def command(
     from slimcli.deployment.inputs import Inputs, Shard
     from slimcli.deployment.workflow import Output, predict_images
 
-    output = Output(json=as_json, **places)
+    output = Output(csv, parquet, embeddings, as_json, top, part_rows)
     output.check()
     inputs = Inputs(images, None if shard is None else Shard.parse(shard), sys.stdin)
     from slimcli.api.prediction import open_predictor
     from slimcli.cli.display import Display
 
     display = Display(as_json)
-    predictor = open_predictor(
-        target,
-        embeddings=output.embeddings is not None,
-        keep_rate=keep_rates[0] if keep_rates else None,
-        dead=dead,
-        weights=weights,
-        device=device,
-        precision=precision,
-        overrides=overrides,
-    )
+    keep_rate = keep_rates[0] if keep_rates else None
+    predictor = open_predictor(target, embeddings=embeddings is not None, keep_rate=keep_rate, **model)
     for line in predictor.notes:
         display.warn(line)
-    if target is None:
-        display.note(f"Model: {predictor.label}")
+
+    def started() -> None:
+        if target is None:
+            display.note(f"Model: {predictor.label}")
+
     write = click.echo if as_json else display.line
     with display.progress() as progress:
-        found = predict_images(predictor, inputs, output, batch_size, write, display.warn, progress)
+        found = predict_images(predictor, inputs, output, batch_size, write, display.warn, started, progress)
     predictor.close()
     if found.written is not None:
         display.line(found.written)

@@ -75,11 +75,13 @@ def predict_images(
     batch_size: int | None = None,
     write: Callable[[str], None] = lambda _line: None,
     warn: Callable[[str], None] = lambda _line: None,
+    started: Callable[[], None] = lambda: None,
     progress: Progress = no_progress,
 ) -> Predicted:
     """Predict for all images and write what `output` says; lines and JSON go to `write`, a line a call.
 
-    An image that cannot be read is told to `warn` and counted. Memory does not grow with the number of images.
+    An image that cannot be read is told to `warn` and counted. `started` is called once nothing that was asked for can
+    be refused any more. Memory does not grow with the number of images.
 
     Raises:
         SlimError: where something cannot be read or written, or the model does not give what is asked for.
@@ -94,6 +96,7 @@ def predict_images(
         parts = Parts(output.parts, predictor, inputs, output.top, output.part_rows or ROWS)
         parts.start()
     total = inputs.count()
+    started()
 
     def watched(predictions: Iterator[Prediction]) -> Iterator[Prediction]:
         for prediction in predictions:
