@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         evaluate_model,
         profile_model,
     )
+    from slimcli.api.prediction import open_predictor
     from slimcli.api.recipes import (
         Report,
         StagePlan,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from slimcli.calibration.judge import Candidate
     from slimcli.comparison.workflow import Compared
     from slimcli.conformance import check_backbone, conformance_tests
+    from slimcli.deployment.prediction import Prediction, Predictor
     from slimcli.layout import optimize
     from slimcli.life import LifeHead
     from slimcli.measure.rows import Row
@@ -66,6 +68,8 @@ __all__ = [
     "LifeHead",
     "LifeModel",
     "Method",
+    "Prediction",
+    "Predictor",
     "Profile",
     "Report",
     "Row",
@@ -85,6 +89,7 @@ __all__ = [
     "evaluate_model",
     "hookimpl",
     "load",
+    "open_predictor",
     "optimize",
     "plan_training",
     "pool_mean",
@@ -109,6 +114,8 @@ _LAZY = {
     "LifeHead": "slimcli.life",
     "LifeModel": "slimcli.methods.life",
     "Method": "slimcli.methods.base",
+    "Prediction": "slimcli.deployment.prediction",
+    "Predictor": "slimcli.deployment.prediction",
     "Profile": "slimcli.api.models",
     "Report": "slimcli.api.recipes",
     "Row": "slimcli.measure.rows",
@@ -125,6 +132,7 @@ _LAZY = {
     "draw_lives": "slimcli.api.lives",
     "evaluate_model": "slimcli.api.models",
     "load": "slimcli.store.model_folder",
+    "open_predictor": "slimcli.api.prediction",
     "optimize": "slimcli.layout",
     "plan_training": "slimcli.api.recipes",
     "pool_mean": "slimcli.backbones.base",

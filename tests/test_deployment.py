@@ -1,13 +1,10 @@
 """Models that leave slim: exported, checked, and run by programs that know neither torch nor slim."""
 
-import csv
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -21,8 +18,10 @@ from slimcli.data import eval_transform
 from slimcli.data.read import read_image
 from slimcli.deployment import export as exporting
 from slimcli.deployment.export import Checked, Inexact, export_model
-from slimcli.deployment.prediction import predict, predictor_of_export, predictor_of_model
+from slimcli.deployment.prediction import predictor_of_export
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
+from slimcli.session.session import Request, open_session
+from slimcli.store.model_folder import save_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -110,14 +109,33 @@ def test_rivals_are_exported_or_refused_in_a_line(method):
         torch.testing.assert_close(program.run(images), model(images), atol=1e-3, rtol=1e-3)
 
 
-def test_predict_eval_and_the_artefact_see_one_image_alike(exported, photograph):
-    model = planned()
-    expected = model(eval_transform(PREPARE)(read_image(photograph))[None])[0].detach()
-    in_torch = predictor_of_model(model, PREPARE, None, "model")
-    in_onnx = predictor_of_export(exported)
-    for predictor in (in_torch, in_onnx):
-        (found,) = predict(predictor, [str(photograph)])
-        torch.testing.assert_close(found.output, expected, atol=2e-4, rtol=1e-3)
+def test_predict_eval_load_and_the_artefact_see_one_image_alike(exported, photograph, slim, tmp_path):
+    """One photograph, turned by its EXIF tag, through all that prepares images: the same pixels, the same answer."""
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
+    config = {**CONFIG, "model": {"name": "vit_tiny_patch16_224", "args": args}}
+    save_model(tmp_path / "model", planned(), config, torch.float32)
+    model = slimcli.load(tmp_path / "model")
+    pixels = model.transform()(photograph)
+    torch.testing.assert_close(pixels, eval_transform(PREPARE)(read_image(photograph)), atol=0, rtol=0)
+    with torch.inference_mode():
+        expected = model(pixels[None]).softmax(dim=-1)[0]
+    right = model.class_names[int(expected.argmax())]
+
+    for folder in (right, "c0" if right != "c0" else "c1"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    shutil.copy(photograph, tmp_path / "data" / right)
+    shutil.copy(photograph, tmp_path / "data" / folder)
+    session = open_session(Request("eval", "model", data="data", device="cpu"))
+    ((seen, _),) = session.loader(session.images())
+    torch.testing.assert_close(seen, pixels.expand(2, -1, -1, -1), atol=0, rtol=0)
+    rows = document(slim("eval", "model", "--data", "data", "--json"))["rows"]
+    assert rows[-1]["top1"] == 50
+
+    for target in ("model", exported):
+        (image,) = document(slim("predict", photograph, "--model", target, "--top", 10, "--json"))["images"]
+        found = {entry["class"]: entry["probability"] for entry in image["classes"]}
+        assert image["classes"][0]["class"] == right
+        assert [found[name] for name in model.class_names] == pytest.approx(expected.tolist(), abs=2e-4)
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
@@ -144,7 +162,7 @@ def test_the_cards_program_runs_without_torch_and_slim(exported, photograph, tmp
     assert done.returncode == 0, done.stderr
     predictor = predictor_of_export(folder)
     predictor.preprocessing = prepare
-    (found,) = predict(predictor, [str(photograph)])
+    (found,) = predictor.predict([photograph])
     printed = [line.split(" %  ") for line in done.stdout.splitlines()]
     assert [name for _, name in printed] == [predictor.name_of(number) for number, _ in found.top(5)]
     assert [float(chance) for chance, _ in printed] == pytest.approx([100 * c for _, c in found.top(5)], abs=0.02)
@@ -255,53 +273,8 @@ def test_export_and_profile_and_eval_of_the_embedded_model(slim):
     assert [row["top1"] for row in rows] == [row["top1"] for row in plain]
 
 
-def test_predict_takes_files_folders_and_names_in_the_order_given(slim, photographs, monkeypatch):
-    (photographs / "val" / "broken.png").write_text("no image")
-    one = photographs / "train" / "dog" / "3.jpg"
-    result = slim("predict", one, photographs / "val", "--csv", "table.csv", "--top", 2)
-    assert result.exit_code == 1 and "broken.png" in result.stderr
-    rows = list(csv.DictReader(io.StringIO(Path("table.csv").read_text())))
-    names = [row["image"] for row in rows]
-    assert names[0] == str(one) and len(rows) == 14
-    assert names[1:] == sorted(names[1:], key=lambda name: (Path(name).parent.name != "val", name))
-    assert [row["error"] != "" for row in rows] == [name.endswith("broken.png") for name in names]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{one}\n"))
-    found = document(slim("predict", one, "--json", "--top", 2))
-    (image,) = found["images"]
-    assert [entry["class"] for entry in image["classes"]] == [rows[0]["class_1"], rows[0]["class_2"]]
-
-
-@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
-def test_embeddings_are_written_with_the_names_of_their_images(slim, photographs, suffix):
-    from safetensors import safe_open
-
-    file = f"found.{suffix}"
-    assert slim("predict", photographs / "val", "--embeddings", file).exit_code == 0
-    if suffix == "npz":
-        with numpy.load(file, allow_pickle=False) as found:
-            embeddings, names = found["embeddings"], list(found["images"])
-    else:
-        with safe_open(file, "numpy") as found:
-            embeddings, names = found.get_tensor("embeddings"), json.loads(found.metadata()["images"])
-    assert embeddings.shape == (12, 96) and embeddings.dtype == numpy.float32
-    assert names[0].endswith("cat/0.jpg") and len(names) == 12
-
-
 def test_predict_says_what_it_cannot_do(refused, exported, photograph):
     assert "no such file" in refused("predict", "nothing.jpg")
     assert "no effect" in refused("predict", photograph, "--model", exported, "--keep-rate", "0.5")
     assert "no embeddings" in refused("predict", photograph, "--model", exported, "--embeddings", "a.npz")
     assert "expected a name" in refused("predict", photograph, "--embeddings", "a.txt")
-
-
-def test_predict_holds_one_batch_at_a_time():
-    """Images are read as they are needed: the first result is there before the second batch is read."""
-    read = []
-
-    def names():
-        for number in range(100):
-            read.append(number)
-            yield f"{number}.missing"
-
-    next(predict(predictor_of_model(planned(), PREPARE, None, "model"), names(), batch_size=2))
-    assert len(read) <= 8

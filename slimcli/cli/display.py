@@ -62,6 +62,11 @@ class Display:
         for line in lines:
             self.warn(line)
 
+    def note(self, text: str) -> None:
+        """A line that is worth knowing and is no result."""
+        if not self.quiet:
+            self.err.print(text, markup=False, soft_wrap=True, style="dim")
+
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None, left: bool = False
     ) -> None:

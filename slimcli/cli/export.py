@@ -73,6 +73,7 @@ def command(
     """
     from slimcli.cli.display import Display
     from slimcli.deployment.export import Inexact
+    from slimcli.deployment.latest import point_latest_export
     from slimcli.session.export import export_session, keeping_runtime
     from slimcli.session.session import Request, open_session
 
@@ -87,6 +88,8 @@ def command(
     except Inexact as error:
         click.echo(f"Error: {error}", err=True)
         raise click.exceptions.Exit(1) from None
+    if warning := point_latest_export(output):
+        display.warn(warning)
     size = " x ".join(map(str, session.preprocessing["input_size"]))
     display.line(f"checked on {checked}")
     display.line(f"{output} is ready for {runtime}: {f'always {fixed}' if fixed else 'any number of'} images of {size}")

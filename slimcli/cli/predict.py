@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 import click
 
-from slimcli.cli import debug_option
-from slimcli.cli.options import dead_option, json_option, keep_rate_option, set_option
+from slimcli.cli.options import common_options, dead_option, keep_rate_option, set_option
 from slimcli.errors import SlimError
 
-if TYPE_CHECKING:
-    from slimcli.cli.display import Display
-    from slimcli.deployment.prediction import Prediction, Predictor
-    from slimcli.progress import Progress
+PATH = click.Path(path_type=Path)
 
 
 @click.command("predict")
@@ -28,178 +20,77 @@ if TYPE_CHECKING:
     "--model",
     "target",
     metavar="TARGET",
-    help="A run, a model folder, an exported folder, a recipe or a model's name.  [default: the latest run]",
+    help="A run, a model folder, an exported folder, a recipe or a model's name.  [default: the latest run or export]",
 )
-@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="Weights in place of the model's own.")
+@click.option("--weights", type=PATH, metavar="FILE", help="Weights in place of the model's own.")
 @keep_rate_option("One keep rate.  [default: the model's own]")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes an image.")
-@click.option("--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write a row an image to FILE.")
+@click.option("--csv", type=PATH, metavar="FILE", help="Write a row an image to FILE.")
+@click.option(
+    "--parquet",
+    type=PATH,
+    metavar="DIR",
+    help="Write Parquet parts to DIR; the same command goes on where it was stopped.",
+)
 @click.option(
     "--embeddings",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
-    help="Write embeddings in place of classes: .npz or .safetensors.",
+    help="Write embeddings in place of classes: FILE.npz, FILE.safetensors, or Parquet parts to DIR.parquet.",
 )
+@click.option("--part-rows", type=click.IntRange(min=1), help="Images in a Parquet part.  [default: 4096]")
+@click.option("--shard", metavar="N/M", help="Of M equal shares of the images take the Nth: 3/16.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: 16]")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="What the arithmetic runs in.  [default: the recipe's, or float32]",
-)
 @dead_option
 @set_option
-@json_option
-@debug_option
+@common_options
 def command(
     images: tuple[str, ...],
     target: str | None,
+    keep_rates: list[float] | None,
     top: int,
-    table: Path | None,
+    csv: Path | None,
+    parquet: Path | None,
     embeddings: Path | None,
+    part_rows: int | None,
+    shard: str | None,
     batch_size: int | None,
     as_json: bool,
-    **asked: Any,
+    **model: Any,
 ) -> None:
     """Classes and probabilities of images, or their embeddings.
 
-    IMAGE is a file, a folder (with all folders below it), or - for names on stdin, a line each. Results come in that
-    order. An image that cannot be read is named and left out, and the exit code is then 1.
+    IMAGE is a file, a folder (with all folders below it), a .tar of images such as WebDataset's shards
+    ('shards/{000..015}.tar' names sixteen), or - for names on stdin, a line each. Results come in that order. An image
+    that cannot be read is named and left out, and the exit code is then 1.
     """
-    if embeddings is not None and embeddings.suffix not in (".npz", ".safetensors"):
-        raise SlimError(f"--embeddings {embeddings}: expected a name that ends in .npz or .safetensors")
-    if embeddings is not None and (table is not None or as_json):
-        raise SlimError("--embeddings takes the place of classes: leave --csv and --json out")
-    if table is not None and as_json:
-        raise SlimError("--json and --csv are both given: choose one")
-    for word in images:
-        if word != "-" and not Path(word).exists():
-            raise SlimError(
-                f"{word}: no such file or folder: expected images, folders of them, or - for names on stdin"
-            )
-    from slimcli.files import check_writable, write_file
-
-    for path in (table, embeddings):
-        if path is not None:
-            check_writable(path, "file")
-    from slimcli.cli.display import Display
-    from slimcli.deployment.prediction import BATCH, image_names, predict, write_embeddings
-
-    display = Display(as_json)
-    predictor = _predictor(display, target, embeddings is not None, asked)
-    names = image_names(images, sys.stdin)
-    total = 0 if "-" in images else sum(1 for _ in image_names(images))
-    with display.progress() as progress:
-        watch = _Watch(display, progress, total)
-        found = watch.told(predict(predictor, names, batch_size or BATCH))
-        if embeddings is not None:
-            count = write_embeddings(embeddings, found)
-            display.line(f"{embeddings}: embeddings of {count} images by {predictor.label}")
-        elif table is not None:
-            write_file(table, lambda file: _csv(file, predictor, found, top))
-            display.line(f"{table}: classes by {predictor.label}")
-        elif as_json:
-            _json(predictor, found, top)
-        else:
-            _lines(display, predictor, found, top)
-    predictor.program.close()
-    if watch.failed:
-        display.warn(f"{watch.failed} of the images could not be read")
-        raise click.exceptions.Exit(1)
-
-
-@dataclass
-class _Watch:
-    """Tells how far it is, and of images that could not be read."""
-
-    display: Display
-    progress: Progress
-    total: int
-    failed: int = 0
-
-    def told(self, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
-        for done, prediction in enumerate(predictions, 1):
-            self.progress(f"image {done}", done, max(self.total, done) if self.total else 0)
-            if prediction.error is not None:
-                self.failed += 1
-                self.display.warn(prediction.error)
-            yield prediction
-
-
-def _lines(display: Display, predictor: Predictor, predictions: Iterator[Prediction], top: int) -> None:
-    """A line an image."""
-    for prediction in predictions:
-        if prediction.error is None:
-            said = (f"{predictor.name_of(number)} {100 * chance:.1f} %" for number, chance in prediction.top(top))
-            display.line(f"{prediction.image}: {', '.join(said)}")
-
-
-def _predictor(display: Display, target: str | None, embeddings: bool, asked: dict[str, Any]) -> Predictor:
-    """The model or the artefact that is asked for; options that an artefact has decided itself are refused."""
-    from slimcli.cli.options import refuse_given
-    from slimcli.deployment.export import is_export
-    from slimcli.deployment.prediction import predictor_of_export, predictor_of_model
-    from slimcli.session.session import Request, open_session
-
-    keep_rates = asked.pop("keep_rates")
     if keep_rates is not None and len(keep_rates) > 1:
         raise SlimError("--keep-rate takes one keep rate here")
-    if target is not None and is_export(Path(target)):
-        decided = "on an exported model: what it runs in was decided by `slim export`"
-        refuse_given(decided, "weights", "keep_rates", "device", "precision", "dead", "overrides")
-        predictor = predictor_of_export(Path(target))
-        if embeddings and predictor.classifies:
-            raise SlimError(f"{target}: was exported with its classifier, and gives no embeddings")
-    else:
-        overrides = asked.pop("overrides")
-        session = open_session(Request("predict", target, overrides, reads_data=False, **asked))
-        for line in session.warnings:
-            display.warn(line)
-        if keep_rates is not None:
-            session.model.keep_rate = keep_rates[0]
-        names = session.target.class_names
-        if names is None and session.section is not None and session.section.name == "digits":
-            names = [str(digit) for digit in range(10)]
-        model = session.model.to(session.device, session.dtype).eval()
-        predictor = predictor_of_model(model, session.preprocessing, names, session.target.label, embeddings)
-    if not predictor.classifies and not embeddings:
-        raise SlimError(f"{predictor.label}: has no classifier: write its embeddings with --embeddings FILE.npz")
-    return predictor
+    from slimcli.deployment.inputs import Inputs, Shard
+    from slimcli.deployment.workflow import Output, predict_images
 
+    output = Output(csv, parquet, embeddings, as_json, top, part_rows)
+    output.check()
+    inputs = Inputs(images, None if shard is None else Shard.parse(shard), sys.stdin)
+    from slimcli.api.prediction import open_predictor
+    from slimcli.cli.display import Display
 
-def _csv(file: BinaryIO, predictor: Predictor, predictions: Iterator[Prediction], top: int) -> None:
-    """A row an image: its name, what went wrong, then class and probability, the most likely first."""
-    titles = ["image", "error"]
-    for place in range(1, top + 1):
-        titles += [f"class_{place}", f"probability_{place}"]
+    display = Display(as_json)
+    keep_rate = keep_rates[0] if keep_rates else None
+    predictor = open_predictor(target, embeddings=embeddings is not None, keep_rate=keep_rate, **model)
+    for line in predictor.notes:
+        display.warn(line)
 
-    def write(cells: list[str]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+    def started() -> None:
+        if target is None:
+            display.note(f"Model: {predictor.label}")
 
-    write(titles)
-    for prediction in predictions:
-        cells = [prediction.image, prediction.error or ""]
-        for number, chance in prediction.top(top) if prediction.error is None else ():
-            cells += [predictor.name_of(number), f"{chance:.6f}"]
-        write(cells)
-
-
-def _json(predictor: Predictor, predictions: Iterator[Prediction], top: int) -> None:
-    """One document, written as the images come."""
-    from slimcli.documents import json_text
-
-    out = sys.stdout
-    out.write(f'{{"model": {json_text(predictor.label)}, "images": [')
-    for index, prediction in enumerate(predictions):
-        entry: dict[str, Any] = {"image": prediction.image}
-        if prediction.error is not None:
-            entry["error"] = prediction.error
-        else:
-            entry["classes"] = [
-                {"class": predictor.name_of(number), "number": number, "probability": round(chance, 6)}
-                for number, chance in prediction.top(top)
-            ]
-        out.write(("," if index else "") + "\n" + json_text(entry, indent=None))
-    out.write("\n]}\n")
+    write = click.echo if as_json else display.line
+    with display.progress() as progress:
+        found = predict_images(predictor, inputs, output, batch_size, write, display.warn, started, progress)
+    predictor.close()
+    if found.written is not None:
+        display.line(found.written)
+    if found.failed:
+        display.warn(f"{found.failed} of {found.images} images could not be read")
+        raise click.exceptions.Exit(1)

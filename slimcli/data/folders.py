@@ -199,7 +199,7 @@ def _check_names(where: str, names: Sequence[str], nested: bool) -> None:
             )
 
 
-def _is_noise(name: str) -> bool:
+def is_noise(name: str) -> bool:
     """Whether a file is skipped without a word: what systems leave behind, and hidden files that are no images."""
     return name.lower() in SYSTEM_FILES or (name.startswith(".") and not is_image_name(name))
 
@@ -229,7 +229,7 @@ def _walk(root: Path) -> tuple[set[str], list[Parts], list[str]]:
                 waiting.append((entry.path, parts, target))
             elif entry.is_symlink() and not above and not is_image_name(entry.name) and not Path(entry.path).exists():
                 raise DataError(f"{entry.path}: is a link to {os.readlink(entry.path)}, which is not there")  # noqa: PTH115
-            elif not _is_noise(entry.name) and (_is(entry.is_file) or entry.is_symlink()):
+            elif not is_noise(entry.name) and (_is(entry.is_file) or entry.is_symlink()):
                 files.append(parts)
     return folders, files, [f"{root}: skipped links that lead back ({_some(loops)})"] if loops else []
 
@@ -260,13 +260,13 @@ def _members(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, i
     links: dict[Parts, Parts] = {}
     folders: set[Parts] = set()
     for member in tar:
-        parts = _parts(member.name)
+        parts = parts_of(member.name)
         if not parts or any(is_hidden(part) for part in parts[:-1]):
             continue
         if member.isdir():
             if not is_hidden(parts[-1]):
                 folders.add(parts)
-        elif _is_noise(parts[-1]):
+        elif is_noise(parts[-1]):
             continue
         elif member.issparse():
             raise DataError(f"{path}/{member.name}: is stored with holes: make the .tar again without --sparse")
@@ -279,9 +279,9 @@ def _members(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, i
         elif member.isfile():
             members[parts] = member.offset_data, member.size
         elif member.islnk():
-            links[parts] = _parts(member.linkname)
+            links[parts] = parts_of(member.linkname)
         elif member.issym():
-            links[parts] = _parts(posixpath.join(*parts[:-1], member.linkname))
+            links[parts] = parts_of(posixpath.join(*parts[:-1], member.linkname))
     lost = []
     for parts, target in links.items():
         seen = {parts}
@@ -297,7 +297,7 @@ def _members(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, i
     return members, folders, notes
 
 
-def _parts(name: str) -> Parts:
+def parts_of(name: str) -> Parts:
     """The folders and the name in a member's path, whatever leads it: ./cat/1.jpg, /cat/1.jpg."""
     return tuple(part for part in posixpath.normpath(f"/{name}").split("/") if part)
 

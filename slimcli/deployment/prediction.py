@@ -1,70 +1,149 @@
-"""Prediction: images by name, in the order given, through a model or an artefact, a batch in memory at a time."""
+"""Prediction: images through a model or an artefact, in the order given, a batch in memory at a time."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import io
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
-import numpy
 import torch
+from PIL import Image
 from torch import Tensor
 
-from slimcli.data import eval_transform
-from slimcli.data.read import is_image_name, read_image
+from slimcli.data.read import read_image
+from slimcli.data.transform import ImageTransform
 from slimcli.deployment.export import open_export
-from slimcli.errors import DataError, SlimError
-from slimcli.files import write_file
+from slimcli.deployment.inputs import Item
+from slimcli.documents import json_text
+from slimcli.errors import DataError, SlimError, parameter
 from slimcli.layout import optimize
 from slimcli.runtimes import Program
 from slimcli.runtimes.base import EMBEDDINGS, Forward
 from slimcli.runtimes.eager import TorchProgram
 from slimcli.slimming import SlimModel
+from slimcli.store.model_folder import slimming_config
 
 #: images in a batch
 BATCH = 16
-PART = 2**20
 
-
-@dataclass
-class Predictor:
-    """What turns images into outputs: a program, and how images are prepared for it."""
-
-    label: str
-    program: Program
-    preprocessing: dict[str, Any]
-    class_names: list[str] | None
-    #: whether outputs are logits, not embeddings
-    classifies: bool
-    #: the number of images that it always takes; None: any
-    batch_size: int | None = None
-
-    def name_of(self, number: int) -> str:
-        """The name of a class, or its number where names are not known."""
-        names = self.class_names
-        return names[number] if names is not None and number < len(names) else str(number)
+#: an image: the name of its file, its bytes, an open file, or an image of Pillow's
+Source = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Item
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an image gave: its output (C,), or why it could not be read."""
+    """What an image gave: its output (C,), float32 in main memory, or why it could not be read."""
 
     image: str
     output: Tensor | None = None
     error: str | None = None
 
     def top(self, count: int) -> list[tuple[int, float]]:
-        """The most likely classes of logits with their probabilities."""
-        assert self.output is not None
+        """The most likely classes of logits, as numbers, with their probabilities."""
+        if self.output is None:
+            raise SlimError(f"{self.image}: gave no output: {self.error}")
         chances = self.output.softmax(dim=0)
         # equal ones in the order of their numbers
         order = chances.argsort(descending=True, stable=True)[:count]
         return [(int(number), float(chances[number])) for number in order]
+
+
+@dataclass
+class Predictor:
+    """What turns images into logits or embeddings: a model in torch, or an exported one in its runtime.
+
+    `slimcli.open_predictor` makes one. It is run from one thread at a time.
+    """
+
+    label: str
+    program: Program
+    #: how images are prepared, as config.json says it
+    preprocessing: dict[str, Any]
+    class_names: list[str] | None
+    #: whether outputs are logits, not embeddings
+    classifies: bool
+    #: the number of images that it always takes; None: any
+    batch_size: int | None = None
+    #: tells this model, with all that was set, from every other one
+    identity: Callable[[], str] = lambda: ""
+    #: what a user must know, such as parts of the model that were never taught
+    notes: tuple[str, ...] = ()
+
+    def name_of(self, number: int) -> str:
+        """The name of a class, or its number where names are not known."""
+        names = self.class_names
+        return names[number] if names is not None and number < len(names) else str(number)
+
+    def transform(self) -> ImageTransform:
+        """From an image, or a file that holds one, to the tensor (3, H, W) that the model takes."""
+        return ImageTransform(self.preprocessing)
+
+    def run(self, images: Tensor) -> Tensor:
+        """Prepared images (B, 3, H, W), float32 in main memory, to logits or embeddings (B, C), the same.
+
+        Where the number of images is fixed, a smaller batch is filled up and a larger one is a `SlimError`.
+        """
+        count = len(images)
+        if self.batch_size is not None:
+            if count > self.batch_size:
+                raise SlimError(f"{self.label}: always takes {self.batch_size} images, and these are {count}")
+            images = torch.cat((images, images[-1:].expand(self.batch_size - count, -1, -1, -1)))
+        return self.program.run(images)[:count]
+
+    def predict(self, images: Iterable[Source], batch_size: int | None = None) -> Iterator[Prediction]:
+        """What each image gives, in order, a batch in memory at a time; one that cannot be read has an `error`.
+
+        Args:
+            images: names of files, bytes, open files or images of Pillow's; without a name it is called by its number.
+            batch_size: images in a batch, 16 where the model takes any number.
+        """
+        if self.batch_size not in (None, batch_size) and batch_size is not None:
+            raise SlimError(
+                f"{parameter('batch_size', batch_size)}: {self.label} always takes {self.batch_size} images: "
+                "leave it out"
+            )
+        size = self.batch_size or batch_size or BATCH
+        transform = self.transform()
+        waiting: list[tuple[str, Tensor | str]] = []
+        for number, image in enumerate(images, 1):
+            item = _item(image, number)
+            waiting.append((item.name, _read(item, transform)))
+            if sum(isinstance(found, Tensor) for _, found in waiting) == size or len(waiting) >= 4 * size:
+                yield from self._run(waiting)
+                waiting = []
+        yield from self._run(waiting)
+
+    def _run(self, waiting: Sequence[tuple[str, Tensor | str]]) -> Iterator[Prediction]:
+        images = [found for _, found in waiting if isinstance(found, Tensor)]
+        outputs = iter(self.run(torch.stack(images)) if images else ())
+        for name, found in waiting:
+            yield Prediction(name, error=found) if isinstance(found, str) else Prediction(name, next(outputs))
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        self.program.close()
+
+
+def _item(image: Source, number: int) -> Item:
+    if isinstance(image, Item):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        return Item(os.fspath(image), lambda: read_image(path))
+    name = f"image {number}"
+    source = io.BytesIO(image) if isinstance(image, bytes) else image
+    return Item(name, lambda: read_image(source, name))
+
+
+def _read(item: Item, transform: ImageTransform) -> Tensor | str:
+    try:
+        return transform(item.read())
+    except DataError as error:
+        return str(error)
 
 
 def predictor_of_model(
@@ -73,7 +152,17 @@ def predictor_of_model(
     """A slimmed model in torch, on the device and in the dtype that it has; `embeddings` also where it has classes."""
     dtype = next(model.parameters()).dtype
     forward = _OnDevice(optimize(model), embeddings)
-    return Predictor(label, TorchProgram(forward, dtype), preprocessing, class_names, forward.classifies)
+    program = TorchProgram(forward, dtype)
+    classes = class_names if forward.classifies else None
+
+    def identity() -> str:
+        found = hashlib.sha256(json_text([slimming_config(model), preprocessing, classes]).encode())
+        for name, value in model.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
+    return Predictor(label, program, preprocessing, classes, forward.classifies, identity=identity)
 
 
 class _OnDevice(torch.nn.Module):
@@ -96,127 +185,13 @@ def predictor_of_export(folder: Path) -> Predictor:
     config, program = open_export(folder)
     classifies = config.output != EMBEDDINGS
     prepare = config.preprocessing.model_dump()
-    return Predictor(str(folder), program, prepare, config.class_names, classifies, config.batch_size)
-
-
-def image_names(given: Iterable[str], stdin: IO[str] | None = None) -> Iterator[str]:
-    """The images that words name, in order: files, images in folders and below, sorted, and for `-` a name a line.
-
-    Raises:
-        SlimError: for a folder without images.
-    """
-    for word in given:
-        if word == "-" and stdin is not None:
-            yield from (name for line in stdin if (name := line.rstrip("\r\n")))
-        elif Path(word).is_dir():
-            empty = True
-            for folder, below, names in os.walk(word):
-                below.sort()
-                for name in sorted(names):
-                    if is_image_name(name):
-                        empty = False
-                        yield os.path.join(folder, name)  # noqa: PTH118
-            if empty:
-                raise SlimError(f"{word}: has no images in it")
-        else:
-            yield word
-
-
-def predict(predictor: Predictor, names: Iterable[str], batch_size: int = BATCH) -> Iterator[Prediction]:
-    """What each image gives, in order. One that cannot be read has an `error`; a batch at a time is in memory."""
-    transform = eval_transform(predictor.preprocessing)
-    waiting: list[tuple[str, Tensor | str]] = []
-    fixed = predictor.batch_size or batch_size
-    for name in names:
-        waiting.append((name, _read(name, transform)))
-        if sum(isinstance(found, Tensor) for _, found in waiting) == fixed or len(waiting) >= 4 * fixed:
-            yield from _run(predictor, waiting)
-            waiting = []
-    yield from _run(predictor, waiting)
-
-
-def _read(name: str, transform: Callable[[Any], Tensor]) -> Tensor | str:
-    try:
-        return transform(read_image(Path(name)))
-    except DataError as error:
-        return str(error)
-
-
-def _run(predictor: Predictor, waiting: Sequence[tuple[str, Tensor | str]]) -> Iterator[Prediction]:
-    images = [found for _, found in waiting if isinstance(found, Tensor)]
-    outputs: Iterator[Tensor] = iter(())
-    if images:
-        batch = torch.stack(images)
-        if predictor.batch_size is not None and len(images) < predictor.batch_size:
-            batch = torch.cat((batch, batch[-1:].expand(predictor.batch_size - len(images), -1, -1, -1)))
-        outputs = iter(predictor.program.run(batch)[: len(images)])
-    for name, found in waiting:
-        if isinstance(found, str):
-            yield Prediction(name, error=found)
-        else:
-            yield Prediction(name, next(outputs))
-
-
-def write_embeddings(path: Path, predictions: Iterable[Prediction]) -> int:
-    """Write embeddings (n, E), float32, and the names of their images to a .npz or .safetensors file; return n.
-
-    They are kept on disk meanwhile. In .npz the arrays are `embeddings` and `images`; in .safetensors the names stand
-    in the metadata, as a list in JSON under `images`.
-    """
-    names: list[str] = []
-    width = 0
-    with tempfile.TemporaryFile() as rows:
-        for prediction in predictions:
-            if prediction.output is not None:
-                row = numpy.ascontiguousarray(prediction.output.float().numpy(), dtype="<f4")
-                width = row.size
-                rows.write(row.tobytes())
-                names.append(prediction.image)
-        rows.seek(0)
-        shape = (len(names), width)
-        writer = _safetensors if path.suffix == ".safetensors" else _npz
-        write_file(path, lambda file: writer(file, rows, shape, names))
-    return len(names)
-
-
-def _parts(rows: IO[bytes]) -> Iterator[bytes]:
-    while part := rows.read(PART):
-        yield part
-
-
-def _safetensors(file: BinaryIO, rows: IO[bytes], shape: tuple[int, int], names: list[str]) -> None:
-    header = {
-        "__metadata__": {"images": json.dumps(names)},
-        "embeddings": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * shape[0] * shape[1]]},
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for part in _parts(rows):
-        file.write(part)
-
-
-class _Sink:
-    """What zipfile needs of a file that can only be written to."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-
-    def write(self, content: Any) -> int:
-        content = bytes(content)
-        self.file.write(content)
-        return len(content)
-
-    def flush(self) -> None:
-        return
-
-
-def _npz(file: BinaryIO, rows: IO[bytes], shape: tuple[int, int], names: list[str]) -> None:
-    with zipfile.ZipFile(_Sink(file), "w", allowZip64=True) as archive:  # type: ignore[call-overload]
-        with archive.open("embeddings.npy", "w", force_zip64=True) as entry:
-            described = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            numpy.lib.format.write_array_header_1_0(entry, described)
-            for part in _parts(rows):
-                entry.write(part)
-        with archive.open("images.npy", "w", force_zip64=True) as entry:
-            numpy.lib.format.write_array(entry, numpy.array(names, dtype=str), allow_pickle=False)
+    kept = json_text([config.files, prepare, config.class_names])
+    return Predictor(
+        str(folder),
+        program,
+        prepare,
+        config.class_names,
+        classifies,
+        config.batch_size,
+        identity=lambda: hashlib.sha256(kept.encode()).hexdigest(),
+    )
