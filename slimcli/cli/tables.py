@@ -115,7 +115,9 @@ def print_agreement(display: Display, done: Calibrated) -> None:
         return
     display.line(
         f"{images}: agreement with dense {before['agreement']:.1f} % -> {after['agreement']:.1f} %, "
-        f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {dense:.2f} %)"
+        f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {dense:.2f} %), "
+        f"KL from dense {before['kl']:.4f} -> {after['kl']:.4f}, "
+        f"error of logits {before['logit_error']:.4f} -> {after['logit_error']:.4f}"
     )
 
 
