@@ -116,11 +116,14 @@ def test_eval_prints_the_papers_layout_in_a_pipe(slim, run_folder):
     lines = slim("eval", run_folder, "--keep-rate", "1.0,0.9,0.8,0.7").stdout.splitlines()
     assert lines[1].split() == ["Keep", "rate", "dense", "1", "0.9", "0.8", "0.7"]
     assert "slim report" in lines.pop()
-    assert [line.split("  ")[0] for line in lines[2:11]] == [
+    assert [line.split("  ")[0] for line in lines[2:14]] == [
         "Top-1 (%)",
         "Top-5 (%)",
         "Loss",
         "Top-1 less dense",
+        "Agrees with dense (%)",
+        "KL from dense",
+        "Error of logits",
         "Multiply-adds (G)",
         "Parameters (M)",
         "Images/s",

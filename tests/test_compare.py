@@ -3,13 +3,17 @@
 import json
 import xml.etree.ElementTree as ElementTree
 
+import numpy
 import pytest
 from conftest import document
 from PIL import Image
 
 import slimcli
-from slimcli.comparison import cells
+from slimcli.comparison import cells, seeds
+from slimcli.comparison.line import Line
 from slimcli.errors import Interrupted
+from slimcli.measure.rows import Row
+from slimcli.measure.scores import packed
 from slimcli.recipe import load_recipe
 from slimcli.training.run import Run
 
@@ -46,8 +50,16 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
     assert rows["dense", None]["top1"] > 90
     out = tmp_path / "out"
     assert json.loads((out / "compare.json").read_text()) == found
+    # the first method beside every other and the dense model, image by image, in words
+    assert [(pair["other"], pair["keep_rate"]) for pair in found["pairs"]] == [
+        (name, rate) for rate in (0.7, 0.5) for name in ("evit", "tome", "random", "dense")
+    ]
+    assert all("not distinguishable with 40 images" in p["verdict"] or p["p"] < 0.05 for p in found["pairs"])
+    assert rows["dense", None]["agreement"] == 100 and rows["random", 0.5]["kl"] > rows["life", 0.5]["kl"] > 0
+    assert rows["life", 0.5]["asks"]["extra_parameters"] > 0 == rows["tome", 0.5]["asks"]["extra_parameters"]
+    assert rows["life", 0.5]["asks"]["operators"] > rows["dense", None]["asks"]["operators"]
     table = (out / "compare.md").read_text()
-    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 9
+    assert len([line for line in table.partition("## ")[0].splitlines() if line.startswith("| ")]) == 1 + 9
     assert f" | {rows['life', 0.7]['gmacs']:.4f} |" in table
     with Image.open(out / "compare.png") as picture:
         assert picture.width > 800
@@ -102,6 +114,54 @@ def test_every_method_but_the_dense_model_is_trained_for_the_keep_rates_of_the_r
     recipe = load_recipe(tiny_recipe, overrides=words)
     assert cells.stages_for("tome", recipe, 0)[0].keep_rates == [1.0, 0.7]
     assert cells.stages_for("dense", recipe, 0)[0].keep_rates is None
+
+
+def test_several_seeds_give_a_mean_and_its_error_and_each_is_trained_anew(slim, tiny_recipe, tmp_path):
+    words = ["compare", tiny_recipe, "--methods", "resize,random", "--keep-rate", 0.5, "--epochs", 2, "-o", "out"]
+    found = document(slim(*words, "--seeds", "0,3", "--set", "stages.0.epochs=1", "--json"))
+    assert {path.stem for path in (tmp_path / "out" / "cells").iterdir()} == {
+        "dense", *(f"{name}-seed{seed}" for name in ("dense-trained", "resize-0.5", "random-0.5") for seed in (0, 3))
+    }  # fmt: skip
+    for title, rate in (("dense, trained", None), ("resize", 0.5)):
+        row = rows_of(found)[title, rate]
+        figures = [each["loss"] for each in row["seeds"]]
+        assert figures[0] != figures[1] and row["loss"] == pytest.approx(sum(figures) / 2)
+        assert row["loss_se"] == pytest.approx(abs(figures[0] - figures[1]) / 2, abs=1e-5)
+    assert [pair["seeds"] for pair in found["pairs"]] == [2, 2]
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "Means of the seeds 0, 3" in table and "chose its best epoch as well" in table
+    again = document(slim(*words, "--seeds", "0", "--set", "stages.0.epochs=1", "--resume", "--json"))
+    assert [row["seed"] for row in again["rows"][1:]] == [0, 0, 0], "what was finished is read and not trained again"
+
+
+def test_a_test_set_of_its_own(slim, refused, tiny_recipe, photographs):
+    words = ["compare", tiny_recipe, "--methods", "random", "--set", "data.name=", "--set", f"data.root={photographs}"]
+    assert "--test exam" in refused(*words, "--test", "exam")
+    (photographs / "train").rename(photographs / "test")
+    found = document(slim(*words, "--test", "test", "--json"))
+    # at most val_limit of them; val has 12
+    assert found["rows"][0]["images"] == 32 and found["measured_on"] == "test"
+
+
+def test_two_methods_are_told_apart_by_the_images_that_one_of_them_alone_has_right():
+    # of 12 fair coins, 10 or more or 2 or fewer fall on one side with a probability of 158 / 4096
+    assert seeds.mcnemar(10, 2) == pytest.approx(158 / 4096)
+    assert seeds.mcnemar(0, 0) == 1 and seeds.mcnemar(3, 3) == 1
+    # of several seeds by the signs of each image's mean: the same where all means are alike
+    means = numpy.array([1.0] * 10 + [-1.0] * 2 + [0.0] * 30)
+    assert seeds.signs(means) == pytest.approx(158 / 4096, abs=0.005)
+
+    def line(title, right, seed=None, rate=0.7):
+        row = Row(
+            method=title, keep_rate=rate, top1=100 * sum(right) / len(right), images=len(right), dense=title == "dense"
+        )
+        return Line(row.also(right=packed(right)), title, seed=seed)
+
+    right, worse = [True] * 90 + [False] * 10, [True] * 75 + [False] * 25
+    (pair, to_dense) = seeds.pairs([line("dense", right, rate=None), line("life", right), line("tome", worse)])
+    assert pair.verdict == "life is ahead of tome at 0.7 by 15.00 ± 3.59 points, p = 6.1e-05"
+    assert (pair.gained, pair.lost) == (15, 0)
+    assert to_dense.verdict == "life and dense at 0.7: not distinguishable with 100 images (0.00 ± 0.00 points, p = 1)"
 
 
 def test_finished_lines_are_kept_and_not_measured_again(slim, tiny_recipe, tmp_path, monkeypatch):
@@ -166,6 +226,8 @@ def test_a_training_that_was_interrupted_goes_on(slim, tiny_recipe, tmp_path, mo
         (["paper-digits", "--epochs", "1"], "--epochs 1: paper-digits has 2 stages"),
         (["paper-digits", "--methods", "dynamicvit"], "its score heads must be trained"),
         (["paper-digits", "--limit", "0"], "--limit"),
+        (["paper-digits", "--seeds", "0,one"], "--seeds 0,one: expected whole numbers"),
+        (["paper-digits", "--test", "exam"], "--test exam: digits has no folder"),
         (["paper-digits", "--resume"], "no unfinished comparison of paper-digits"),
         (["paper-digits", "--resume", "-o", "nowhere"], "nowhere: is no comparison to go on with"),
         (["paper-digits", "--set", 'slimming.method="tome"'], "starts from a recipe of life regression"),

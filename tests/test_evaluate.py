@@ -13,7 +13,7 @@ from slimcli.errors import SlimError
 from slimcli.files import write_json
 from slimcli.measure import clock, evaluation
 from slimcli.measure.rows import Row, notes, read_rows
-from slimcli.measure.scores import Accuracy, Similarity
+from slimcli.measure.scores import Accuracy, Likeness, Similarity, packed, unpacked
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,48 @@ def test_scores_have_the_standard_errors_of_the_textbook():
     assert cosines.row()["similarity_se"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_likeness_to_the_dense_model_is_the_textbooks_and_needs_no_labels():
+    torch.manual_seed(0)
+    dense = torch.randn(50, 10)
+    logits = dense + 0.3 * torch.randn(50, 10)
+    found = Likeness()
+    for part in range(0, 50, 7):
+        found.add(logits[part : part + 7], dense[part : part + 7])
+    row = found.row()
+    same = (logits.argmax(1) == dense.argmax(1)).double()
+    assert row["agreement"] == pytest.approx(100 * same.mean().item(), abs=1e-3)
+    p, q = dense.softmax(1), logits.softmax(1)
+    divergence = (p * (p / q).log()).sum(dim=1)
+    assert row["kl"] == pytest.approx(divergence.mean().item(), abs=1e-5)
+    assert row["kl_se"] == pytest.approx(divergence.std().item() / math.sqrt(50), abs=1e-5)
+    centred = [x - x.mean(dim=1, keepdim=True) for x in (logits, dense)]
+    wrong, whole = (centred[0] - centred[1]).square().sum(1), centred[1].square().sum(1)
+    ratio = (wrong.sum() / whole.sum()).item()
+    assert row["logit_error"] == pytest.approx(ratio, abs=1e-5)
+    deviation = (wrong - ratio * whole).square().sum().div(49).sqrt().item() / math.sqrt(50) / whole.mean().item()
+    assert row["logit_error_se"] == pytest.approx(deviation, abs=1e-5)
+    # what adds the same to every class changes no prediction
+    shifted = Likeness()
+    shifted.add(dense + 3.0, dense)
+    assert (shifted.agreement, shifted.kl, shifted.error) == (
+        100,
+        pytest.approx(0, abs=1e-9),
+        pytest.approx(0, abs=1e-9),
+    )
+
+
+def test_which_images_were_right_is_kept_a_bit_an_image():
+    right = [True, False, False, True, True, True, False]
+    assert unpacked(packed(right), 7) == right and len(packed(right)) == 2
+    trained, dense = slim(tiny_vit(), 0.5), slim(tiny_vit(qkv_bias=False), 0.5)
+    images = loader(12)
+    found = evaluation.evaluate(trained, images, [0.5], CPU, reference=dense)
+    assert sum(unpacked(found[1].right, 12)) == round(12 * found[1].top1 / 100)
+    # likeness is to the model that is named, also that of the dense row
+    assert found[0].kl > 0 and found[0].right is not None
+    assert evaluation.evaluate(trained, images, [0.5], CPU)[0].kl is None
+
+
 def test_all_of_few_images_right_is_not_certainty():
     found = Accuracy()
     found.add(torch.eye(10)[:5] * 9, torch.arange(5))
@@ -82,6 +124,8 @@ def test_the_dense_and_a_slimmed_model_are_compared_image_by_image():
     assert dense.top1_difference is None
     assert (same.top1_difference, same.top1_difference_se) == (0.0, 0.0)
     assert half.top1_difference == pytest.approx(half.top1 - dense.top1, abs=2e-3)
+    assert same.agreement == 100 and same.kl == pytest.approx(0, abs=1e-6) and same.logit_error < 1e-9
+    assert half.agreement < 100 and half.kl > 0 and half.logit_error_se > 0
     assert "not to be told from dense by top-1 on 40 images: 1" in "\n".join(notes([dense, same, half]))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import document
 
-from slimcli.measure.evaluation import Similarity
+from slimcli.measure.scores import Similarity
 
 FEATURES = ("--set", "model.num_classes=0")
 

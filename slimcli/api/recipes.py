@@ -145,6 +145,8 @@ def compare_methods(
     methods: Sequence[str] = METHODS,
     keep_rates: KeepRates = None,
     epochs: int | None = None,
+    seeds: Sequence[int] = (),
+    test: str | None = None,
     limit: int | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -160,6 +162,8 @@ def compare_methods(
         methods: "life", "evit", "tome", "random", or another that `slim plugins` lists.
         keep_rates: one or several; by default the recipe's own schedule.
         epochs: train every method for so many epochs, 0: those of the recipe's stages; None only calibrates.
+        seeds: train every method once with each; figures are then means with their standard errors.
+        test: a split that no training chooses by, to measure on; by default the validation split.
         limit: validate on so many images, spread over the split.
         output: folder to write; by default `runs/NAME-compare-TIME`.
         resume: go on with `output`, or with the recipe's newest unfinished comparison.
@@ -180,7 +184,8 @@ def compare_methods(
     folder = None if output is None else Path(output)
     rates = keep_rates_of(keep_rates, "keep_rates") or ()
     where = find_device(device)
-    return run_comparison(open_comparison(loaded, methods, rates, where, epochs, folder, resume, log), progress)
+    found = open_comparison(loaded, methods, rates, where, epochs, folder, resume, log, seeds, test)
+    return run_comparison(found, progress)
 
 
 def write_report(

@@ -173,6 +173,15 @@ class Backbone(ABC):
         """
         return None
 
+    @property
+    def resizes(self) -> bool:
+        """Whether `embed_resized` can be called: False by default."""
+        return False
+
+    def embed_resized(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`embed` for images of another size than the model's own, a multiple of its patches, with the same weights."""
+        raise SlimError(f"{type(self.model).__name__} takes images of its own size alone")
+
     def final_norm(self, tokens: Tensor) -> Tensor:
         """Tokens after the last block as the classifier sees them: normalised, where the model does that first."""
         return tokens

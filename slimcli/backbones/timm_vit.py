@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimcli.attention import attend, biased_attention
-from slimcli.backbones.base import Backbone, pool_mean
+from slimcli.backbones.base import pool_mean
+from slimcli.backbones.timm_sizes import Resizable
 from slimcli.errors import SlimError
 from slimcli.layout import rows
 
@@ -102,7 +103,7 @@ def similar_names(name: str) -> list[str]:
     return difflib.get_close_matches(name.removeprefix("timm/"), timm.list_models(), n=3)
 
 
-class TimmViT(Backbone):
+class TimmViT(Resizable):
     """timm's `VisionTransformer` and its distilled variant, and what its other ViTs have in common with it."""
 
     model: VisionTransformer

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from slimcli.measure.evaluation import Accuracy, Similarity, pooled
+from slimcli.measure.evaluation import Scores, pooled
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
 
@@ -49,10 +48,9 @@ PLAIN = Ranking(0.0, 0.0, 1.0)
 class Candidate:
     """A candidate: how patches leave, and how far the slimmed model is from the dense one on the check images.
 
-    `apart` is the squared error of its logits over their variance in the dense model, each image's mean taken out of
-    both, or without a classifier 1 - cosine of the features: on images that the model was trained with, predictions
-    are too sure to tell candidates apart, and rank them worse for other images than logits do.
-    `agreement` is how often it predicts the same class, in percent, or 100 cosine.
+    `apart` is `Likeness.error` of its logits, or without a classifier 1 - cosine of the features: on images that the
+    model was trained with, predictions are too sure to tell candidates apart, and rank them worse for other images
+    than logits do. `agreement` is how often it predicts the same class, in percent, or 100 cosine.
     """
 
     schedule: Schedule
@@ -87,39 +85,41 @@ def observe_checks(
 @torch.no_grad()
 def distance(model: SlimModel, check_set: CheckSet) -> tuple[float, float]:
     """How far apart the model under its schedule and the dense one are, and their agreement: see `Candidate`."""
+    found = Scores()
     classifies = model.architecture().num_outputs > 0
-    error = spread = same = images = 0.0
     starts = check_set.tokens[model.schedule.life_layer]
     for tokens, positions, dense in zip(starts, check_set.positions, check_set.outputs, strict=True):
         counts = model.schedule.resolve(tokens.shape[1] - model.backbone.num_prefix_tokens)
         slim = pooled(model.backbone.head(*model.slimmed(tokens, positions, counts)))
-        images += dense.shape[0]
         if classifies:
-            if dense.shape[-1] > 1:
-                slim, dense = (logits - logits.mean(dim=-1, keepdim=True) for logits in (slim, dense))
-            error, spread = error + float((slim - dense).square().sum()), spread + float(dense.square().sum())
-            same += float((slim.argmax(dim=-1) == dense.argmax(dim=-1)).sum())
+            found.likeness.add(slim, dense)
         else:
-            same += float(F.cosine_similarity(slim, dense, dim=-1).sum())
-    return error / spread if classifies else 1 - same / images, 100 * same / images
+            found.similarity.add(slim, dense)
+    if classifies:
+        return found.likeness.error, found.likeness.agreement
+    cosine = found.similarity.cosine / found.similarity.count
+    return 1 - cosine, 100 * cosine
 
 
-Agreement = tuple[float, Accuracy | Similarity, Accuracy | Similarity]
+#: scores of the dense and of the slimmed model on the same images
+Agreement = tuple[Scores, Scores]
 
 
 def comparison(before: Agreement, after: Agreement) -> dict[str, Any]:
-    """Agreement and top-1, in percent, of the slimmed model with an untaught head (before) and the fitted (after).
+    """Likeness and top-1, in percent, of the slimmed model with an untaught head (before) and the fitted (after).
 
     Without a classifier, agreement is 100 times the cosine of the features, and there is no top-1.
     """
 
     def half(found: Agreement) -> dict[str, float]:
-        agreed, _, slim = found
-        return {"agreement": round(agreed, 2), **{k: v for k, v in slim.row().items() if k in ("top1", "loss")}}
+        row = found[1].row()
+        agreed = row["agreement"] if "agreement" in row else 100 * row["similarity"]
+        kept: dict[str, float] = {key: row[key] for key in ("top1", "loss", "kl", "logit_error") if key in row}
+        return {"agreement": round(agreed, 2), **kept}
 
     return {
         "before": half(before),
         "after": half(after),
-        "images": after[2].count,
-        "dense_top1": after[1].row().get("top1"),
+        "images": after[1].count,
+        "dense_top1": after[0].row().get("top1"),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +19,21 @@ from slimcli.cli.options import (
 )
 from slimcli.errors import Interrupted, SlimError
 
+
+class Seeds(click.ParamType):  # type: ignore[type-arg]
+    """Whole numbers separated by commas, each once."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if not isinstance(value, str):
+            return list(value)
+        found = words(value)
+        if not found or not all(word.isascii() and word.isdigit() for word in found):
+            raise SlimError(f"--seeds {value}: expected whole numbers separated by commas, such as 0,1,2")
+        return list(dict.fromkeys(map(int, found)))
+
+
 METHODS = "life,evit,tome,random"
 
 
@@ -27,7 +44,7 @@ METHODS = "life,evit,tome,random"
     default=METHODS,
     show_default=True,
     metavar="METHOD[,METHOD...]",
-    help="life, evit, evit-nofuse, dynamicvit, tome, random, or a plugin's; `slim plugins` lists them.",
+    help="life, evit, evit-nofuse, dynamicvit, tome, resize, random, or a plugin's; `slim plugins` lists them.",
 )
 @keep_rate_option("One or several.  [default: the recipe's own schedule]")
 @click.option(
@@ -37,6 +54,10 @@ METHODS = "life,evit,tome,random"
     help="Train nothing, only calibrate (the default), or train every method for the epochs of the recipe's stages.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Train every method for this many epochs.")
+@click.option(
+    "--seeds", type=Seeds(), default=(), metavar="N[,N...]", help="Train every method once with each of these."
+)
+@click.option("--test", metavar="SPLIT", help="Measure on this folder or .tar of the data.  [default: val_split]")
 @limit_option("Validate on this many images, spread over the split.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: runs/NAME-compare-TIME]"
@@ -51,6 +72,8 @@ def command(
     keep_rates: list[float] | None,
     untrained: bool | None,
     epochs: int | None,
+    seeds: Sequence[int],
+    test: str | None,
     limit: int | None,
     output: Path | None,
     resume: bool,
@@ -69,7 +92,7 @@ def command(
         raise SlimError("--untrained and --epochs are both given: choose one")
     from slimcli.cli.display import Display
     from slimcli.cli.tables import print_comparison
-    from slimcli.comparison import cells
+    from slimcli.comparison import folder
     from slimcli.comparison.workflow import open_comparison, run_comparison
     from slimcli.device import find_device
     from slimcli.files import write_json
@@ -81,7 +104,7 @@ def command(
     own = 0 if untrained is False else None
     comparison = open_comparison(
         loaded, words(methods), keep_rates or (), find_device(device), own if epochs is None else epochs, output,
-        resume, display.line,
+        resume, display.line, seeds, test,
     )  # fmt: skip
     try:
         with display.progress() as progress:
@@ -94,7 +117,7 @@ def command(
         )
         click.get_current_context().exit(1)
     document = {**found.document, "command": command_line(), "output": str(found.folder)}
-    write_json(found.folder / cells.RESULT, document)
+    write_json(found.folder / folder.RESULT, document)
     print_comparison(display, found)
-    display.line(f"{found.folder} holds {cells.TABLE}, {cells.RESULT} and {cells.PLOT}.png and .svg")
+    display.line(f"{found.folder} holds {folder.TABLE}, {folder.RESULT} and {folder.PLOT}.png and .svg")
     display.document(document)

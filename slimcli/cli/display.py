@@ -172,7 +172,7 @@ def across(display: Display, rows: Sequence[Any], caption: str | None = None) ->
 def _errors_in_words(rows: Sequence[Row]) -> list[str]:
     """Standard errors of the scores, for a table that has no room for them."""
     lines_below = []
-    for measure in measured(rows, ("top1", "similarity", "top1_difference")):
+    for measure in measured(rows, ("top1", "similarity", "top1_difference", "agreement", "kl", "logit_error")):
         errors = [found for row in rows if (found := row.get(measure.error))]
         if errors:
             low, high = (f"{value:.{measure.digits}f}" for value in (min(errors), max(errors)))

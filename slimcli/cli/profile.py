@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--against",
     metavar="METHOD[,METHOD...]",
-    help="Also measure other methods in the same run: evit, dynamicvit, tome, random.",
+    help="Also measure other methods in the same run: evit, dynamicvit, tome, resize, random.",
 )
 @click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
 @click.option("--operators", is_flag=True, help="Also count the operators of a forward pass, part by part.")

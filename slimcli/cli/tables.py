@@ -127,24 +127,35 @@ def print_agreement(display: Display, done: Calibrated) -> None:
         return
     display.line(
         f"{images}: agreement with dense {before['agreement']:.1f} % -> {after['agreement']:.1f} %, "
-        f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {dense:.2f} %)"
+        f"top-1 {before['top1']:.2f} % -> {after['top1']:.2f} % (dense {dense:.2f} %), "
+        f"KL from dense {before['kl']:.4f} -> {after['kl']:.4f}, "
+        f"error of logits {before['logit_error']:.4f} -> {after['logit_error']:.4f}"
     )
 
 
 def print_comparison(display: Display, found: Compared) -> None:
     """A line for each method at each keep rate."""
-    from slimcli.comparison.table import doubts, how_trained
+    from slimcli.comparison.table import doubts, explained, how_trained
 
     display.line()
     lines = found.lines
-    titles = ["Method", "Keep", "G MACs", lines[0].score_title, "Lost", "img/s", "Speed-up", "of ideal"]
-    body = [[line.title, line.rate, MEASURES["gmacs"].text(line.row), *line.cells] for line in lines]
+    shown = [MEASURES[key].short for key in ("agreement", "kl", "logit_error")]
+    titles = ["Method", "Keep", "G MACs", lines[0].score_title, "Lost", *shown, "img/s", "Speed-up", "of ideal"]
+    body = [[line.title, line.rate, MEASURES["gmacs"].text(line.row), *line.cells()] for line in lines]
+    for title in ("img/s", "of ideal"):
+        if display.too_wide(titles, body):
+            # what is left out stands in the files
+            place = titles.index(title)
+            titles, *body = ([*row[:place], *row[place + 1 :]] for row in (titles, *body))
     images = lines[0].row.images
-    note = f"{images} images, {how_trained(found.document)}; every method costs what life costs at the keep rate"
+    note = [f"{images} images, {how_trained(found.document)}; every method costs what life costs at the keep rate"]
     errors = [line.row.top1_se for line in lines if line.row.top1_se is not None]
     if errors:
-        note += f"\nstandard error of top-1: {min(errors):.2f} to {max(errors):.2f} points"
-    display.table(titles, body, "\n".join([note, *doubts(lines)]))
+        note.append(f"standard error of top-1: {min(errors):.2f} to {max(errors):.2f} points")
+    note += explained(found.document)
+    display.table(titles, body, "\n".join([*note, *doubts(lines)]))
+    for pair in found.document["pairs"]:
+        display.line(pair.verdict)
 
 
 def print_plan(display: Display, plan: dict[str, Any]) -> None:

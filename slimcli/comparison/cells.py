@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +14,20 @@ from slimcli import train
 from slimcli.calibration.goal import Cost
 from slimcli.calibration.search import fit_and_search
 from slimcli.calibration.workflow import images_to_fit
+from slimcli.comparison.folder import PLOT, RESULT, SETTINGS, TABLE, read_cell
+from slimcli.comparison.line import Line, against_dense
+from slimcli.comparison.seeds import over_seeds, pairs
 from slimcli.comparison.stages import backbone_stage as backbone_stage
 from slimcli.comparison.stages import slimming_section, total_epochs
 from slimcli.comparison.stages import stages_for as stages_for
-from slimcli.comparison.table import Line, against_dense, draw, markdown
+from slimcli.comparison.table import draw, markdown
+from slimcli.data import has_split
 from slimcli.device import environment
 from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluation import evaluate
-from slimcli.measure.rows import Row, read_rows
+from slimcli.measure.operators import operators_of_a_pass
+from slimcli.measure.profiling import random_images
 from slimcli.methods.base import Method
 from slimcli.pictures import encode
 from slimcli.plugins import find_method
@@ -31,26 +35,28 @@ from slimcli.progress import Progress, no_progress
 from slimcli.recipe import Recipe
 from slimcli.session.session import Session, session_of
 from slimcli.slimming import SlimModel, rival
-from slimcli.store.model_folder import slimming_config
+from slimcli.store.model_folder import load, slimming_config
 
-SETTINGS, RESULT, TABLE, PLOT = "settings.json", "compare.json", "compare.md", "compare"
 #: images that a life head is fitted on where the recipe's weights bring none, and those that check the fit
 FIT_IMAGES, CHECK_IMAGES, FIT_BATCH = 512, 128, 32
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the table: a method at a keep rate (None: the recipe's own schedule), or the dense model."""
+    """One measurement: a method at a keep rate (None: the recipe's own schedule), or the dense model, with a seed."""
 
     method: str
     keep_rate: float | None = None
     trained: bool = False
+    seed: int | None = None
 
     @property
     def name(self) -> str:
         if self.method == "dense":
-            return "dense-trained" if self.trained else "dense"
-        return f"{self.method}-{'own' if self.keep_rate is None else format(self.keep_rate, 'g')}"
+            name = "dense-trained" if self.trained else "dense"
+        else:
+            name = f"{self.method}-{'own' if self.keep_rate is None else format(self.keep_rate, 'g')}"
+        return name if self.seed is None else f"{name}-seed{self.seed}"
 
     @property
     def title(self) -> str:
@@ -60,7 +66,11 @@ class Cell:
 
 @dataclass
 class Comparison:
-    """What is compared, how, and where it is kept. `epochs` None trains nothing; 0 means the recipe's own stages."""
+    """What is compared, how, and where it is kept. `epochs` None trains nothing; 0 means the recipe's own stages.
+
+    `seeds` stand in the place of the recipe's; `test` is the split that is measured on, by default the validation
+    split, which trainings choose their best epoch on too.
+    """
 
     recipe: Recipe
     methods: Sequence[str]
@@ -70,24 +80,40 @@ class Comparison:
     epochs: int | None = None
     progress: Progress = no_progress
     log: Callable[[str], None] = field(default=lambda _line: None)
+    seeds: Sequence[int] = ()
+    test: str | None = None
 
     @property
     def trains(self) -> bool:
         return self.epochs is not None
 
     def cells(self) -> list[Cell]:
-        """Every line of the table, in order: dense first."""
-        dense = [Cell("dense"), *([Cell("dense", trained=True)] if self.trains else [])]
-        return dense + [Cell(name, rate, self.trains) for name in self.methods for rate in self.keep_rates]
+        """Every measurement, dense first, seed after seed: what is finished early has all methods."""
+        found = [Cell("dense")]
+        for seed in self.seeds or (None,):
+            if self.trains:
+                found.append(Cell("dense", trained=True, seed=seed))
+            for name in self.methods:
+                # where nothing is trained, only the calibration of a life head is drawn at random
+                drawn = self.trains or name == self.recipe.slimming.method
+                own = seed if drawn else None
+                found += [Cell(name, rate, self.trains, own) for rate in self.keep_rates]
+        return list(dict.fromkeys(found))
 
     def settings(self) -> dict[str, Any]:
         """What decides the figures of a cell: it must be the same when a comparison goes on."""
         kept = self.recipe.model_dump(mode="json", exclude={"output", "checkpoint_minutes", "tracker", "description"})
-        return {"recipe": kept, "epochs": self.epochs, "device": self.device.type}
+        return {"recipe": kept, "epochs": self.epochs, "device": self.device.type, "test": self.test}
 
 
 def check(comparison: Comparison) -> None:
     """`SlimError` for what cannot be compared, before anything is measured."""
+    data = comparison.recipe.data
+    if comparison.test is not None and (data.root is None or not has_split(data.root, comparison.test)):
+        raise SlimError(
+            f"{parameter('test', comparison.test)}: {data.root or data.name} has no folder or .tar of that name to "
+            "measure on"
+        )
     if issubclass(find_method(comparison.recipe.slimming.method), Method):
         raise SlimError(
             f'slimming.method = "{comparison.recipe.slimming.method}": a comparison starts from a recipe of life '
@@ -116,44 +142,42 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     session = session_of(recipe, comparison.device)
     target = session.target
-    session.images()
+    images = _images(comparison, session)
     for note in (*target.notes, *session.notes):
         comparison.log(note)
     if not target.has_classifier:
         comparison.log(f"{recipe.model.weights} has no classifier for these classes: it starts untrained")
     # a method that cannot run the model, or cannot cost so little, is refused before anything is measured
-    plan = {cell: scheduled(cell, target.model) for cell in comparison.cells() if cell.method != "dense"}
+    cells = comparison.cells()
+    plan = {cell: scheduled(cell, target.model) for cell in cells if cell.method != "dense"}
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, comparison.settings())
     lines: list[Line] = []
-    cells = comparison.cells()
     for number, cell in enumerate(cells, 1):
         path = folder / "cells" / f"{cell.name}.json"
-        kept = _read(path)
+        kept = read_cell(path)
         if kept is None:
             progress = _labelled(comparison.progress, f"{number}/{len(cells)} {cell.name}")
-            start = time.perf_counter()
-            found = _trained(cell, plan, comparison, progress) if cell.trained else None
-            row, run = found or (_untrained(cell, plan, session, progress), None)
-            seconds = round(time.perf_counter() - start, 1)
-            line = Line(
-                row.also(method=cell.method, keep_rate=cell.keep_rate),
-                cell.title, cell.trained, _setting(cell, plan), run, seconds,
-            )  # fmt: skip
+            line = _measured(cell, plan, comparison, session, images, progress)
             write_json(path, line)
             comparison.log(f"{cell.name}: {line.summary}")
         else:
             line = Line.from_json(kept)
             comparison.log(f"{cell.name}: {line.summary} (kept)")
         lines.append(line)
+    lines = against_dense(lines)
     document = {
         "recipe": recipe.name,
         "model": recipe.model.name,
         "precision": recipe.precision,
         "batch_size": recipe.data.batch_size,
         "epochs": total_epochs(recipe, comparison.epochs),
+        "seeds": list(comparison.seeds),
+        "measured_on": comparison.test or recipe.data.val_split,
+        "chosen_on": recipe.data.val_split if comparison.trains else None,
         **environment(comparison.device),
-        "rows": against_dense(lines),
+        "pairs": pairs(lines),
+        "rows": over_seeds(lines),
     }
     write_json(folder / RESULT, document)
     write_file(folder / TABLE, markdown(document).encode())
@@ -161,6 +185,11 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     for kind in ("png", "svg"):
         write_file(folder / f"{PLOT}.{kind}", encode(figure, kind, dpi=150))
     return document
+
+
+def _images(comparison: Comparison, session: Session) -> Any:
+    """The images that every cell is measured on."""
+    return session.images() if comparison.test is None else session.images(val_split=comparison.test)
 
 
 def scheduled(cell: Cell, model: SlimModel) -> SlimModel:
@@ -183,38 +212,75 @@ def _setting(cell: Cell, plan: dict[Cell, SlimModel]) -> dict[str, Any]:
     return {key: config[key] for key in ("keep_rate", "drop_layers", "drops", "patches_per_layer") if key in config}
 
 
-def _untrained(cell: Cell, plan: dict[Cell, SlimModel], session: Session, progress: Progress) -> Row:
-    """The figures of a cell without any training; a life head that was never taught is calibrated first."""
+def _measured(
+    cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, session: Session, images: Any, progress: Progress
+) -> Line:
+    """A cell measured, after its training or, where nothing is trained, its calibration.
+
+    Likeness is to the dense model as the recipe brings it, also that of what was trained.
+    """
     target, device, dtype = session.target, session.device, session.dtype
-    loader = session.loader(session.images())
-    if cell.method == "dense":
-        return evaluate(target.model, loader, [], device, dtype, progress)[0]
-    if cell.method == target.model.method and not target.has_life_head:
-        # as `slim calibrate` does, on training images without their labels
-        cost = Cost(allowed(cell, target.model))
-        fit_on, check_on, count = images_to_fit(session, FIT_IMAGES, CHECK_IMAGES, FIT_BATCH)
-        fit_and_search(target.model, cost, fit_on, check_on, count, device, dtype, progress)
-        plan[cell] = target.model.with_schedule(target.model.schedule)
-    return evaluate(plan[cell], loader, None, device, dtype, progress)[1]
+    start = time.perf_counter()
+    dense, run = cell.method == "dense", None
+    if cell.trained:
+        run = _train(cell, plan, comparison, progress)
+        model = load(run)
+    else:
+        _calibrate(cell, plan, session, progress)
+        model = target.model if dense else plan[cell]
+    reference = target.model.to(device, dtype).eval()
+    rows = evaluate(model, session.loader(images), [] if dense else None, device, dtype, progress, reference)
+    return Line(
+        rows[-1].also(method=cell.method, keep_rate=cell.keep_rate),
+        cell.title,
+        cell.trained,
+        _setting(cell, plan),
+        None if run is None else str(run),
+        round(time.perf_counter() - start, 1),
+        seed=cell.seed,
+        asks=_asks(model, dense, device, dtype),
+    )
 
 
-def _trained(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> tuple[Row, str]:
-    """The figures of a cell after training, and its run; a training that was interrupted goes on."""
+def _asks(model: SlimModel, dense: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a method asks for beside its arithmetic: parameters that it learns, operators of a pass, a way to export."""
+    with model.running(mode="none" if dense else "hard"):
+        counted = operators_of_a_pass(model, random_images(model, 1, device, dtype))
+    extra = 0 if dense else sum(parameter.numel() for parameter in model.selector.parameters())
+    return {"extra_parameters": extra, "operators": counted, "exports": model.exports or dense}
+
+
+def _calibrate(cell: Cell, plan: dict[Cell, SlimModel], session: Session, progress: Progress) -> None:
+    """Teach a life head that was never taught, as `slim calibrate` does, on training images without their labels."""
+    target = session.target
+    # a head that came with the recipe's weights stays as it is
+    if cell.method != target.model.method or target.has_life_head:
+        return
+    torch.manual_seed(session.recipe.seed if cell.seed is None else cell.seed)
+    cost = Cost(allowed(cell, target.model))
+    fit_on, check_on, count = images_to_fit(session, FIT_IMAGES, CHECK_IMAGES, FIT_BATCH)
+    fit_and_search(target.model, cost, fit_on, check_on, count, session.device, session.dtype, progress)
+    plan[cell] = target.model.with_schedule(target.model.schedule)
+
+
+def _train(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, progress: Progress) -> Path:
+    """The run of a cell; a training that was interrupted goes on."""
     recipe = comparison.recipe
     section = recipe.slimming if cell.method == "dense" else slimming_section(recipe, plan[cell])
     own = recipe.model_copy(
         update={
             "name": cell.name,
             "output": comparison.folder / "runs",
+            "seed": recipe.seed if cell.seed is None else cell.seed,
             "slimming": section,
             "stages": stages_for(cell.method, recipe, comparison.epochs),
         }
     )
     log = comparison.log
-    run, summary = train.train(
+    run, _ = train.train(
         own, comparison.device.type, _unfinished(own), progress, lambda line: log(f"{cell.name}: {line}")
     )
-    return read_rows(summary["rows"])[-1], str(run)
+    return run
 
 
 def _unfinished(recipe: Recipe) -> Path | None:
@@ -222,50 +288,6 @@ def _unfinished(recipe: Recipe) -> Path | None:
         return train.unfinished_run(recipe)
     except SlimError:
         return None
-
-
-def open_folder(comparison: Comparison, resume: bool) -> None:
-    """Check that the folder is new, or that what stands in it was measured with the same settings."""
-    path = comparison.folder / SETTINGS
-    if not path.is_file():
-        if comparison.folder.is_dir() and any(comparison.folder.iterdir()):
-            raise SlimError(f"{comparison.folder}: is there already and is no comparison: choose another folder")
-        return
-    if not resume:
-        raise SlimError(f"{comparison.folder}: is a comparison already: {parameter('resume')} goes on with it")
-    before, now = _read(path) or {}, comparison.settings()
-    changed = [key for key in now if key != "recipe" and before.get(key) != now[key]]
-    recipe = before.get("recipe", {})
-    changed += [f"recipe.{key}" for key in now["recipe"] if recipe.get(key) != now["recipe"][key]]
-    if changed:
-        raise SlimError(
-            f"{comparison.folder}: was measured with other settings (differs in {', '.join(changed)}): "
-            f"give the same ones, or start anew without {parameter('resume')}"
-        )
-
-
-def unfinished(recipe: Recipe) -> Path:
-    """The newest comparison of this recipe that has not ended; `SlimError` if there is none."""
-    found = sorted(
-        recipe.output.glob(f"{recipe.name}-compare-*/{SETTINGS}"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for path in found:
-        if not (path.parent / RESULT).is_file():
-            return path.parent
-    raise SlimError(
-        f"{recipe.output}: has no unfinished comparison of {recipe.name}: start one without {parameter('resume')}, "
-        f"or name a finished one with {parameter('output')}"
-    )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SlimError(f"{path}: is damaged ({error}): remove it, and it is measured again") from error
-    return content
 
 
 def _labelled(progress: Progress, name: str) -> Progress:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from slimcli.comparison import cells
-from slimcli.comparison.table import Line
+from slimcli.comparison.folder import SETTINGS, open_folder, unfinished
+from slimcli.comparison.line import Line
 from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable
 from slimcli.progress import Progress, no_progress
@@ -42,10 +43,13 @@ def open_comparison(
     output: Path | None = None,
     resume: bool = False,
     log: Callable[[str], None] = lambda _line: None,
+    seeds: Sequence[int] = (),
+    test: str | None = None,
 ) -> cells.Comparison:
     """A comparison that can run, all of it checked, with its folder: a new one, or the one that it goes on in.
 
-    `epochs` None trains nothing, 0 the recipe's own stages.
+    `epochs` None trains nothing, 0 the recipe's own stages. Every method is trained once with each of `seeds`; `test`
+    is a split that no training chooses by.
 
     Raises:
         SlimError: for what cannot be compared, and a folder that holds something else.
@@ -54,15 +58,15 @@ def open_comparison(
         raise SlimError(f"{parameter('methods')} names no method: expected some of {', '.join(METHODS)}")
     check_writable(output or recipe.output, "folder")
     if output is None:
-        output = cells.unfinished(recipe) if resume else None
-    elif resume and not (output / cells.SETTINGS).is_file():
+        output = unfinished(recipe) if resume else None
+    elif resume and not (output / SETTINGS).is_file():
         raise SlimError(f"{output}: is no comparison to go on with: start it without {parameter('resume')}")
     rates: list[float | None] = [*dict.fromkeys(keep_rates)] if keep_rates else [None]
-    found = cells.Comparison(recipe, methods, rates, output or Path(), device, epochs, log=log)
+    found = cells.Comparison(recipe, methods, rates, output or Path(), device, epochs, log=log, seeds=seeds, test=test)
     cells.check(found)
     if output is None:
         found.folder = new_run_folder(recipe.output, f"{recipe.name}-compare")
-    cells.open_folder(found, resume)
+    open_folder(found.folder, found.settings(), resume)
     return found
 
 

@@ -16,11 +16,9 @@ from slimcli.errors import SlimError
 from slimcli.layout import optimize
 from slimcli.measure import clock
 from slimcli.measure.rows import Row
-from slimcli.measure.scores import Accuracy as Accuracy
 from slimcli.measure.scores import Scores as Scores
-from slimcli.measure.scores import Similarity as Similarity
+from slimcli.measure.scores import packed
 from slimcli.measure.scores import pooled as pooled
-from slimcli.measure.scores import predictions
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
@@ -90,11 +88,13 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
+    reference: SlimModel | None = None,
 ) -> list[Row]:
-    """Rows for the dense model and each keep rate: accuracy on all images of `loader`, cost, and speed.
+    """Rows for the dense model and each keep rate: accuracy on all images of `loader`, likeness, cost, and speed.
 
-    Of a model without a classifier, `similarity` to the dense model's features takes the place of accuracy; a
-    backbone that `compares_embeddings` has both.
+    Likeness is to the dense model, or where the weights were trained since to `reference` run dense. Without a
+    classifier, `similarity` to the dense model's features takes the place of accuracy; a backbone that
+    `compares_embeddings` has both. With a `reference`, rows also have `right`, a bit an image.
     Speed is measured afterwards, on one batch, when no process loads images any more: the variants run in turn, three
     rounds at least and for up to five seconds until the ratios are known narrowly. The speed-up is the median of the
     ratios within a round, and `timing_reliable` says whether to believe it.
@@ -105,7 +105,7 @@ def evaluate(
     steps = Steps(progress, [Step("evaluating", 4.0), Step("timing", 1.0)])
     with model.running():
         with steps.step() as part:
-            batch = _score(model, loader, variants, device, dtype, part)
+            batch = _score(model, loader, variants, device, dtype, part, reference)
         runs = [partial(_run, model, variant, batch) for variant in variants]
         with steps.step() as part:
             timing = clock.take_turns(runs, device, FEWEST_ROUNDS, 0.0, MOST_SECONDS, progress=part)
@@ -114,6 +114,7 @@ def evaluate(
             images=variant.scores.count,
             images_per_second=round(batch.shape[0] / statistics.median(timing.seconds[index]), 2),
             **variant.scores.row(),
+            **({"right": packed(variant.scores.accuracy.right)} if reference is not None else {}),
             **timing.figures(index),
         )
         for index, variant in enumerate(variants)
@@ -127,6 +128,7 @@ def _score(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
+    reference: SlimModel | None = None,
 ) -> Tensor:
     """Run every variant over all images; return one full batch."""
     has_classes = model.architecture().num_outputs > 0
@@ -138,13 +140,17 @@ def _score(
             continue
         images, targets = images.to(device, dtype), targets.to(device)
         features: Tensor | None = None
-        predicted: Tensor | None = None
+        dense: Tensor | None = None
+        if reference is not None:
+            with reference.running(mode="none"):
+                dense = reference.logits(images) if has_classes else None
+                features = None if has_classes else pooled(reference.logits(images))
         for variant in variants:
             variant.set(model)
             output = model.logits(images)
             if has_classes:
-                variant.scores.accuracy.add(output, targets, predicted)
-                predicted = predictions(output) if predicted is None else predicted
+                variant.scores.classified(output, targets, dense)
+                dense = output if dense is None else dense
             if not has_classes or model.backbone.compares_embeddings:
                 found = pooled(model.embedding(images) if has_classes else output)
                 features = found if features is None else features
@@ -164,14 +170,13 @@ def _run(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
 @torch.inference_mode()
 def agreement(
     model: SlimModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
-) -> tuple[float, Accuracy | Similarity, Accuracy | Similarity]:
-    """How often dense and slimmed model predict the same class, in percent, and the accuracy of each.
+) -> tuple[Scores, Scores]:
+    """The scores of the dense and of the slimmed model, those of the slimmed with its likeness to the dense one.
 
-    Without a classifier: the mean cosine of their features, times 100.
+    Without a classifier: the cosine of their features alone.
     """
     has_classes = model.architecture().num_outputs > 0
-    dense: Accuracy | Similarity = Accuracy() if has_classes else Similarity()
-    slim: Accuracy | Similarity = Accuracy() if has_classes else Similarity()
+    dense, slim = Scores(), Scores()
     with model.running():
         for images, targets in batches:
             images, targets = images.to(device, dtype), targets.to(device)
@@ -179,17 +184,15 @@ def agreement(
             reference = model.logits(images)
             model.mode = "hard"
             output = model.logits(images)
-            if isinstance(dense, Accuracy) and isinstance(slim, Accuracy):
-                dense.add(reference, targets)
-                slim.add(output, targets, predictions(reference))
-            elif isinstance(dense, Similarity) and isinstance(slim, Similarity):
-                dense.add(pooled(reference), pooled(reference))
-                slim.add(pooled(output), pooled(reference))
+            if has_classes:
+                dense.classified(reference, targets)
+                slim.classified(output, targets, reference)
+            else:
+                dense.similarity.add(pooled(reference), pooled(reference))
+                slim.similarity.add(pooled(output), pooled(reference))
     if not slim.count:
         raise SlimError("there are no images to compare the dense and the slimmed model on")
-    if isinstance(slim, Accuracy):
-        return 100 * slim.agree / slim.count, dense, slim
-    return 100 * slim.cosine / slim.count, dense, slim
+    return dense, slim
 
 
 def first_images(loader: DataLoader[Any], count: int) -> Iterator[tuple[Tensor, Tensor]]:

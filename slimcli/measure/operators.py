@@ -71,6 +71,15 @@ def operators(
     return found
 
 
+@torch.no_grad()
+def operators_of_a_pass(model: SlimModel, images: Tensor) -> int:
+    """Operators of a forward pass on images (B, 3, H, W), views left out, in the model's present mode."""
+    model.logits(images)  # what is made once is made
+    with _Operators(model) as counter:
+        model.logits(images)
+    return sum(counter.count.values())
+
+
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that run inside it, by the part of the model that asks for them."""
 

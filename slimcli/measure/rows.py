@@ -57,6 +57,9 @@ MEASURES = {
         Measure("loss", "Loss", "Loss", 4, "", "lower", "loss_se"),
         Measure("similarity", "Cosine with dense", "Cosine", 4, "", "higher", "similarity_se"),
         Measure("top1_difference", "Top-1 less dense", "Less dense", 2, "", "higher", "top1_difference_se"),
+        Measure("agreement", "Agrees with dense (%)", "Agrees", 1, " %", "higher", "agreement_se"),
+        Measure("kl", "KL from dense", "KL", 4, "", "lower", "kl_se"),
+        Measure("logit_error", "Error of logits", "Error", 4, "", "lower", "logit_error_se"),
         Measure("gmacs", "Multiply-adds (G)", "G MACs", 3, " G", "lower"),
         Measure("params_millions", "Parameters (M)", "M params", 2, " M"),
         Measure("images_per_second", "Images/s", "img/s", 1, "", "higher", timed=True),
@@ -68,8 +71,8 @@ MEASURES = {
     )
 }
 #: what tables of accuracy, cost and speed show, in this order, as far as it was measured
-TABLE = ("top1", "top5", "loss", "similarity", "top1_difference", "gmacs", "params_millions", "images_per_second",
-         "speedup")  # fmt: skip
+TABLE = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error", "gmacs",
+         "params_millions", "images_per_second", "speedup")  # fmt: skip
 #: keys that stand in every row's JSON, also where there is nothing to say
 ALWAYS = ("dense", "method", "keep_rate", "exact_savings", "schedule", "gmacs", "params_millions")
 
@@ -79,9 +82,11 @@ class Row:
     """What was measured of one way to run a model: dense, or slimmed by a schedule. None: not measured.
 
     Accuracy is in percent, `similarity` the mean cosine between features and the dense model's, `*_se` standard
-    errors; `top1_difference` is top-1 less the dense model's on the same images, in points. `speedup` is over the
-    dense model, with its 95 % interval; `timing_reliable` says whether to believe what was timed, and `timing_note`
-    why not. Values are also read by their key, `row["top1"]`, as they stand in JSON.
+    errors; `top1_difference` is top-1 less the dense model's on the same images, in points. `agreement` (percent), `kl`
+    (nats) and `logit_error` say how near its logits are to the dense model's: see `scores.Likeness`. `right` has the
+    images that it got right, where they are asked for: see `scores.packed`. `speedup` is over the dense model, with its
+    95 % interval; `timing_reliable` says whether to believe what was timed, and `timing_note` why not. Values are also
+    read by their key, `row["top1"]`, as they stand in JSON.
     """
 
     dense: bool = False
@@ -104,6 +109,13 @@ class Row:
     similarity_se: float | None = None
     top1_difference: float | None = None
     top1_difference_se: float | None = None
+    agreement: float | None = None
+    agreement_se: float | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+    logit_error: float | None = None
+    logit_error_se: float | None = None
+    right: str | None = None
     images_per_second: float | None = None
     speedup: float | None = None
     speedup_interval: tuple[float, float] | None = None

@@ -1,8 +1,9 @@
-"""Accuracy and similarity over batches, with their standard errors."""
+"""Accuracy, and likeness to the dense model, over batches, with their standard errors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,8 @@ class Accuracy:
     top5: int = 0
     loss: float = 0.0
     squares: float = 0.0
-    agree: int = 0
+    #: for each image, whether it was right
+    right: list[bool] = field(default_factory=list)
     #: images that were compared with other predictions: right where those are wrong, and the other way round
     paired: int = 0
     gained: int = 0
@@ -36,9 +38,9 @@ class Accuracy:
         self.top5 += int(hits.sum())
         self.loss += float(losses.sum())
         self.squares += float(losses.square().sum())
+        self.right += hits[:, 0].tolist()
         if reference is not None:
             right = reference == targets
-            self.agree += int((best[:, 0] == reference).sum())
             self.paired += targets.shape[0]
             self.gained += int((hits[:, 0] & ~right).sum())
             self.lost += int((~hits[:, 0] & right).sum())
@@ -59,6 +61,75 @@ class Accuracy:
         if self.paired:
             difference, deviation = paired_difference(self.gained, self.lost, self.paired)
             found |= {"top1_difference": round(100 * difference, 3), "top1_difference_se": round(100 * deviation, 3)}
+        return found
+
+
+@dataclass
+class Likeness:
+    """Running sums of how near a model's logits are to the dense model's: it needs no labels, and tells models apart
+    on far fewer images than accuracy does.
+
+    `agreement` is the share of images with the same first class, `kl` the mean over the images of the divergence of
+    the model's classes from the dense model's, in nats. `error` is the squared error of the logits over the squares
+    of the dense model's, summed over the images, each image's mean taken out of both: classes do not see it.
+    """
+
+    count: int = 0
+    agree: int = 0
+    divergence: float = 0.0
+    divergence_squares: float = 0.0
+    #: sums over the images of e and d, the squared error and the squares of the dense logits, and of their products
+    wrong: float = 0.0
+    whole: float = 0.0
+    products: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def add(self, logits: Tensor, dense: Tensor) -> None:
+        """Add a batch: logits (B, C) of both."""
+        # not every device has numbers of 64 bits
+        logits, dense = logits.cpu().double(), dense.cpu().double()
+        apart = F.kl_div(logits.log_softmax(dim=1), dense.log_softmax(dim=1), reduction="none", log_target=True)
+        divergence = apart.sum(dim=1)
+        wrong, whole = squared_error(logits, dense)
+        self.count += logits.shape[0]
+        self.agree += int((logits.argmax(dim=1) == dense.argmax(dim=1)).sum())
+        self.divergence += float(divergence.sum())
+        self.divergence_squares += float(divergence.square().sum())
+        self.wrong, self.whole = self.wrong + float(wrong.sum()), self.whole + float(whole.sum())
+        ee, ed, dd = self.products
+        self.products = (
+            ee + float(wrong.square().sum()),
+            ed + float((wrong * whole).sum()),
+            dd + float(whole.square().sum()),
+        )
+
+    @property
+    def agreement(self) -> float:
+        """In percent."""
+        return 100 * self.agree / self.count
+
+    @property
+    def kl(self) -> float:
+        """In nats an image."""
+        return self.divergence / self.count
+
+    @property
+    def error(self) -> float:
+        """Squared error over squares; NaN where the dense model's logits are all alike."""
+        return self.wrong / self.whole if self.whole else math.nan
+
+    def row(self) -> dict[str, float]:
+        """All three with their standard errors; nothing where there are no images."""
+        if not self.count:
+            return {}
+        found = {
+            "agreement": round(self.agreement, 3),
+            "agreement_se": round(100 * binomial_error(self.agree, self.count), 3),
+            "kl": round(self.kl, 6),
+            "logit_error": round(self.error, 6),
+        }
+        if self.count > 1:
+            found["kl_se"] = round(mean_error(self.divergence, self.divergence_squares, self.count), 6)
+            found["logit_error_se"] = round(ratio_error(self.wrong, self.whole, self.products, self.count), 6)
         return found
 
 
@@ -91,12 +162,19 @@ class Similarity:
 
 @dataclass
 class Scores:
-    """What a validation measured: accuracy of a model with a classifier, similarity where there is a dense model to
-    compare with, or both.
+    """What a validation measured: accuracy of a model with a classifier, and how near it is to the dense model where
+    there is one to compare with: `likeness` of the logits, `similarity` of the features.
     """
 
     accuracy: Accuracy = field(default_factory=Accuracy)
+    likeness: Likeness = field(default_factory=Likeness)
     similarity: Similarity = field(default_factory=Similarity)
+
+    def classified(self, logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> None:
+        """Add a batch: logits (B, C), classes (B,), and the dense model's logits, if there are any."""
+        self.accuracy.add(logits, targets, None if dense is None else predictions(dense))
+        if dense is not None:
+            self.likeness.add(logits, dense)
 
     @property
     def count(self) -> int:
@@ -109,8 +187,8 @@ class Scores:
         return row.get("top1", row.get("similarity", 0.0))
 
     def row(self) -> dict[str, float]:
-        """The rows of both, as far as they were measured."""
-        return {**self.accuracy.row(), **self.similarity.row()}
+        """The rows of all three, as far as they were measured."""
+        return {**self.accuracy.row(), **self.likeness.row(), **self.similarity.row()}
 
 
 def binomial_error(hits: int, count: int) -> float:
@@ -130,6 +208,25 @@ def mean_error(total: float, squares: float, count: int) -> float:
     return math.sqrt(variance / count) if variance > 0 else variance * 0.0
 
 
+def ratio_error(above: float, below: float, products: tuple[float, float, float], count: int) -> float:
+    """Standard error of the ratio of two sums over the same images, from the sums of their products (aa, ab, bb)."""
+    if count < 2 or not below:
+        return math.nan
+    ratio, (aa, ab, bb) = above / below, products
+    residual = max(aa - 2 * ratio * ab + ratio * ratio * bb, 0.0)
+    return math.sqrt(residual / (count - 1) * count) / below
+
+
+def squared_error(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """For each image, the squared error (B,) of logits (B, C), and the squares (B,) of the dense model's.
+
+    Each image's mean is taken out of both, unless there is one logit alone.
+    """
+    if dense.shape[-1] > 1:
+        logits, dense = (x - x.mean(dim=-1, keepdim=True) for x in (logits, dense))
+    return (logits - dense).square().sum(dim=-1), dense.square().sum(dim=-1)
+
+
 def paired_difference(gained: int, lost: int, count: int) -> tuple[float, float]:
     """Difference of two shares of the same images, and its standard error (McNemar's).
 
@@ -137,6 +234,17 @@ def paired_difference(gained: int, lost: int, count: int) -> tuple[float, float]
     """
     difference = (gained - lost) / count
     return difference, math.sqrt(max(gained + lost - (gained - lost) ** 2 / count, 0.0)) / count
+
+
+def packed(right: Sequence[bool]) -> str:
+    """A bit an image, the first in front, in hexadecimal digits of four each."""
+    bits = "".join("1" if hit else "0" for hit in right)
+    return "".join(f"{int(bits[i : i + 4].ljust(4, '0'), 2):x}" for i in range(0, len(bits), 4))
+
+
+def unpacked(text: str, count: int) -> list[bool]:
+    """The inverse of `packed` for `count` images."""
+    return [bit == "1" for digit in text for bit in f"{int(digit, 16):04b}"][:count]
 
 
 def pooled(output: Tensor) -> Tensor:

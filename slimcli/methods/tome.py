@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from slimcli.attention import AttentionRecorder, biased_attention
 from slimcli.errors import SlimError
 from slimcli.life import add_rows, highest_first, prefix_bias, sort_patches, take_rows
-from slimcli.methods.base import Method, backbone_cost
+from slimcli.methods.base import backbone_cost
+from slimcli.methods.by_cost import ByCost
 from slimcli.schedule import Schedule
 
 
 @final
-class ToMe(Method):
+class ToMe(ByCost):
     """In every block, between attention and MLP, the r most similar pairs of a bipartite matching are merged.
 
     Similarity is the cosine of the keys, averaged over heads. A merged token is the mean of the patches it stands
@@ -31,35 +32,16 @@ class ToMe(Method):
     """
 
     method = "tome"
-    by_cost = True
     merges = True
-
-    #: the keep rates and drop layers that stand for a cost
-    _reference: Schedule | None = None
 
     def _fitted(self, schedule: Schedule) -> Schedule:
         schedule = super()._fitted(schedule)
         if schedule.counts is None:
-            self._reference = schedule
-            return self.schedule_for_cost(self._life_cost(schedule)) if schedule.drops_patches() else schedule
+            return schedule
         for layer, (n, r) in enumerate(zip(schedule.counts, merges(schedule.counts), strict=True), 1):
             if r > n // 2:
                 raise SlimError(f"tome merges at most {n // 2} of {n} patches in block {layer}: {r} is not possible")
         return schedule
-
-    def at_keep_rate(self, keep_rate: float) -> Schedule:
-        """The schedule that costs what life regression costs at this keep rate.
-
-        At the drop layers that it was first given with; where only counts were, as a model folder has them, at the
-        paper's.
-        """
-        reference = (self._reference or self.schedule).at_keep_rate(keep_rate)
-        if not reference.drops_patches():
-            return reference
-        return self.schedule_for_cost(self._life_cost(reference) if self._reference else self.usual_cost(keep_rate))
-
-    def _life_cost(self, schedule: Schedule) -> int:
-        return self.architecture().multiply_adds(schedule.resolve(self.num_patches))
 
     def refusal(self) -> str | None:
         if self._facts.positions:

@@ -18,6 +18,7 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
     from slimcli.methods.evit import EViT, EViTNoFuse
     from slimcli.methods.life import LifeModel
     from slimcli.methods.random_discard import RandomDiscard
+    from slimcli.methods.resize import Resize
     from slimcli.methods.tome import ToMe
 
     register("life", LifeModel, "lives predicted once, then the patches are sorted and sliced")
@@ -26,3 +27,4 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
     register("dynamicvit", DynamicViT, "a learned score at each drop layer")
     register("tome", ToMe, "similar tokens are merged in every block")
     register("random", RandomDiscard, "random patches leave at each drop layer")
+    register("resize", Resize, "no patch leaves: the same model on a smaller image")

@@ -18,7 +18,6 @@ from slimcli.measure import clock
 from slimcli.measure.evaluation import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
 from slimcli.measure.profiling import LONGER, all_variants, random_images
 from slimcli.measure.rows import Row
-from slimcli.measure.scores import predictions
 from slimcli.measure.timing import Timing
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
@@ -187,10 +186,9 @@ def evaluate_places(
                 for run in runs:
                     output = run.program.run(images)
                     if classifies:
-                        run.variant.scores.accuracy.add(output, targets, reference)
-                        reference = predictions(output) if reference is None else reference
-                    else:
-                        reference = output if reference is None else reference
+                        run.variant.scores.classified(output, targets, reference)
+                    reference = output if reference is None else reference
+                    if not classifies:
                         run.variant.scores.similarity.add(output, reference)
                 full = images if full is None else full
         if full is None:

@@ -76,7 +76,8 @@ def _trusted(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    keys = ("top1", "top5", "similarity", "top1_difference", "gmacs", "params_millions", "images_per_second", "speedup")
+    keys = ("top1", "top5", "similarity", "top1_difference", "agreement", "kl", "logit_error", "gmacs",
+            "params_millions", "images_per_second", "speedup")  # fmt: skip
     shown = measured_of(rows, keys)
     table = ["| model | " + " | ".join(measure.title for measure in shown) + " |", "|---|" + "---|" * len(shown)]
     for row in rows:
