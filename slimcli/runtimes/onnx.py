@@ -16,9 +16,11 @@ from torch import Tensor
 
 from slimcli.errors import SlimError
 from slimcli.runtimes.base import IMAGES, Conversion, Forward, Program, Runtime, cannot_export, example, first_line
+from slimcli.runtimes.onnx_graph import split_projections, translations
 
 FILE = "model.onnx"
-OPSET = 18
+#: the first one with GELU
+OPSET = 20
 #: a file of protobuf holds no more
 LARGEST = 2**31 - 2**20
 #: products that int8 may take; those of two activations (attention, and who is like whom) stay as they are
@@ -39,7 +41,7 @@ class OnnxProgram(Program):
 
 
 class OnnxRuntime(Runtime):
-    """A file of ONNX, opset 18, without custom operators."""
+    """A file of ONNX, opset 20, without custom operators."""
 
     name = "onnx"
     about = "ONNX Runtime; the file runs anywhere, without torch and slim"
@@ -93,10 +95,12 @@ def graph(model: Forward, conversion: Conversion, path: Path) -> None:
                     dynamic_shapes=free,
                     optimize=True,
                     verbose=False,
+                    custom_translation_table=translations(),
                 )
         except Exception as error:  # whatever a model's code does that ONNX cannot
             raise cannot_export(model, error, "to ONNX") from error
         assert program is not None
+        split_projections(program.model)
         _check_operators(program.model_proto.graph.node, model)
         if program.model_proto.ByteSize() > LARGEST:
             raise SlimError("the model is larger than the 2 GiB that one file of ONNX holds")

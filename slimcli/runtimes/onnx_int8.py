@@ -60,6 +60,8 @@ def kept_in_float(proto: Any, model: Forward) -> list[str]:
     from onnx import numpy_helper
 
     own = [p.detach().numpy() for p in model.slim.selector.parameters() if p.dim() == 2]
+    # those of queries, keys and values are taken apart
+    own += [part for weight in own if len(weight) % 3 == 0 for part in numpy.split(weight, 3)]
     shapes = {shape for weight in own for shape in (weight.shape, weight.T.shape)}
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     kept = []
