@@ -205,7 +205,8 @@ def _replace(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     replaced = []
     for parent in list(model.modules()):
         for name, layer in parent._modules.items():
-            if type(layer) is nn.Linear and is_plain_linear(layer):
+            # elsewhere a packed layer would only ask, at every call, whether it can serve
+            if type(layer) is nn.Linear and is_plain_linear(layer) and layer.weight.device.type == "cpu":
                 twins.setdefault(id(layer), _pack(layer))
                 replaced.append((parent, name, layer))
     for parent, name, layer in replaced:

@@ -14,9 +14,9 @@ from slimcli.cli.options import (
     common_options,
     data_option,
     dead_option,
+    find_runtimes,
     keep_rate_option,
     limit_option,
-    places_on_cpu,
     runtime_option,
     set_option,
     split_option,
@@ -57,7 +57,7 @@ def command(
     from slimcli.store.run_folder import add_evaluation
 
     display = Display(as_json)
-    places = places_on_cpu(runtimes, asked)
+    places = find_runtimes(runtimes, asked)
     session = open_session(Request("eval", target, overrides, **asked))
     images = session.images()
     batch_size = session.data.batch_size

@@ -126,18 +126,18 @@ def refuse_given(reason: str, *names: str) -> None:
             raise SlimError(f"{parameter.opts[0]} has no effect {reason}")
 
 
-def places_on_cpu(runtimes: str | None, asked: dict[str, Any]) -> list[Place]:
-    """The runtimes that --runtime names, measured on the CPU, which is set in `asked`; none where it is not given."""
+def find_runtimes(runtimes: str | None, asked: dict[str, Any]) -> list[Place]:
+    """The runtimes that --runtime names, on the device that is then set in `asked`; none where it is not given."""
     if runtimes is None:
         return []
     from slimcli.runtimes.measuring import find_places
 
-    refuse_given("with --runtime: it takes NAME:PRECISION, on the CPU", "device", "precision")
+    refuse_given("with --runtime: it takes NAME:PRECISION", "precision")
     refuse_given("with --runtime", "against", "per_layer", "operators")
-    asked["device"] = "cpu"
-    found = find_places(words(runtimes))
+    found = find_places(words(runtimes), asked["device"])
     if not found:
         raise SlimError("--runtime: names no runtime: expected NAME[:PRECISION], such as onnx:int8")
+    asked["device"] = found[0].device.type
     return found
 
 
@@ -164,6 +164,6 @@ runtime_option = click.option(
     "--runtime",
     "runtimes",
     metavar="NAME[:PRECISION],...",
-    help="Measure in these runtimes, on the CPU: torch, compile, aoti, onnx, onnx:int8, openvino, ...; all: every one "
-    "that is installed.",
+    help="Measure in these runtimes: torch, compile and, on CUDA, cuda-graph; on the CPU aoti, onnx, onnx:int8, "
+    "openvino, ...; all: every one that is installed.",
 )

@@ -10,8 +10,8 @@ from slimcli.cli.options import (
     batch_size_option,
     common_options,
     dead_option,
+    find_runtimes,
     keep_rate_option,
-    places_on_cpu,
     runtime_option,
     set_option,
     target_options,
@@ -69,7 +69,7 @@ def command(
 
     display = Display(as_json)
     request = {"target": target, "overrides": overrides, **asked}
-    places = places_on_cpu(runtimes, asked)
+    places = find_runtimes(runtimes, asked)
     if places:
         _in_runtimes(display, places, request, keep_rates, batch_size, exact_savings, seconds)
     else:
@@ -149,10 +149,10 @@ def _in_runtimes(
     from slimcli.session.session import Request, open_session
 
     session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
-    batch = batch_size or profiling.DEFAULT_BATCH["cpu"]
+    batch = batch_size or profiling.DEFAULT_BATCH[session.device.type]
     with display.progress() as progress:
         rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings)
     facts = {key: value for key, value in session.facts(batch).items() if key != "precision"}
-    display.line(f"{session.target.model_name}: cpu, {facts['threads']} threads, batch {batch}")
+    display.line(f"{session.target.model_name}: {facts['device']}, {facts['threads']} threads, batch {batch}")
     print_profile(display, rows, False)
     display.document({"model": session.target.model_name, **facts, "rows": rows})

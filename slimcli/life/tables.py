@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 MOST_TABLES = 256
 
 _TABLES: OrderedDict[Hashable, Tensor] = OrderedDict()
+# of each `tables_used` that is open
+_NOTED: list[list[Tensor]] = []
 
 
 def table(make: Callable[[], Tensor], *key: Hashable) -> Tensor:
@@ -28,9 +31,23 @@ def table(make: Callable[[], Tensor], *key: Hashable) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             found = make()
     _TABLES[key] = found
+    for noted in _NOTED:
+        noted.append(found)
     while len(_TABLES) > MOST_TABLES:
         _TABLES.popitem(last=False)
     return found
+
+
+@contextmanager
+def tables_used() -> Iterator[list[Tensor]]:
+    """The tables that are used inside it, to be kept by what reads their memory later: a CUDA graph."""
+    noted: list[Tensor] = []
+    _NOTED.append(noted)
+    try:
+        yield noted
+    finally:
+        # by identity: equal lists of tensors cannot be told apart
+        _NOTED[:] = [other for other in _NOTED if other is not noted]
 
 
 def _records() -> bool:

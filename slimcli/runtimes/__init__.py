@@ -1,4 +1,4 @@
-"""Runtimes by name: torch, compile, aoti, onnx, openvino, and those of plugins."""
+"""Runtimes by name: torch, compile, cuda-graph, aoti, onnx, openvino, and those of plugins."""
 
 from __future__ import annotations
 

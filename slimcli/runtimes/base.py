@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimcli.errors import SlimError
 from slimcli.methods.slim_model import SlimModel
 
+CPU = torch.device("cpu")
 #: names of an artefact's input and of its output, with a classifier and without
 IMAGES, LOGITS, EMBEDDINGS = "images", "logits", "embeddings"
 
@@ -47,6 +48,12 @@ class Forward(nn.Module):
         height, width = self.slim.backbone.image_size
         return int(channels), int(height), int(width)
 
+    @property
+    def settings(self) -> Hashable:
+        """What decides which operators run, beside the images' shape."""
+        slim = self.slim
+        return slim.mode, slim.schedule, slim.exact_savings, slim.attention, *(getattr(slim, s) for s in slim.settings)
+
     def forward(self, images: Tensor) -> Tensor:
         found: Tensor = self.slim.logits(images) if self.classifies else self.slim.embedding(images)
         return found
@@ -54,12 +61,15 @@ class Forward(nn.Module):
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a model is converted: its precision, the number of images in a batch (None: any), and what int8 is set by."""
+    """How a model is converted: its precision, the number of images in a batch (None: any), what int8 is set by, and
+    where it runs.
+    """
 
     precision: str = "float32"
     batch_size: int | None = None
     #: batches (b, 3, H, W) of prepared images, for int8
     calibration: Sequence[Tensor] = ()
+    device: torch.device = CPU
 
 
 class Program(ABC):
@@ -67,7 +77,7 @@ class Program(ABC):
 
     @abstractmethod
     def run(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32 in main memory, to the output (B, C), float32 in main memory."""
+        """Images (B, 3, H, W), float32, to the output (B, C), float32, on the device where the images are."""
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -80,6 +90,8 @@ class Runtime(ABC):
     name: ClassVar[str]
     about: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    #: the types of device that it runs on
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
     #: modules that it imports, by the name of the package that has each
     needs: ClassVar[dict[str, str]] = {}
     #: the extra of slim's that installs them
@@ -101,6 +113,16 @@ class Runtime(ABC):
             )
         if precision not in self.precisions:
             raise SlimError(f"the runtime {self.name} has no {precision}: expected {', '.join(self.precisions)}")
+
+    def require_device(self, device: torch.device) -> None:
+        """`SlimError` where it does not run on this device."""
+        if device.type in self.devices:
+            return
+        if self.devices == ("cuda",) and not torch.cuda.is_available():
+            raise SlimError(
+                f"the runtime {self.name} needs a CUDA device, and there is none here: take torch or compile"
+            )
+        raise SlimError(f"the runtime {self.name} runs on {', '.join(self.devices)}, not on {device.type}")
 
     def prepare(self, model: Forward, conversion: Conversion) -> Program:
         """The model as a program, without an artefact that stays."""

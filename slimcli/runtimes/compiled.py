@@ -6,12 +6,24 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.runtimes.base import Conversion, Forward, Program, Runtime, example, first_line
-from slimcli.runtimes.eager import TorchProgram, in_dtype
+from slimcli.runtimes.eager import TorchProgram, placed
+
+
+class CompiledProgram(TorchProgram):
+    """A compiled module: one graph for one image, and one for every batch of more."""
+
+    @torch.inference_mode()
+    def run(self, images: Tensor) -> Tensor:
+        given = images.to(self.device, self.dtype)
+        if given.shape[0] > 1:
+            torch._dynamo.mark_dynamic(given, 0)
+        found: Tensor = self.module(given)
+        return found.float().to(images.device)
 
 
 class Compile(Runtime):
@@ -20,17 +32,19 @@ class Compile(Runtime):
     name = "compile"
     about = "torch.compile, in this process; needs a C++ compiler on a CPU"
     precisions = ("float32", "bfloat16")
+    devices = ("cpu", "cuda")
 
     def prepare(self, model: Forward, conversion: Conversion) -> Program:
         # packed layers are for what is not compiled
-        own = model if conversion.precision == "float32" else in_dtype(model, conversion.precision)
+        own = placed(model, conversion.precision, conversion.device)
         module = cast(nn.Module, torch.compile(own, dynamic=False))
-        program = TorchProgram(module, DTYPES[conversion.precision])
+        program = CompiledProgram if conversion.batch_size is None else TorchProgram
+        compiled = program(module, DTYPES[conversion.precision], conversion.device)
         try:
-            program.run(example(model, conversion))
+            compiled.run(example(model, conversion))
         except Exception as error:  # no compiler here, or what it says
             raise SlimError(f"torch.compile cannot compile the model here: {first_line(error)}") from error
-        return program
+        return compiled
 
     def open(self, folder: Path, precision: str) -> Program:
         raise SlimError(f"the runtime {self.name} keeps no file")

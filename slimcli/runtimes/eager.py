@@ -11,27 +11,28 @@ from torch import Tensor, nn
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.layout import optimize
-from slimcli.runtimes.base import Conversion, Forward, Program, Runtime
+from slimcli.runtimes.base import CPU, Conversion, Forward, Program, Runtime
 from slimcli.store.run_folder import CONFIG, WEIGHTS
 
 
 class TorchProgram(Program):
-    """A module of torch's, run without gradients in one dtype."""
+    """A module of torch's, run without gradients in one dtype on one device."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self.module, self.dtype = module, dtype
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self.module, self.dtype, self.device = module, dtype, device
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> Tensor:
-        found: Tensor = self.module(images.to(self.dtype))
-        return found.float()
+        found: Tensor = self.module(images.to(self.device, self.dtype))
+        return found.float().to(images.device)
 
 
-def in_dtype(model: Forward, precision: str) -> Forward:
-    """A copy of a model in another precision, on packed weights; the weights are shared where it is the same."""
-    if precision != "float32":
-        model = copy.deepcopy(model).to(DTYPES[precision])
-    return optimize(model)
+def placed(model: Forward, precision: str, device: torch.device) -> Forward:
+    """A copy of a model in another precision or on another device; the weights are shared where both are the same."""
+    here, dtype = next(model.parameters()), DTYPES[precision]
+    if here.dtype != dtype or here.device.type != device.type:
+        model = copy.deepcopy(model).to(device, dtype)
+    return model
 
 
 class Torch(Runtime):
@@ -40,10 +41,12 @@ class Torch(Runtime):
     name = "torch"
     about = "eager, with packed weights on a CPU; a model folder for slimcli.load"
     precisions = ("float32", "bfloat16")
+    devices = ("cpu", "cuda", "mps")
     files = (WEIGHTS,)
 
     def prepare(self, model: Forward, conversion: Conversion) -> Program:
-        return TorchProgram(in_dtype(model, conversion.precision), DTYPES[conversion.precision])
+        own = optimize(placed(model, conversion.precision, conversion.device))
+        return TorchProgram(own, DTYPES[conversion.precision], conversion.device)
 
     def write(self, model: Forward, folder: Path, conversion: Conversion) -> None:
         # the model folder holds weights and config.json: who exports writes both
@@ -54,4 +57,4 @@ class Torch(Runtime):
 
         if not (folder / CONFIG).is_file():
             raise SlimError(f"{folder}: is not a model folder")
-        return TorchProgram(in_dtype(Forward(load(folder)), precision), DTYPES[precision])
+        return TorchProgram(optimize(placed(Forward(load(folder)), precision, CPU)), DTYPES[precision])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from slimcli.device import find_device
 from slimcli.errors import SlimError
 from slimcli.measure import clock
 from slimcli.measure.evaluation import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
@@ -21,19 +22,20 @@ from slimcli.measure.rows import Row
 from slimcli.measure.timing import Timing
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
+from slimcli.runtimes.base import CPU
 from slimcli.slimming import SlimModel
 
-CPU = torch.device("cpu")
 #: images that int8 is set by: noise where nothing but time is measured, and real ones elsewhere
 NOISE, CALIBRATION = 8, 300
 
 
 @dataclass(frozen=True)
 class Place:
-    """A runtime and the precision that a model runs in there."""
+    """A runtime, and the precision and the device that a model runs in there."""
 
     runtime: Runtime
     precision: str
+    device: torch.device = CPU
 
     @property
     def name(self) -> str:
@@ -41,21 +43,30 @@ class Place:
         return self.runtime.name if self.precision == "float32" else f"{self.runtime.name} {self.precision}"
 
 
-def find_places(names: Sequence[str]) -> list[Place]:
+def find_places(names: Sequence[str], device: str = "auto") -> list[Place]:
     """The places that `onnx`, `onnx:int8` and so on name; `all` are all that are installed, in every precision.
 
+    All are on one device: `auto` takes CUDA where it is here and every runtime that is named runs on it.
+
     Raises:
-        SlimError: for an unknown runtime or precision, and a missing package.
+        SlimError: for an unknown runtime or precision, a missing package, and a device that a runtime does not run on.
     """
+    named = [find_runtime(name.partition(":")[0]) for name in names if name != "all"]
+    if device == "auto":
+        cuda = torch.cuda.is_available() and all("cuda" in runtime.devices for runtime in named)
+        where = torch.device("cuda" if cuda else "cpu")
+    else:
+        where = find_device(device)
     found: list[Place] = []
     for name in names:
         if name == "all":
-            ready = [runtime for runtime in runtimes().values() if not runtime.missing()]
-            found += [Place(runtime, precision) for runtime in ready for precision in runtime.precisions]
+            ready = [r for r in runtimes().values() if where.type in r.devices and not r.missing()]
+            found += [Place(runtime, precision, where) for runtime in ready for precision in runtime.precisions]
             continue
         runtime, precision = find_runtime(name.partition(":")[0]), name.partition(":")[2] or "float32"
         runtime.require(precision)
-        found.append(Place(runtime, precision))
+        runtime.require_device(where)
+        found.append(Place(runtime, precision, where))
     unique = {place.name: place for place in found}
     return list(unique.values())
 
@@ -89,7 +100,8 @@ def _prepared(
                     forward = Forward(model, dense=variant.schedule is None)
                     if variant.schedule is None:
                         forward.slim.exact_savings = variant.exact_savings
-                    conversion = Conversion(place.precision, None, calibration if place.precision == "int8" else ())
+                    real = calibration if place.precision == "int8" else ()
+                    conversion = Conversion(place.precision, None, real, place.device)
                     runs.append(_Run(place, variant, place.runtime.prepare(forward, conversion)))
         progress("preparing", 1, 1)
         yield runs
@@ -119,10 +131,11 @@ def profile_places(
 ) -> list[Row]:
     """Rows for the dense model and each keep rate in every place: throughput and latency, all timed in turn.
 
-    Images are noise, and so is what int8 is set by: it does not change the time.
+    The places are on one device. Images are noise, and so is what int8 is set by: it does not change the time.
     """
-    model = model.to(CPU, torch.float32).eval()
-    images = random_images(model, max(batch_size, NOISE), CPU, torch.float32)
+    device = places[0].device
+    model = model.to(device, torch.float32).eval()
+    images = random_images(model, max(batch_size, NOISE), device, torch.float32)
     steps = Steps(progress, [Step("preparing", 4.0), Step("throughput", 3.0), Step("latency", 2.0)])
 
     def variants() -> list[Variant]:
@@ -132,11 +145,11 @@ def profile_places(
         calls = [partial(run.program.run, images[:batch_size]) for run in runs]
         with steps.step() as part:
             timing = clock.take_turns(
-                calls, CPU, 5, min_seconds, LONGER * min_seconds, progress=part, label="throughput"
+                calls, device, 5, min_seconds, LONGER * min_seconds, progress=part, label="throughput"
             )
         singles = [partial(run.program.run, images[:1]) for run in runs]
         with steps.step() as part:
-            latencies = clock.interleave(singles, CPU, 20, min_seconds / 2, progress=part, label="latency")
+            latencies = clock.interleave(singles, device, 20, min_seconds / 2, progress=part, label="latency")
     rows: list[Row] = []
     for index, (run, figures) in enumerate(zip(runs, _figures(runs, timing), strict=True)):
         row = describe(model, run.variant.schedule, run.variant.exact_savings)
@@ -168,7 +181,8 @@ def evaluate_places(
     Differences of top-1 are from the first row, the dense model in the first place; so is the cosine of embeddings.
     `calibration` are batches of images that int8 is set by.
     """
-    model = model.to(CPU, torch.float32).eval()
+    device = places[0].device
+    model = model.to(device, torch.float32).eval()
     if any(place.precision == "int8" for place in places) and not calibration:
         raise SlimError("int8 needs images to find the ranges of activations on")
     steps = Steps(progress, [Step("preparing", 3.0), Step("evaluating", 4.0), Step("timing", 1.0)])
@@ -182,6 +196,7 @@ def evaluate_places(
         with steps.step() as part:
             for index, (images, targets) in enumerate(loader):
                 part("evaluating", index, len(loader))
+                images, targets = images.to(device), targets.to(device)
                 reference: Tensor | None = None
                 for run in runs:
                     output = run.program.run(images)
@@ -195,7 +210,7 @@ def evaluate_places(
             raise SlimError("there are no images to evaluate on")
         calls = [partial(run.program.run, full) for run in runs]
         with steps.step() as part:
-            timing = clock.take_turns(calls, CPU, FEWEST_ROUNDS, 0.0, MOST_SECONDS, progress=part)
+            timing = clock.take_turns(calls, device, FEWEST_ROUNDS, 0.0, MOST_SECONDS, progress=part)
     return [
         describe(model, run.variant.schedule, run.variant.exact_savings).also(
             runtime=run.place.name,

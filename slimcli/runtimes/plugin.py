@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 def slim_runtimes() -> list[type[Runtime]]:
     from slimcli.runtimes.aoti import AotInductor
     from slimcli.runtimes.compiled import Compile
+    from slimcli.runtimes.cuda_graph import CudaGraph
     from slimcli.runtimes.eager import Torch
     from slimcli.runtimes.onnx import OnnxRuntime
     from slimcli.runtimes.openvino import OpenVino
 
-    return [Torch, Compile, AotInductor, OnnxRuntime, OpenVino]
+    return [Torch, Compile, CudaGraph, AotInductor, OnnxRuntime, OpenVino]
