@@ -123,6 +123,7 @@ def print_picture(display: Display, sheet: Sheet, style: PictureStyle) -> None:
             bare = pictures.strip(outcome, style.geometry, style.prepare, style.layer)
             display.out.print(half_blocks(bare, columns), end="")
         return
+    assert sheet.figure is not None
     png = pictures.encode(sheet.figure, "png", dpi=110)
     if protocol == "sixel":
         picture = Image.open(io.BytesIO(png))

@@ -72,6 +72,29 @@ def whereabouts(drops: Sequence[Drop], batch: int, count: int, depth: int, devic
     return Whereabouts(token, left_after, joined / size.gather(1, token).clamp(min=1))
 
 
+def stand_ins(drops: Sequence[Drop], batch: int, count: int, device: torch.device) -> list[tuple[int, Tensor]]:
+    """After each block that patches left after: the block, and for each of N patches the one that stands for it.
+
+    Patches (B, N) are named by their place in raster order. A living one stands for itself; -1: none does.
+    """
+    token = torch.arange(count, device=device).expand(batch, -1)
+    itself = joined = torch.ones_like(token, dtype=torch.bool)
+    found: dict[int, Tensor] = {}
+    for drop in drops:
+        leaves = drop.leaves().gather(1, token)
+        itself = itself & ~leaves
+        joined = joined if drop.into is not None else joined & ~leaves
+        token = drop.afterwards().gather(1, token)
+        if not leaves.any():
+            continue
+        names = torch.arange(count, device=device).expand(batch, -1)
+        # the living alone name their token; a fused token, which is no patch, has no name
+        named = torch.full((batch, count + 1), -1, device=device)
+        named = named.scatter(1, token.masked_fill(~itself, count), names)
+        found[drop.layer] = named[:, :count].gather(1, token).masked_fill(~joined, -1)
+    return list(found.items())
+
+
 def restore(
     tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int, way: str, mix: Tensor | None = None
 ) -> Tensor:

@@ -10,7 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from slimcli.errors import SlimError
-from slimcli.life.restore import WAYS, Whereabouts, whereabouts
+from slimcli.life.restore import WAYS, Whereabouts, stand_ins, whereabouts
 from slimcli.methods.block_runner import BlockRunner
 from slimcli.methods.trail import Reached, Trail
 
@@ -98,6 +98,17 @@ class DenseSurface(BlockRunner):
             with suppress(Reached):
                 self._tokens(images)
             return [trail.restored(layer) for layer in layers]
+
+    def logits_and_stand_ins(self, images: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+        """Logits (B, C) of images (B, 3, H, W), and who stands for each patch: see `slimcli.life.restore.stand_ins`."""
+        with self._following([]) as trail:
+            logits = self.logits(images)
+        assert trail.shape is not None
+        batch, count, device = trail.shape
+        return logits, stand_ins(trail.drops, batch, count, device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
 
     # The calls.
 

@@ -7,7 +7,7 @@ the overlay sits on the pixels that each patch covers.
 from slimcli.pictures.album import Album, Picking, check_files, open_album
 from slimcli.pictures.drawing import Style, draw_sheets
 from slimcli.pictures.figure import draw, draw_lives, fit, panel_titles
-from slimcli.pictures.files import FORMATS, ROWS_A_FILE, TILES_A_FILE, choose_format, encode, sheets, write_sheet
+from slimcli.pictures.files import FORMATS, PAGE, ROWS_A_FILE, TILES_A_FILE, choose_format, encode, sheets, write_sheet
 from slimcli.pictures.geometry import MOST_STAGES, Geometry, drop_stages, find_geometry
 from slimcli.pictures.outcome import PICKS, Guess, Outcome, counted, describe, look, pick
 from slimcli.pictures.pixels import COLOURS, Pixels, kept, life_map, panels, picture, strip
@@ -18,6 +18,7 @@ __all__ = [
     "COLOURS",
     "FORMATS",
     "MOST_STAGES",
+    "PAGE",
     "PICKS",
     "ROWS_A_FILE",
     "TILES_A_FILE",

@@ -10,7 +10,8 @@ from typing import Any
 from slimcli.errors import DataError, SlimError, parameter
 from slimcli.files import check_writable
 from slimcli.pictures.drawing import Sheet, Style, draw_sheets
-from slimcli.pictures.files import choose_format
+from slimcli.pictures.explore import look_closely, write_page
+from slimcli.pictures.files import PAGE, choose_format
 from slimcli.pictures.geometry import drop_stages, find_geometry
 from slimcli.pictures.outcome import Outcome, counted, describe, look, pick
 from slimcli.pictures.sources import data_batches, draw_at_random, find_images, image_batches
@@ -48,9 +49,18 @@ class Album:
 
     def draw(self, output: Path | None, form: str) -> Iterator[Sheet]:
         """Draw and write each sheet, to `output` or to `NAME-lives.FORM`."""
-        for sheet in draw_sheets(self.outcomes, self.expected, self.style, output or Path(f"{self.name}.{form}"), form):
+        path = output or Path(f"{self.name}.{form}")
+        sheets = draw_sheets(self.outcomes, self.expected, self.style, path, form)
+        for sheet in iter([self._explore(path)]) if form == PAGE else sheets:
             self.sheets.append(sheet)
             yield sheet
+
+    def _explore(self, path: Path) -> Sheet:
+        """Write one page in which the images can be explored at every keep rate."""
+        session, style = self.session, self.style
+        scenes = [look_closely(session.model, found, style, session.device, session.dtype) for found in self.outcomes]
+        write_page(path, scenes, style.geometry, session.target.model_name)
+        return Sheet(path, tuple(scene.outcome for scene in scenes))
 
     @property
     def written(self) -> list[str]:

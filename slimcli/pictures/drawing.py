@@ -35,7 +35,7 @@ class Sheet:
 
     path: Path
     outcomes: tuple[Outcome, ...]
-    figure: Figure
+    figure: Figure | None = None
 
 
 def draw_sheets(outcomes: Iterable[Outcome], expected: int, style: Style, target: Path, form: str) -> Iterator[Sheet]:

@@ -15,6 +15,8 @@ from slimcli.files import write_file
 from slimcli.pictures.outcome import Outcome
 
 FORMATS = ("png", "svg", "pdf")
+#: no picture, but a page in which images are explored
+PAGE = "html"
 #: images in one file: rows with every stage, and tiles of a contact sheet
 ROWS_A_FILE, TILES_A_FILE = 12, 60
 
@@ -30,6 +32,8 @@ def encode(figure: Figure, form: str = "png", dpi: int = 160) -> bytes:
 
 def choose_format(output: Path | None, form: str | None) -> str:
     """The format that the output's suffix or `form` asks for; `SlimError` where they differ or it is another."""
+    if form == PAGE:
+        return form
     suffix = output.suffix.lower().lstrip(".") if output is not None else ""
     if suffix and suffix not in FORMATS:
         raise SlimError(

@@ -1,0 +1,114 @@
+"""A page to play with: where every patch of an image goes, at each keep rate and after each block."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from slimcli.errors import SlimError
+from slimcli.files import write_file
+from slimcli.layout import optimize
+from slimcli.measure.evaluation import pooled
+from slimcli.pictures.geometry import Geometry, predicts_lives
+from slimcli.pictures.outcome import Guess, Outcome
+from slimcli.pictures.pixels import picture
+from slimcli.pictures.words import class_name, short_name
+from slimcli.slimming import SlimModel
+
+if TYPE_CHECKING:
+    from slimcli.pictures.drawing import Style
+
+#: what the slider goes over
+KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+#: smaller images are kept exactly, larger ones as photographs
+EXACT = 128
+QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and, for each keep rate, what became of its patches: as the page reads it."""
+
+    outcome: Outcome
+    document: dict[str, Any]
+
+
+@torch.inference_mode()
+def look_closely(model: SlimModel, outcome: Outcome, style: Style, device: torch.device, dtype: torch.dtype) -> Scene:
+    """Run an image at every one of `KEEP_RATES` that the model can have, and note who stands for each patch."""
+    model = optimize(predicts_lives(model).to(device, dtype).eval())
+    images = outcome.image.unsqueeze(0).to(device, dtype)
+    names = style.class_names
+    rates = []
+    for rate in KEEP_RATES:
+        try:
+            schedule = model.at_keep_rate(rate)
+        except SlimError:  # below what this schedule can have
+            continue
+        with model.running(mode="hard", schedule=schedule):
+            logits, stages = model.logits_and_stand_ins(images)
+            life = model.life
+        rates.append(
+            {
+                "rate": rate,
+                "cost": round(model.multiply_adds(schedule) / 1e9, 4),
+                "slim": _guess(_best(pooled(logits)), names) if outcome.slim is not None else None,
+                "life": None if life is None else [round(value, 1) for value in life[0].tolist()],
+                "stages": [{"after": layer, "by": stands[0].tolist()} for layer, stands in stages],
+            }
+        )
+    pixels = Image.fromarray(picture(outcome, style.prepare))
+    return Scene(
+        outcome,
+        {
+            "name": short_name(outcome.name),
+            "size": list(pixels.size),
+            "image": _data_url(pixels),
+            "dense": _guess(outcome.dense, names),
+            "rates": rates,
+        },
+    )
+
+
+def _best(logits: torch.Tensor) -> Guess:
+    value, index = logits.float().softmax(dim=-1)[0].max(dim=-1)
+    return Guess(int(index), float(value))
+
+
+def _guess(guess: Guess | None, names: Sequence[str] | None) -> dict[str, Any] | None:
+    if guess is None:
+        return None
+    return {"class": class_name(guess.index, names), "probability": round(guess.probability, 4)}
+
+
+def _data_url(pixels: Image.Image) -> str:
+    exact = max(pixels.size) <= EXACT
+    file = io.BytesIO()
+    if exact:
+        pixels.save(file, "PNG")
+    else:
+        pixels.save(file, "JPEG", quality=QUALITY)
+    return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def write_page(path: Path, scenes: Sequence[Scene], geometry: Geometry, model_name: str) -> None:
+    """Write the page of `scenes` to `path`: one file that needs no network."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(loader=PackageLoader("slimcli.pictures", "."), autoescape=select_autoescape(default=True))
+    document = {
+        "grid": geometry.grid,
+        "corner": geometry.top_left,
+        "cell": geometry.cell,
+        "depth": geometry.depth,
+        "scenes": [scene.document for scene in scenes],
+    }
+    page = environment.get_template("explore.html.jinja").render(title=f"Patches of {model_name}", document=document)
+    write_file(path, page.encode("utf-8", "replace"))
