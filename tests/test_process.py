@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LONGER = (
-    TINY_RECIPE.replace("train_limit = 64", "train_limit = 640")
+    TINY_RECIPE.replace("train_limit = 64", "train_limit = 320")
     .replace('name = "tiny"', 'name = "tiny"\ncheckpoint_minutes = 0.0001')
     .replace('learns = "backbone"', 'learns = "backbone"\nema = 0.9')
 )
@@ -70,7 +70,7 @@ def start_and_wait_for(folder: Path, stage: int, epoch: int) -> subprocess.Popen
         for path in folder.glob("runs/tiny-*/metrics.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             last = rows[-1]
-            if last["event"] == "step" and (last["stage"], last["epoch"]) == (stage, epoch) and last["batch"] >= 10:
+            if last["event"] == "step" and (last["stage"], last["epoch"]) == (stage, epoch) and last["batch"] >= 5:
                 return process
         time.sleep(0.02)
     raise AssertionError(f"never got there: {process.communicate()}")
@@ -179,7 +179,7 @@ Path(f"written{rank}.txt").write_text("\\n".join(written))
     # 33 validation images on two processes: none is counted twice
     assert rows[0]["top1"] * 33 / 100 == pytest.approx(round(rows[0]["top1"] * 33 / 100), abs=1e-3)
     steps = [row for row in rows if row["event"] == "step"]
-    assert max(row["batch"] for row in steps) == 20
+    assert max(row["batch"] for row in steps) == 10
     # training accuracy is over both processes: the first step of 2 x 16 images
     hits = steps[0]["top1"] * 32 / 100
     assert hits == pytest.approx(round(hits), abs=1e-3)
