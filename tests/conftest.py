@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 
+from slimcli import report, train  # noqa: F401
 from slimcli.cli import main
 from slimcli.measure import evaluation
 
@@ -24,12 +26,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # the figures need not be narrow here
 evaluation.MOST_SECONDS = 0.2
-
-# the same examples each time, so that nobody's change fails for a reason that is not its own; `long` looks for new ones
-slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, suppress_health_check=slow)
-settings.register_profile("long", max_examples=3000, deadline=None, suppress_health_check=slow)
-settings.load_profile("quick")
+# the page that ends a training takes longer than the training; tests of the page have `reports` or `REPORT`
+REPORT = report.report_of_training
+report.report_of_training = lambda folder, *_args, **_options: f"{folder}: no report in this test"
+# each stage of a training collects garbage, and need not look through all that was imported
+gc.collect()
+gc.freeze()
 
 # the same examples each time, so that nobody's change fails for a reason that is not its own; `long` looks for new ones
 slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -100,6 +102,12 @@ def slim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
         return CliRunner().invoke(main, [str(word) for word in words])
 
     return run
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training ends with its report, as it does for users."""
+    monkeypatch.setattr(report, "report_of_training", REPORT)
 
 
 @pytest.fixture

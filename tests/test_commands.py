@@ -22,7 +22,7 @@ def run_folder(slim, tiny_recipe, tmp_path):
     return (tmp_path / "runs" / "latest").resolve()
 
 
-def test_train_writes_a_run_that_says_all_of_itself(slim, tiny_recipe, tmp_path):
+def test_train_writes_a_run_that_says_all_of_itself(slim, reports, tiny_recipe, tmp_path):
     result = slim("train", tiny_recipe, "--json")
     summary = document(result)
     run = tmp_path / summary["run"]

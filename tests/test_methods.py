@@ -511,7 +511,7 @@ def test_a_recipe_trains_any_method(slim, tiny_recipe, name, tmp_path):
 
 def test_profile_measures_rivals_in_the_same_run(slim):
     others = "evit,evit-nofuse,dynamicvit,tome,random"
-    words = ["profile", "digits_vit", "--keep-rate", "0.7,0.5", "--seconds", 0, "--against", others]
+    words = ["profile", "digits_vit", "--batch-size", 1, "--keep-rate", "0.7,0.5", "--seconds", 0, "--against", others]
     rows = document(slim(*words, "--json"))["rows"]
     names = ["life", *others.split(",")]
     assert [row["method"] for row in rows] == [None, *(name for name in names for _ in range(2))]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import TINY_RECIPE, document
+from conftest import REPORT, TINY_RECIPE, document
 from PIL import Image
 from show_fixtures import save_tiny
 
@@ -24,6 +24,13 @@ from slimcli.report import record
 from slimcli.report.trade_off import Point, trade_off
 
 CPU = find_device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_training_reports():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "report_of_training", REPORT)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from slimcli.data.samples import ImageSamples
-from slimcli.deployment.export import Checked, check_free, export_model
+from slimcli.deployment import export as deployment
 from slimcli.errors import SlimError, parameter
 from slimcli.progress import Progress, no_progress
 from slimcli.runtimes import Runtime, find_runtime
@@ -19,7 +19,7 @@ BATCH = 16
 
 def keeping_runtime(name: str, precision: str, folder: Path) -> Runtime:
     """The runtime called `name`; `SlimError` where it keeps no file, has not the precision, or `folder` is taken."""
-    check_free(folder)
+    deployment.check_free(folder)
     found = find_runtime(name)
     if not found.files:
         raise SlimError(f"{parameter('runtime', name)}: keeps no file: expected another runtime")
@@ -37,7 +37,7 @@ def export_session(
     calibration_images: int = 300,
     progress: Progress = no_progress,
     warn: Callable[[str], None] = lambda _line: None,
-) -> Checked:
+) -> deployment.Checked:
     """Write the session's model to `folder` for a runtime, checked on `count` of its images, as `export_model` does.
 
     Raises:
@@ -60,4 +60,6 @@ def export_session(
     calibration = session.first_batches(calibration_images, batch) if precision == "int8" else []
     for line in (*found.notes, *session.notes):
         warn(line)
-    return export_model(model, runtime, folder, config, batches, precision, batch_size, calibration, progress)
+    return deployment.export_model(
+        model, runtime, folder, config, batches, precision, batch_size, calibration, progress
+    )
