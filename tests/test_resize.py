@@ -93,6 +93,6 @@ def test_others_are_refused_in_one_line(name):
 def test_patches_that_leave_block_by_block_stand_for_their_cost():
     life = slimcli.slim(tiny_vit(), (16, 12, 9, 8))
     model = rival("resize", life)
-    assert 0.8 * life.multiply_adds() < model.multiply_adds() <= life.multiply_adds()
+    assert 0.7 * life.multiply_adds() < model.multiply_adds() <= life.multiply_adds()
     again = slimcli.slim(tiny_vit(), model.schedule.counts, method="resize")
     assert again.patches_used(again.schedule) == model.patches_used(model.schedule)
