@@ -56,15 +56,14 @@ class Resize(ByCost):
 
     def _fitted(self, schedule: Schedule) -> Schedule:
         schedule = super()._fitted(schedule)
-        counts = schedule.counts
-        if counts is not None and counts[-1] < counts[0]:
-            known = [rows * columns for rows, columns in self.grids()]
-            if len(set(counts[1:])) > 1 or counts[-1] not in known or counts[0] != self.num_patches:
-                raise SlimError(
-                    f"resize cannot run {list(counts)}: expected {self.num_patches} patches, then in every block as "
-                    f"many as a smaller image has, such as {known[len(known) // 2]}"
-                )
-        return schedule
+        if not schedule.drops_patches():
+            return schedule
+        first, *others = counts = schedule.resolve(self.num_patches)
+        known = {rows * columns for rows, columns in self.grids()}
+        if first == self.num_patches and len(set(others)) == 1 and counts[-1] in known:
+            return schedule
+        # patches that leave block by block stand for what they cost, as keep rates do
+        return self.schedule_for_cost(self._life_cost(schedule))
 
     def patches_used(self, schedule: Schedule) -> tuple[int, ...]:
         rows, columns = self.grid_of(schedule)
