@@ -12,7 +12,8 @@ from slimcli import attention
 from slimcli.attention import TrainingAttention, attend, biased_attention, choose, running
 from slimcli.errors import SlimError
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
+SKIP = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, SKIP])
 #: relative to the largest value or gradient
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 

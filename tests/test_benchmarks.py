@@ -107,6 +107,21 @@ def test_operators(tmp_path):
     assert sum(row["dense_ms"] for row in rows[1:]) <= rows[0]["dense_ms"] + 0.01
 
 
+def test_gpu(tmp_path):
+    done = run(tmp_path, "gpu", "--quick", "--device", "cpu", "--json", "found.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "failed" not in done.stdout, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {row["runtime"] for row in found["rows"]} == {"eager", "compile"}
+    assert {row["method"] for row in found["rows"]} == {"dense", "discard", "heirs", "calibrated", "tome", "evit"}
+    assert all(row["kernels"] for row in found["rows"])
+    assert len(found["training"]) == 5 and found["attention"]
+    assert "tiny: compiled again for 2, 3 images: 0 times" in found["notes"]
+    # nothing begins that there is no time for
+    done = run(tmp_path, "gpu", "--quick", "--device", "cpu", "--minutes", "0.03", "--json", "found.json")
+    assert "left out, for want of time: compile" in done.stdout
+
+
 def test_startup(tmp_path):
     assert quick(tmp_path, "startup")[0]["runs"] == 2
 

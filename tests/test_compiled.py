@@ -95,6 +95,7 @@ def test_that_check_can_fail():
 
 
 @torch.no_grad()
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_cuda_graph_replays_it(model):
     model = model.cuda()
