@@ -90,7 +90,7 @@ def replayed(monkeypatch):
 
     monkeypatch.setattr(GraphProgram, "_eager", remembered)
     fakes = {"CUDAGraph": Graph, "graph": capture, "Stream": Stream, "current_stream": Stream}
-    for name, value in {**fakes, "device": nothing, "stream": nothing}.items():
+    for name, value in {**fakes, "device": nothing, "stream": nothing, "set_stream": lambda stream: None}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return captures
 

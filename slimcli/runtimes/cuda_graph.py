@@ -81,7 +81,7 @@ class GraphProgram(Program):
         """A graph for images of this shape; None where there can be none. What fails without a graph too is raised."""
         static = images.to(self.device, self.dtype, copy=True)
         with torch.cuda.device(self.device), tables_used() as tables:
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
@@ -93,6 +93,8 @@ class GraphProgram(Program):
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     output = self._eager(static)
             except Exception as error:  # whatever a model does that a graph cannot hold, or memory that is not there
+                # torch leaves the stream of a capture that failed in its place
+                torch.cuda.set_stream(current)
                 if not self._warned:
                     logger.warning("slim: no CUDA graph of this model, it runs eagerly: %s", first_line(error))
                 self._warned = True
