@@ -13,7 +13,9 @@ from slimcli.data.transform import ImageTransform
 from slimcli.deployment.export import is_export
 from slimcli.deployment.latest import latest_model
 from slimcli.deployment.prediction import Predictor, predictor_of_export, predictor_of_model
+from slimcli.device import find_device
 from slimcli.errors import SlimError, parameter
+from slimcli.runtimes import find_runtime
 from slimcli.session.session import Request, open_session
 from slimcli.slimming import SlimModel
 
@@ -27,12 +29,13 @@ def open_predictor(
     weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
     precision: str | None = None,
+    runtime: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Predictor:
     """What turns files or images into classes or embeddings: `predictor.predict(["photo.jpg"])`.
 
-    An exported model runs in its own runtime, any other in torch, on packed weights on a CPU. The other arguments are
-    for a model in torch: an exported one has decided them.
+    An exported model runs in its own runtime, any other in torch: on packed weights on a CPU, in CUDA graphs on CUDA.
+    The other arguments are for a model in torch: an exported one has decided them.
 
     Args:
         target: a model, or as in `slim predict`: a run, a model folder, an exported folder, a recipe, a model's name.
@@ -43,6 +46,7 @@ def open_predictor(
         weights: a file of weights in place of the target's.
         device: "auto", "cpu", "cuda" or "mps"; a model stays where it is.
         precision: "float32", "bfloat16" or "float16"; by default the recipe's, or float32.
+        runtime: "torch", "compile", "cuda-graph" or another; by default "cuda-graph" on CUDA, "torch" elsewhere.
         overrides: fields of the recipe, such as `["slimming.drop_layers=[3,6]"]`.
 
     Raises:
@@ -50,7 +54,7 @@ def open_predictor(
     """
     given: dict[str, Any] = {
         "weights": weights, "keep_rate": keep_rate, "dead": dead, "precision": precision,
-        "device": None if device == "auto" else device, "overrides": overrides or None,
+        "device": None if device == "auto" else device, "overrides": overrides or None, "runtime": runtime,
     }  # fmt: skip
     told = None
     if target is None and weights is None:
@@ -75,7 +79,10 @@ def _in_torch(target: str | os.PathLike[str] | None, given: dict[str, Any], embe
     """A target of slim's own, on its device and in its precision."""
     request = Request("predict", None if target is None else os.fspath(target), reads_data=False)
     asked = {name: value for name, value in given.items() if value is not None}
-    keep_rate = asked.pop("keep_rate", None)
+    keep_rate, runtime = asked.pop("keep_rate", None), asked.pop("runtime", None)
+    if runtime is not None:
+        # before the model is opened
+        find_runtime(runtime).require_device(find_device(asked.get("device", "auto")))
     if "weights" in asked:
         asked["weights"] = Path(asked["weights"])
     if "overrides" in asked:
@@ -87,7 +94,7 @@ def _in_torch(target: str | os.PathLike[str] | None, given: dict[str, Any], embe
     if names is None and session.section is not None and session.section.name == "digits":
         names = DIGITS
     model = session.model.to(session.device, session.dtype).eval()
-    found = predictor_of_model(model, session.preprocessing, names, session.target.label, embeddings)
+    found = predictor_of_model(model, session.preprocessing, names, session.target.label, embeddings, runtime)
     return replace(found, notes=tuple(session.warnings))
 
 

@@ -18,12 +18,12 @@ from slimcli.data.read import read_image
 from slimcli.data.transform import ImageTransform
 from slimcli.deployment.export import open_export
 from slimcli.deployment.inputs import Item
+from slimcli.device import DTYPES
 from slimcli.documents import json_text
 from slimcli.errors import DataError, SlimError, parameter
 from slimcli.layout import optimize
-from slimcli.runtimes import Program
+from slimcli.runtimes import Conversion, Program, find_runtime
 from slimcli.runtimes.base import EMBEDDINGS, Forward
-from slimcli.runtimes.eager import TorchProgram
 from slimcli.slimming import SlimModel
 from slimcli.store.model_folder import slimming_config
 
@@ -147,12 +147,29 @@ def _read(item: Item, transform: ImageTransform) -> Tensor | str:
 
 
 def predictor_of_model(
-    model: SlimModel, preprocessing: dict[str, Any], class_names: list[str] | None, label: str, embeddings: bool = False
+    model: SlimModel,
+    preprocessing: dict[str, Any],
+    class_names: list[str] | None,
+    label: str,
+    embeddings: bool = False,
+    runtime: str | None = None,
 ) -> Predictor:
-    """A slimmed model in torch, on the device and in the dtype that it has; `embeddings` also where it has classes."""
-    dtype = next(model.parameters()).dtype
-    forward = _OnDevice(optimize(model), embeddings)
-    program = TorchProgram(forward, dtype)
+    """A slimmed model in a runtime, on the device and in the dtype that it has; `embeddings` also where it has classes.
+
+    By default the runtime is `cuda-graph` on CUDA, and `torch` elsewhere.
+
+    Raises:
+        SlimError: where the runtime is unknown, not installed, or has not this device or this dtype.
+    """
+    parameter = next(model.parameters())
+    precision = next(name for name, dtype in DTYPES.items() if dtype == parameter.dtype)
+    found = find_runtime(runtime or ("cuda-graph" if parameter.device.type == "cuda" else "torch"))
+    if runtime is not None:
+        found.require(precision)
+        found.require_device(parameter.device)
+    forward = Forward(optimize(model))
+    forward.classifies = forward.classifies and not embeddings
+    program = found.prepare(forward, Conversion(precision, device=parameter.device))
     classes = class_names if forward.classifies else None
 
     def identity() -> str:
@@ -163,21 +180,6 @@ def predictor_of_model(
         return found.hexdigest()
 
     return Predictor(label, program, preprocessing, classes, forward.classifies, identity=identity)
-
-
-class _OnDevice(torch.nn.Module):
-    """A model that takes images from main memory and gives its output back there."""
-
-    def __init__(self, model: SlimModel, embeddings: bool) -> None:
-        super().__init__()
-        self.forward_of = Forward(model)
-        self.classifies = self.forward_of.classifies and not embeddings
-        self.forward_of.classifies = self.classifies
-        self.device = next(model.parameters()).device
-
-    def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.forward_of(images.to(self.device))
-        return found.cpu()
 
 
 def predictor_of_export(folder: Path) -> Predictor:

@@ -39,18 +39,19 @@ class _Captured:
 class GraphProgram(Program):
     """A model on a CUDA device, captured anew for every batch size, and whenever its keep rate or mode is changed.
 
-    What cannot be captured runs eagerly, and a warning says so once. Weights may change in their place and may not be
-    moved. One thread at a time may run it; `pool` is memory that programs share which never run at the same time.
+    What cannot be captured runs eagerly, and a warning says so once. Weights may change in their place. One thread at a time may run it; `pool` is memory that programs share which never run at the same time.
     """
 
     def __init__(self, model: Forward, dtype: torch.dtype, device: torch.device, pool: Any = None) -> None:
         self.model, self.dtype, self.device, self.pool = model, dtype, device, pool
         self._captured: OrderedDict[Hashable, _Captured | None] = OrderedDict()
+        self._weight = next(model.parameters())
         self._warned = False
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> Tensor:
-        key = (images.shape, self.model.settings)
+        # weights that were moved lie elsewhere
+        key = (images.shape, self.model.settings, self._weight.data_ptr())
         if key in self._captured:
             self._captured.move_to_end(key)
         else:
