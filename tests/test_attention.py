@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from slimcli import attention
 from slimcli.attention import TrainingAttention, attend, biased_attention, choose, running
+from slimcli.attention.kernels import aligned
 from slimcli.errors import SlimError
 
 SKIP = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -222,3 +223,15 @@ def test_profile_says_which_kernel_runs_and_the_recipe_decides(slim, tiny_recipe
     assert gone["inference"] == "unmasked (flash)"
     refused = slim(*words, "--set", "slimming.attention=fast")
     assert "expected 'auto', 'reference', 'mask', 'channel' or 'flex'" in refused.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_row_of_a_mask_for_a_gpu_begins_at_16_bytes(dtype):
+    all_blocks = torch.randn(3, 5, 13, dtype=dtype)
+    for part in (all_blocks[:, 2, :11], all_blocks[:, 0, 1:9], all_blocks[0, :, :8]):
+        mask = part[:, None, None]
+        found = aligned(mask)
+        assert torch.equal(found, mask)
+        assert found.data_ptr() % 16 == 0 and found.stride(0) * found.element_size() % 16 == 0
+    whole = torch.randn(2, 1, 4, 16, dtype=dtype)
+    assert aligned(whole) is whole

@@ -76,7 +76,19 @@ def attend(
     if key_bias is not None and (kernel == "channel" or pair_bias is not None):
         return _channel(query, key, value, key_bias, pair_bias, scale, dropout)
     mask = key_bias[:, None, None, :].to(query.dtype) if key_bias is not None else _as_mask(pair_bias, query)
+    if mask is not None and mask.device.type == "cuda":
+        mask = aligned(mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """The mask (..., n) in memory where each row begins at a multiple of 16 bytes: cuDNN's kernel fails on others."""
+    step = 16 // mask.element_size()
+    starts = (stride for size, stride in zip(mask.shape[:-1], mask.stride()[:-1], strict=True) if size > 1)
+    if mask.stride(-1) == 1 and mask.storage_offset() % step == 0 and all(start % step == 0 for start in starts):
+        return mask
+    n = mask.shape[-1]
+    return F.pad(mask, (0, -n % step))[..., :n]
 
 
 def _reference(
