@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import open_clip
 import pytest
@@ -51,14 +49,9 @@ enabled = false
 """
 
 
-def slim(*words, cwd):
-    command = [sys.executable, "-m", "slimcli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-
-
-def trained(tmp_path, data, texts=""):
+def trained(slim, tmp_path, data, texts=""):
     (tmp_path / "recipe.toml").write_text(RECIPE % (VISION, TEXT, texts, data))
-    done = slim("train", "recipe.toml", "--json", cwd=tmp_path)
+    done = slim("train", "recipe.toml", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -103,7 +96,7 @@ def test_a_whole_clip_model_and_a_convolutional_tower_are_refused_with_what_to_d
         slimcli.slim(resnet.visual)
 
 
-def test_training_on_the_cosine_needs_no_labels_and_brings_the_embedding_nearer(tmp_path):
+def test_training_on_the_cosine_needs_no_labels_and_brings_the_embedding_nearer(slim, tmp_path):
     for split, count in (("train", 64), ("validation", 32)):
         (tmp_path / "photos" / split).mkdir(parents=True)
         for i in range(count):
@@ -111,21 +104,21 @@ def test_training_on_the_cosine_needs_no_labels_and_brings_the_embedding_nearer(
             noise = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, generator=generator), size=32)[0]
             pixels = (255 * noise).to(torch.uint8).permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(tmp_path / "photos" / split / f"{i}.png")
-    summary = trained(tmp_path, 'root = "photos"')
+    summary = trained(slim, tmp_path, 'root = "photos"')
     dense, slimmed = summary["rows"]
     assert "top1" not in dense
     assert dense["similarity"] > 0.9
     rows = [json.loads(line) for line in (tmp_path / summary["run"] / "metrics.jsonl").read_text().splitlines()]
     epochs = [row["val_similarity"] for row in rows if row["event"] == "epoch"]
     assert epochs[-1] > epochs[0], "the backbone learns to look like its dense self"
-    shown = slim("eval", summary["run"], "--json", cwd=tmp_path)
+    shown = slim("eval", summary["run"], "--json")
     assert json.loads(shown.stdout)["rows"][1]["similarity"] == pytest.approx(slimmed["similarity"], abs=1e-4)
 
 
-def test_eval_reports_the_cosine_and_zero_shot_top1_with_class_texts(tmp_path):
+def test_eval_reports_the_cosine_and_zero_shot_top1_with_class_texts(slim, tmp_path):
     texts = f"class_texts = {json.dumps([f'the digit {i}' for i in range(10)])}"
-    summary = trained(tmp_path, 'name = "digits"', texts)
-    shown = slim("eval", summary["run"], "--keep-rate", "0.9,0.3", cwd=tmp_path)
+    summary = trained(slim, tmp_path, 'name = "digits"', texts)
+    shown = slim("eval", summary["run"], "--keep-rate", "0.9,0.3")
     assert shown.returncode == 0, shown.stderr
     # a figure, and after ± its standard error
     cells = [re.split(r"  +", line) for line in shown.stdout.splitlines()]
@@ -135,20 +128,20 @@ def test_eval_reports_the_cosine_and_zero_shot_top1_with_class_texts(tmp_path):
     assert all(0 <= float(value) <= 100 for value in lines["Top-1 (%)"])
 
 
-def test_calibration_without_a_classifier_agrees_by_the_cosine(tmp_path):
+def test_calibration_without_a_classifier_agrees_by_the_cosine(slim, tmp_path):
     recipe = RECIPE % (VISION, TEXT, "", 'name = "digits"')
     (tmp_path / "recipe.toml").write_text(recipe)
-    done = slim("calibrate", "recipe.toml", "--images", "32", "--limit", "32", "--output", "slimmed", cwd=tmp_path)
+    done = slim("calibrate", "recipe.toml", "--images", "32", "--limit", "32", "--output", "slimmed")
     assert done.returncode == 0, done.stderr
     assert "top-1" not in done.stdout.lower()
     assert 'loss = "cosine"' in (tmp_path / "slimmed" / "recipe.toml").read_text()
 
 
-def test_a_stage_by_labels_without_class_texts_says_what_is_missing(tmp_path):
+def test_a_stage_by_labels_without_class_texts_says_what_is_missing(slim, tmp_path):
     (tmp_path / "recipe.toml").write_text(
         RECIPE.replace('"cosine"', '"labels"') % (VISION, TEXT, "", 'name = "digits"')
     )
-    done = slim("train", "recipe.toml", cwd=tmp_path)
+    done = slim("train", "recipe.toml")
     assert done.returncode == 2
     assert "or train with loss = 'cosine'" in done.stderr
 

@@ -1,9 +1,6 @@
 """transformers' models drop patches, keep their calling convention, and equal timm's on the real weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,6 @@ from slim_transformers.build import small_models
 
 SHARED = Path(__file__).parents[4] / "shared"
 SMALL = small_models()
-
-
-def slim(*words, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "slimcli", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -70,7 +56,7 @@ def test_an_attention_without_a_place_for_the_bias_is_refused_with_what_to_call(
         slimcli.slim(model)
 
 
-def test_a_folder_is_profiled_and_calibrated_and_loads_again(tmp_path):
+def test_a_folder_is_profiled_and_calibrated_and_loads_again(slim, tmp_path):
     model = SMALL["Dinov2ForImageClassification"]()
     model.save_pretrained(tmp_path / "dinov2")
     for number in range(40):
@@ -80,18 +66,18 @@ def test_a_folder_is_profiled_and_calibrated_and_loads_again(tmp_path):
         noise = torch.randint(0, 255, (32, 32, 3), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
     words = ("--keep-rate", "0.5", "--batch-size", "2", "--json")
-    profiled = slim("profile", "hf:dinov2", *words, "--seconds", "0", cwd=tmp_path)
+    profiled = slim("profile", "hf:dinov2", *words, "--seconds", "0")
     assert profiled.returncode == 0, profiled.stderr
     assert json.loads(profiled.stdout)["rows"][1]["schedule"][-1] < 16
     calibrate = ("calibrate", "hf:dinov2", "--data", "photos", "--images", "8", "--output", "slimmed")
-    made = slim(*calibrate, *words, cwd=tmp_path)
+    made = slim(*calibrate, *words)
     assert made.returncode == 0, made.stderr
-    evaluated = slim("eval", "slimmed", "--data", "photos", "--batch-size", "2", "--json", cwd=tmp_path)
+    evaluated = slim("eval", "slimmed", "--data", "photos", "--batch-size", "2", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     assert len(json.loads(evaluated.stdout)["rows"]) == 2
 
 
-def test_a_recipe_trains_a_model_type(tmp_path):
+def test_a_recipe_trains_a_model_type(slim, tmp_path):
     (tmp_path / "recipe.toml").write_text(
         """
 name = "hf"
@@ -113,11 +99,11 @@ mode = "soft"
 lr = 1e-3
 """
     )
-    done = slim("train", "recipe.toml", "--json", cwd=tmp_path)
+    done = slim("train", "recipe.toml", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["model"] == "hf:vit"
-    again = slim("eval", summary["run"], "--json", cwd=tmp_path)
+    again = slim("eval", summary["run"], "--json")
     assert json.loads(again.stdout)["rows"][1]["top1"] == summary["rows"][1]["top1"]
 
 
@@ -125,16 +111,16 @@ lr = 1e-3
     ("name", "part"),
     [("hf:nowhere/at-all", "expected a folder with a config.json"), ("hf:swin", "expected a folder")],
 )
-def test_a_name_that_is_nothing_is_one_clear_line(tmp_path, name, part):
-    done = slim("profile", name, cwd=tmp_path)
+def test_a_name_that_is_nothing_is_one_clear_line(slim, tmp_path, name, part):
+    done = slim("profile", name)
     assert done.returncode == 2
     assert part in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_model_that_cannot_drop_patches_is_refused_by_name(tmp_path):
+def test_a_model_that_cannot_drop_patches_is_refused_by_name(slim, tmp_path):
     config = transformers.SwinConfig(image_size=32, embed_dim=16, depths=[1], num_heads=[2])
     transformers.SwinForImageClassification(config).save_pretrained(tmp_path / "swin")
-    done = slim("profile", "hf:swin", cwd=tmp_path)
+    done = slim("profile", "hf:swin")
     assert done.returncode == 2
     assert "is a SwinForImageClassification: served are BeitForImageClassification" in done.stderr
 
@@ -182,7 +168,7 @@ def dinov2_from_timm(state, depth):
 
 
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="the real weights (../shared) are not here")
-def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(tmp_path):
+def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(slim, tmp_path):
     timm = pytest.importorskip("timm")
     from safetensors.torch import load_file
 
@@ -195,13 +181,22 @@ def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(tmp_path
 
     photos = ("--data", SHARED / "data" / "cifar10", "--batch-size", "16", "--json")
     made = slim(
-        *("calibrate", f"hf:{tmp_path / 'dinov2'}", "--keep-rate", "0.7", "--images", "64", "--limit", "32"),
+        *(
+            "calibrate",
+            f"hf:{tmp_path / 'dinov2'}",
+            "--keep-rate",
+            "0.7",
+            "--keep-schedule",
+            "--images",
+            "64",
+            "--limit",
+            "32",
+        ),
         *("--output", "slimmed"),
         *photos,
-        cwd=tmp_path,
     )
     assert made.returncode == 0, made.stderr
-    evaluated = slim("eval", "slimmed", "--limit", "64", *photos, cwd=tmp_path)
+    evaluated = slim("eval", "slimmed", "--limit", "64", *photos)
     assert evaluated.returncode == 0, evaluated.stderr
     dense, slimmed = json.loads(evaluated.stdout)["rows"]
     assert dense["top1"] > 85 and slimmed["top1"] > 75
@@ -211,7 +206,7 @@ def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(tmp_path
     head = slimcli.load(tmp_path / "slimmed").life_head.state_dict()
     for model in (one, other):
         model.eval().life_head.load_state_dict(head)
-    images = _images(64)
+    images = _images(32)
     with torch.no_grad():
         torch.testing.assert_close(here(pixel_values=images).logits, theirs(images), atol=1e-4, rtol=0)
         torch.testing.assert_close(one(pixel_values=images).logits, other(images), atol=1e-3, rtol=0)

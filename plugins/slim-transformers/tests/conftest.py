@@ -1,0 +1,30 @@
+"""The way to run a command, in this process: it has imported torch and transformers."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from slimcli.cli import main
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def slim(tmp_path, monkeypatch):
+    """Run a command in an empty folder: its exit code and what it printed."""
+    from slimcli import report
+    from slimcli.measure import evaluation
+
+    # the page that ends a training takes longer than the training, and its figures need not be narrow
+    monkeypatch.setattr(report, "report_of_training", lambda *_args: "no report in a test")
+    monkeypatch.setattr(evaluation, "MOST_SECONDS", 0.2)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        done = CliRunner().invoke(main, [str(word) for word in words])
+        return SimpleNamespace(returncode=done.exit_code, stdout=done.stdout, stderr=done.stderr)
+
+    return run
