@@ -72,7 +72,7 @@ def save(
         "class_names": model.class_names,
         "has_life_head": model.is_taught,
     }
-    save_model(path, model, config, DTYPES[dtype])
+    save_model(path, model, config, DTYPES[dtype], separate=True)
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -219,6 +219,13 @@ class Backbone(ABC):
     def adapt_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit a state dict to the model: rename keys, resample the position embedding to the model's grid."""
         return state
+
+    def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What the model's own library needs in config.json to read a published folder: nothing by default.
+
+        `built_from` is {"name", "args"}, how the model is built, and `prepare` how images are prepared.
+        """
+        return {}
 
     def architecture(self) -> Architecture:
         """The numbers that the cost formula needs.

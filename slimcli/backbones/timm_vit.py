@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from slimcli.attention import attend, biased_attention
 from slimcli.backbones.base import pool_mean
+from slimcli.backbones.timm_folder import timm_config
 from slimcli.backbones.timm_sizes import Resizable
 from slimcli.errors import SlimError
 from slimcli.layout import rows
@@ -87,7 +88,7 @@ def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module 
             ) from error
         if isinstance(error, RuntimeError) and pretrained:
             raise SlimError(f"timm cannot load {name!r}: {reason}") from error
-        given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "no arguments"
+        given = ", ".join(f"{key}={value!r}"[:80] for key, value in args.items())[:300] or "no arguments"
         raise SlimError(f"timm cannot build {name!r} with {given}: {reason}") from error
 
 
@@ -282,6 +283,9 @@ class TimmViT(Resizable):
         config = timm.data.resolve_model_data_config(self.model)
         config["input_size"] = (image_channels(self.model), *self.image_size)
         return config
+
+    def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
+        return timm_config(self.model, built_from["name"], built_from["args"], prepare or self.preprocessing())
 
 
 def image_channels(model: nn.Module) -> int:

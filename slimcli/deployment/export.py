@@ -122,7 +122,7 @@ def export_model(
         progress("converting", 0, 3)
         conversion = Conversion(precision, batch_size, calibration)
         if runtime.name == "torch":
-            save_model(place, own, config, DTYPES[precision])
+            save_model(place, own, config, DTYPES[precision], separate=True)
         else:
             runtime.write(forward, place, conversion)
             write_json(place / CONFIG, export_config(forward, runtime, place, config, conversion))

@@ -18,6 +18,7 @@ from slimcli.recipe.values import (
     KeepRate,
     Mean,
     Name,
+    Patches,
     PositiveInt,
     Ratio,
     Share,
@@ -84,7 +85,7 @@ class SlimmingSection(Section):
     drop_layers: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     keep_rate: KeepRate = 0.7
     drops: list[tuple[PositiveInt, KeepRate]] | None = Field(None, description="(layer, keep rate) pairs")
-    patches_per_layer: list[PositiveInt] | None = Field(None, description="N_1..N_L")
+    patches_per_layer: list[Patches] | None = Field(None, description="N_1..N_L")
     temperature: Temperature = 1.5
     dead: Literal["discard", "heir"] = Field(
         "heir", description="what becomes of a patch whose life is over: gone, or added to the one most like it"

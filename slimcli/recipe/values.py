@@ -17,6 +17,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 #: an image of this many pixels a side is 4 million patches of 8
 ImageSize = Annotated[int, Field(ge=1, le=16384)]
+#: patches of such an image, with 8 pixels a side
+Patches = Annotated[int, Field(ge=1, le=2048 * 2048)]
 #: of a softmax or a sigmoid: outside, float32 has only zeros and ones, or no differences
 Temperature = Annotated[float, Field(ge=1e-3, le=1e4)]
 #: an exponent or a weight of scores
@@ -31,6 +33,15 @@ Deviation = Annotated[float, Field(ge=1e-4, le=10)]
 
 #: arguments that would load weights or code rather than build an architecture
 NOT_ARCHITECTURE = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+#: the same in a model folder, which may come from a stranger, by the beginnings of names at any depth
+LOADING = (
+    *("pretrained", "checkpoint", "weights", "state_dict", "cache_dir", "device", "_", "hf_", "timm_model_pretrained"),
+    *("attn_implementation", "auto_map", "trust_remote_code", "feature", "pruned", "model_cfg"),
+)
+#: how a value begins that names a file or a place to fetch from
+PLACES = ("/", "./", "../", "~", "\\", "hf-hub:", "hf_hub:", "local-dir:")
+#: numbers of layers, pixels a side, and anything else
+MOST_LAYERS, MOST_PIXELS, MOST = 1000, 16384, 10_000_000
 #: optimizers that need no look into timm: betas and eps, no momentum
 USUAL_OPTIMIZERS = ("adamw",)
 
@@ -95,6 +106,30 @@ def constructor_arguments(value: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"in_chans = {channels!r}: images are read as RGB, grey ones too: expected 3")
     if value.get("features_only"):
         raise ValueError("features_only: such a model has no blocks of its own: leave it out")
+    return value
+
+
+def architecture_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    """Arguments out of a model folder: those that build an architecture of a possible size; `ValueError` for others."""
+    constructor_arguments(value)
+    waiting: list[tuple[str, Any]] = list(value.items())
+    while waiting:
+        name, found = waiting.pop()
+        if name.startswith(LOADING):
+            raise ValueError(f"{name[:60]}: is not for building an architecture: refused in a model folder")
+        if isinstance(found, dict):
+            waiting += [(str(key), below) for key, below in found.items()]
+        elif isinstance(found, list):
+            waiting += [(name, below) for below in found]
+        elif isinstance(found, str):
+            if found.startswith(PLACES) or "://" in found or len(found) > 2000:
+                raise ValueError(f"{name[:60]}: names a file or a place to fetch from: refused in a model folder")
+        elif isinstance(found, (int, float)):
+            lowered = name.lower()
+            most = MOST_LAYERS if "depth" in lowered or "layers" in lowered else MOST
+            most = MOST_PIXELS if "img_size" in lowered or "image_size" in lowered else most
+            if abs(found) > most:
+                raise ValueError(f"{name[:60]}: found {found:g}, expected at most {most}")
     return value
 
 

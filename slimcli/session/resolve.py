@@ -246,6 +246,12 @@ def _start(
         has_model = latest is not None and (latest / CONFIG).is_file()
         text, label = (str(latest), str(RUNS / LATEST)) if has_model else (str(DIGITS_VIT), "the embedded model")
     kind, path = kind_of(text), find_run(Path(text))
+    if kind == "name" and text.startswith(("hf-hub:", "hf_hub:")):
+        from slimcli.store.hub import find_on_hub
+
+        fetched = find_on_hub(text)
+        if fetched is not None:
+            kind, path, label = "folder", fetched, text
     # takes its place in `resolve`, once all that was set is in it
     empty = Recipe.model_construct(name=label or text, model=ModelSection(name="unnamed"), data=DataSection())
     if kind == "recipe":
@@ -264,12 +270,12 @@ def _start(
 def _folder(path: Path, default_dead: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config.json of a run or a model folder, and the recipe that it stands for."""
     from slimcli.recipe import load_recipe
-    from slimcli.store.model_folder import read_config
+    from slimcli.store.model_folder import open_folder
 
     own = path / RECIPE
     if not (path / CONFIG).is_file() and own.is_file():
         raise SlimError(f"{path}: this run has no model yet: finish an epoch with `slim train --resume {path}`")
-    config = read_config(path)
+    config = open_folder(path)
     raw: dict[str, Any] = {}
     if own.is_file():
         raw = load_recipe(own, check_files=False).model_dump(mode="json", exclude_none=True)
@@ -283,7 +289,8 @@ def _folder(path: Path, default_dead: str) -> tuple[dict[str, Any], dict[str, An
     # config.json says all of [slimming] but the kernel of training
     attention = raw.get("slimming", {}).get("attention", "auto")
     raw["slimming"] = {"dead": default_dead, "attention": attention, **config["slimming"]}
-    if config.get("data"):
+    # the images of somebody else's machine are not here, and those of a hub are not fetched unasked
+    if config.get("data") and (path.parent.name != "snapshots" or config["data"].get("name") == "digits"):
         raw["data"] = dict(config["data"])
     return config, raw
 

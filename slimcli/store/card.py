@@ -26,7 +26,7 @@ def bake(folder: Path, model: SlimModel, config: dict[str, Any], measured: dict[
     # a folder on this machine means nothing where the model goes
     if kept.get("data", {}).get("root"):
         del kept["data"]
-    save_model(folder, model, {**kept, "measured": measured}, dtype)
+    save_model(folder, model, {**kept, "measured": measured}, dtype, separate=True)
     write_file(folder / "README.md", model_card(kept, model, measured).encode())
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +15,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from slimcli.data.transform import default_transform
+from slimcli.documents import visible
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
 from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
-from slimcli.store.run_folder import CONFIG, WEIGHTS
-from slimcli.store.weights import fit_positions, foreign_names, read_weights, without_prefix
+from slimcli.store.hub import hub_folder, offline
+from slimcli.store.run_folder import CONFIG, SLIM_WEIGHTS, WEIGHTS
+from slimcli.store.schema import VERSION, check_config, inside, read_json
+from slimcli.store.weights import WeightsFile, fit_positions, foreign_names, read_weights, without_prefix
+from slimcli.version import __version__
 
 LIFE_HEAD = "life_head."
+#: bytes that a model may need beside its weights, for tables of positions
+ALLOWANCE = 2**30
 
 
 class Loaded(NamedTuple):
@@ -34,14 +41,16 @@ class Loaded(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def load_weights(model: SlimModel, path: Path, grid: tuple[int, int] | None = None) -> Loaded:
+def load_weights(model: SlimModel, path: Path, grid: tuple[int, int] | None = None, shapes: bool = False) -> Loaded:
     """Load a weights file of the dense model, or of a slimmed one; say whether it held classifier and life head.
 
     Position embeddings are resampled where the image size differs; `grid` gives the file's rows and columns of
     patches, where they are not square and the file does not say. A missing or differing classifier is left as it is,
-    with the rest loaded; anything else that does not fit is a `SlimError`.
+    with the rest loaded; anything else that does not fit is a `SlimError`. What a method learns may stand beside the
+    dense model in a file of its own. With `shapes` the model is on the device `meta`, and only shapes are read.
     """
-    read = read_weights(path)
+    read = read_weights(path, shapes)
+    _add_beside(read, shapes)
     expected = model.model.state_dict()
     own = f"{model.selector_name}."
     dense, head = without_prefix(read, expected, own)
@@ -69,6 +78,20 @@ def load_weights(model: SlimModel, path: Path, grid: tuple[int, int] | None = No
     return Loaded((bool(head) and read.taught) or not learns, has_classifier, tuple(read.notes))
 
 
+def _add_beside(read: WeightsFile, shapes: bool) -> None:
+    """Add what the method learnt, where the file says that it stands beside it."""
+    digest = read.metadata.get("beside")
+    if digest is None:
+        return
+    path = inside(read.path.parent, SLIM_WEIGHTS)
+    if not path.is_file():
+        read.notes.append(f"{read.path}: what slim learnt stood beside it in {SLIM_WEIGHTS}, which is not there")
+        return
+    if not shapes and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        read.notes.append(f"{path}: was not written together with {read.path.name}: save the model again")
+    read.state |= read_weights(path, shapes).state
+
+
 def _fit_classifier(dense: dict[str, Tensor], expected: dict[str, Tensor], names: Collection[str]) -> bool:
     """Leave the model's own classifier where the file has none that fits; whether it has one. Changes `dense`."""
     for name in [name for name in dense if name not in expected and name.split(".")[0] in names]:
@@ -89,7 +112,7 @@ def _misfits(dense: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
             problems.append(f"has no {name}")
         elif dense[name].shape != value.shape:
             problems.append(f"{name} is {tuple(dense[name].shape)}, expected {tuple(value.shape)}")
-    return problems + [f"has {name}, which the model has not" for name in dense if name not in expected]
+    return problems + [f"has {visible(name)[:100]}, which the model has not" for name in dense if name not in expected]
 
 
 def slimming_config(model: SlimModel) -> dict[str, Any]:
@@ -111,35 +134,59 @@ def schedule_from_config(config: dict[str, Any], depth: int) -> Schedule:
         return Schedule(depth, config["life_layer"], counts=tuple(config["patches_per_layer"]))
     if "drops" in config:
         return Schedule(depth, config["life_layer"], drops=tuple((int(t), float(rate)) for t, rate in config["drops"]))
-    return Schedule.uniform(depth, config["keep_rate"], config["life_layer"], config["drop_layers"])
+    return Schedule.uniform(depth, config.get("keep_rate", 0.7), config["life_layer"], config["drop_layers"])
 
 
-def save_model(folder: Path, model: SlimModel, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+def save_model(
+    folder: Path,
+    model: SlimModel,
+    config: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    separate: bool = False,
+) -> None:
     """Write the model folder: weights in `dtype`, and `config` completed with the schedule and preprocessing.
 
-    `config` holds at least `model`: {"name", "args"}, which say how the dense model is built.
+    `config` holds at least `model`: {"name", "args"}, which say how the dense model is built. With `separate` the
+    dense model's weights have a file of their own, under the names that its library gives them, so that the folder is
+    one of timm's too; without it all weights are replaced at once, also where the process is killed.
     """
-    from slimcli.version import __version__
-
-    state = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for name, value in model.state_dict().items()
-    }
-    metadata = {"format": "pt", "slim": __version__}
+    state = model.state_dict()
+    metadata = {}
     with contextlib.suppress(SlimError):  # a backbone whose patches form no grid
         metadata["grid"] = "x".join(map(str, model.backbone.grid_size))
     if not config.get("has_life_head", True):
         metadata["life_head"] = "untaught"
-    # bytes first, file after: the library's own writer maps the file, and a full disk would kill the process
-    write_file(folder / WEIGHTS, _canonical(save(state, metadata=metadata)))
-    content = {
+    if separate:
+        own = f"{model.selector_name}."
+        learnt = {name: value for name, value in state.items() if name.startswith(own)}
+        state = {name.removeprefix("model."): value for name, value in state.items() if name not in learnt}
+        if learnt:
+            content = _packed(learnt, dtype, {})
+            metadata["beside"] = hashlib.sha256(content).hexdigest()
+            write_file(folder / SLIM_WEIGHTS, content)
+    write_file(folder / WEIGHTS, _packed(state, dtype, metadata))
+    if "beside" not in metadata:
+        (folder / SLIM_WEIGHTS).unlink(missing_ok=True)
+    content_of_config = {
         "format": "slim",
-        "format_version": 1,
+        "format_version": VERSION,
         "slim_version": __version__,
         **config,
         "slimming": slimming_config(model),
+        **(model.backbone.library_config(config["model"], config.get("preprocessing")) if separate else {}),
     }
-    write_json(folder / CONFIG, content)
+    write_json(folder / CONFIG, content_of_config)
+
+
+def _packed(state: dict[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> bytes:
+    """The content of a safetensors file: bytes first, since the library's own writer maps the file, and a full disk
+    would kill the process.
+    """
+    stored = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        for name, value in state.items()
+    }
+    return _canonical(save(stored, metadata={"format": "pt", "slim": __version__, **metadata}))
 
 
 def _canonical(content: bytes) -> bytes:
@@ -153,17 +200,55 @@ def _canonical(content: bytes) -> bytes:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
-    path = folder / CONFIG
+    """The config.json of a model folder; `SlimError` where it is not there, damaged, or says what it may not."""
+    path = inside(folder, CONFIG)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise SlimError(f"{folder}: is not a model folder: expected {CONFIG} and {WEIGHTS} in it") from None
-    except (OSError, ValueError) as error:
-        raise SlimError(f"{path}: is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != "slim" or "slimming" not in config:
-        raise SlimError(f"{path}: was not written by slim: expected a model folder made by train, calibrate or prune")
+    return check_config(path, config)
+
+
+def open_folder(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder whose weights fit what it says; nothing large has been read or made.
+
+    The one way into a folder, whoever wrote it: its files lie in it, its model is an architecture and no place to
+    fetch from, and the shapes of its tensors are those of that architecture.
+
+    Raises:
+        SlimError: where it is missing, damaged, hostile, or needs a plugin that is not installed.
+    """
+    config = read_config(folder)
+    path = inside(folder, WEIGHTS)
+    if not path.is_file():
+        raise SlimError(f"{folder}: is not a model folder: expected {CONFIG} and {WEIGHTS} in it")
+    check_architecture(folder, config, lambda model: load_weights(model, path, shapes=True), path.stat().st_size)
     return config
+
+
+def check_architecture(
+    folder: Path, config: dict[str, Any], fits: Callable[[SlimModel], Any], weights_bytes: int
+) -> None:
+    """Build a folder's model without any memory, see that it is not too large for its weights, and that these `fit`.
+
+    Raises:
+        SlimError: where it cannot be built, with nothing fetched, or is much larger than its weights.
+    """
+    try:
+        with torch.device("meta"), offline():
+            model = _model_of(config)
+            needed = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+            if needed > 4 * weights_bytes + ALLOWANCE:
+                raise SlimError(
+                    f"{folder}: its {CONFIG} describes a model of {needed / 2**30:.1f} GiB, and its weights have "
+                    f"{weights_bytes / 2**30:.3f} GiB: it is damaged"
+                )
+            fits(model)
+    except (SlimError, NotImplementedError, RuntimeError) as error:
+        # a plugin's model that cannot be built without memory is seen when it is built
+        cause = error.__cause__ if isinstance(error, SlimError) else error
+        if not isinstance(cause, (NotImplementedError, RuntimeError)) or "meta tensor" not in str(cause):
+            raise
 
 
 def load(folder: str | os.PathLike[str]) -> SlimModel:
@@ -172,24 +257,32 @@ def load(folder: str | os.PathLike[str]) -> SlimModel:
     It is plain torch, to be edited, quantized or trained as any model; `slimcli.optimize` makes it faster. Its
     `class_names` and `transform()` are those that it was saved with.
 
+    Args:
+        folder: a folder, or one on the Hugging Face hub: `hf-hub:owner/name` or `hf-hub:owner/name@revision`.
+
     Raises:
         SlimError: if the folder is missing, damaged, or needs a plugin that is not installed.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    plugin = config["model"].get("backbone")
-    dense = build_model(config["model"]["name"], plugin=plugin, **config["model"]["args"])
-    backbone = find_backbone(dense, plugin)
-    schedule = schedule_from_config(config["slimming"], backbone.depth)
-    section = config["slimming"]
-    kind = find_method(section.get("method", "life"))
-    model = kind(backbone, schedule, section["temperature"])
-    model.configure(section)
-    found = load_weights(model, folder / WEIGHTS, backbone.grid_size)
+    folder = hub_folder(str(folder)) or Path(folder)
+    config = open_folder(folder)
+    model = _model_of(config)
+    found = load_weights(model, folder / WEIGHTS, model.backbone.grid_size)
     model.describe(
         built_from=config["model"],
         class_names=config.get("class_names"),
-        transform=default_transform(backbone, config.get("preprocessing")),
+        transform=default_transform(model.backbone, config.get("preprocessing")),
         taught=found.life_head and config.get("has_life_head", True),
     )
     return model.eval()
+
+
+def _model_of(config: dict[str, Any]) -> SlimModel:
+    """The model that config.json describes, without its weights."""
+    plugin = config["model"].get("backbone")
+    dense = build_model(config["model"]["name"], plugin=plugin, **config["model"]["args"])
+    backbone = find_backbone(dense, plugin)
+    section = config["slimming"]
+    schedule = schedule_from_config(section, backbone.depth)
+    model = find_method(section.get("method", "life"))(backbone, schedule, section.get("temperature", 1.5))
+    model.configure(section)
+    return model

@@ -18,6 +18,8 @@ RUNS = Path("runs")
 RECIPE = "recipe.toml"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+#: what the method learns beside the dense model, where that has a file of its own
+SLIM_WEIGHTS = "slim.safetensors"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 #: the measurements of a run that `slim eval` made after it ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pickle
 import re
 from collections import Counter
@@ -18,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from slimcli.documents import visible
 from slimcli.errors import SlimError
 
+#: bytes of a safetensors header; one of a thousand tensors has 150 KB
+LARGEST_HEADER = 2**24
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 #: keys under which checkpoints keep a model: averaged weights first, as timm takes them
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "shadow")
@@ -42,20 +46,21 @@ class WeightsFile:
     #: whether a life head in the file has ever been taught
     taught: bool = True
     notes: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
-def read_weights(path: Path) -> WeightsFile:
+def read_weights(path: Path, shapes: bool = False) -> WeightsFile:
     """Read a .safetensors file, or a checkpoint of torch's that holds tensors and plain values alone.
 
+    With `shapes`, of a .safetensors file the shapes alone are read: its tensors are on the device `meta`.
+
     Raises:
-        SlimError: where the file is missing, damaged, could run code, or holds no named tensors.
+        SlimError: where the file is missing, damaged, could run code, holds no named tensors, or more than memory.
     """
     metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            content, metadata = _safetensors(path, shapes)
         else:
             with torch.serialization.safe_globals(_plain_classes()):
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,13 +81,40 @@ def read_weights(path: Path) -> WeightsFile:
         raise SlimError(f"{path}: expected named tensors, found {held}")
     plain = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     read = WeightsFile(path, {WRAPPERS.sub("", name).lstrip("."): value for name, value in plain.items()}, place)
-    if "grid" in metadata:
-        rows, columns = metadata["grid"].split("x")
-        read.grid = int(rows), int(columns)
+    read.metadata = metadata
+    if grid := re.fullmatch(r"(\d{1,5})x(\d{1,5})", metadata.get("grid", "")):
+        read.grid = int(grid[1]), int(grid[2])
     read.taught = metadata.get("life_head") != "untaught"
     if place and isinstance(content, dict) and place.split(".")[-1] in AVERAGED:
         read.notes.append(f"{path}: took the averaged weights ({place})")
     return read
+
+
+def _safetensors(path: Path, shapes: bool) -> tuple[Any, dict[str, str]]:
+    """The tensors, or their shapes, and the metadata; what the header claims is checked before anything is read."""
+    size = path.stat().st_size
+    with path.open("rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if not 0 < header <= min(size - 8, LARGEST_HEADER):
+        raise ValueError(f"a header of {header} bytes in a file of {size}")
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        numbers = sum(math.prod(part.get_shape()) for part in found.values())
+        if 4 * numbers > memory():
+            raise SlimError(f"{path}: holds {numbers / 1e9:.1f} billion numbers, more than fit the memory here")
+        if shapes:
+            content = {name: torch.empty(part.get_shape(), device="meta") for name, part in found.items()}
+        else:
+            content = {name: file.get_tensor(name) for name in found}
+        return content, file.metadata() or {}
+
+
+def memory() -> int:
+    """Bytes of main memory; without a word of the system, what no machine has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 2**44
 
 
 def _plain_classes() -> list[Any]:
@@ -226,4 +258,5 @@ def _unknown_grid(
 def foreign_names(path: Path, state: Mapping[str, Tensor], expected: Sequence[str]) -> str:
     """Why names do not fit at all: what they look like, and what was expected."""
     shown = [next((name for name in names if ".0." in name), next(iter(names), "")) for names in (expected, state)]
+    shown = [visible(name)[:100] for name in shown]
     return f"{path}: its names do not fit the model: expected names like {shown[0]}, found {shown[1]}"
