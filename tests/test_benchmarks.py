@@ -72,6 +72,16 @@ def test_growth(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_resolution(tmp_path):
+    rows = quick(tmp_path, "resolution", "--plot", "plot.png")
+    assert [row["size"] for row in rows] == [32, 32, 48, 48, 64, 64]
+    for dense, slim in zip(rows[::2], rows[1::2], strict=True):
+        assert dense["row"] == "dense" and dense["gmacs"] > slim["gmacs"]
+        # images of the same model: a larger one is compared with the dense model at its own size
+        assert ("agreement" in slim) == ("similarity" not in slim) == ("neighbours" not in slim)
+    assert rows[2]["gmacs"] > 2 * rows[0]["gmacs"] and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_compiled(tmp_path):
     rows = quick(tmp_path, "compiled")
     assert [row["row"] for row in rows] == ["dense", "0.5", "dense, exact", "0.7, exact", "0.7, heirs"]

@@ -96,15 +96,17 @@ def test_runtimes_give_what_the_model_gives(name, kind):
     program.close()
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "dynamicvit"])
-def test_rivals_are_exported_or_refused_in_a_line(method):
+@pytest.mark.parametrize("method", ["tome", "evit", "dynamicvit", "resize", "random"])
+def test_rivals_are_exported_or_refused_in_a_line_as_they_say(method):
     model = slimmed(tiny_vit(), 0.5, life_layer=1, method=method).eval()
     images = batches()[0]
     try:
         program = find_runtime("onnx").prepare(Forward(model), Conversion())
     except slimcli.SlimError as error:
         assert "\n" not in str(error) and method in str(error)
+        assert not model.exports
         return
+    assert model.exports
     with torch.inference_mode():
         torch.testing.assert_close(program.run(images), model(images), atol=1e-3, rtol=1e-3)
 

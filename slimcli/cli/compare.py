@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,34 +13,18 @@ from slimcli.cli.options import (
     common_options,
     keep_rate_option,
     limit_option,
+    repeat_options,
     set_option,
     words,
 )
 from slimcli.errors import Interrupted, SlimError
 
 
-class Seeds(click.ParamType):  # type: ignore[type-arg]
-    """Whole numbers separated by commas, each once."""
-
-    name = "N[,N...]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if not isinstance(value, str):
-            return list(value)
-        found = words(value)
-        if not found or not all(word.isascii() and word.isdigit() for word in found):
-            raise SlimError(f"--seeds {value}: expected whole numbers separated by commas, such as 0,1,2")
-        return list(dict.fromkeys(map(int, found)))
-
-
-METHODS = "life,evit,tome,random"
-
-
 @click.command("compare")
 @click.argument("recipe")
 @click.option(
     "--methods",
-    default=METHODS,
+    default="life,evit,tome,random",
     show_default=True,
     metavar="METHOD[,METHOD...]",
     help="life, evit, evit-nofuse, dynamicvit, tome, resize, random, or a plugin's; `slim plugins` lists them.",
@@ -54,10 +37,7 @@ METHODS = "life,evit,tome,random"
     help="Train nothing, only calibrate (the default), or train every method for the epochs of the recipe's stages.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Train every method for this many epochs.")
-@click.option(
-    "--seeds", type=Seeds(), default=(), metavar="N[,N...]", help="Train every method once with each of these."
-)
-@click.option("--test", metavar="SPLIT", help="Measure on this folder or .tar of the data.  [default: val_split]")
+@repeat_options
 @limit_option("Validate on this many images, spread over the split.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: runs/NAME-compare-TIME]"
@@ -110,11 +90,8 @@ def command(
         with display.progress() as progress:
             found = run_comparison(comparison, progress)
     except (Interrupted, KeyboardInterrupt):
-        display.err.print(
-            f"Stopped; what was finished is kept. Go on with the same command and --resume -o {comparison.folder}",
-            markup=False,
-            soft_wrap=True,
-        )
+        go_on = f"Go on with the same command and --resume -o {comparison.folder}"
+        display.err.print(f"Stopped; what was finished is kept. {go_on}", markup=False, soft_wrap=True)
         click.get_current_context().exit(1)
     document = {**found.document, "command": command_line(), "output": str(found.folder)}
     write_json(found.folder / folder.RESULT, document)

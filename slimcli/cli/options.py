@@ -56,6 +56,20 @@ class KeepRate(KeepRates):
         return rates[0]
 
 
+class Seeds(click.ParamType):  # type: ignore[type-arg]
+    """Whole numbers separated by commas, each once."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if not isinstance(value, str):
+            return list(value)
+        found = words(value)
+        if not found or not all(word.isascii() and word.isdigit() for word in found):
+            raise SlimError(f"--seeds {value}: expected whole numbers separated by commas, such as 0,1,2")
+        return list(dict.fromkeys(map(int, found)))
+
+
 def words(text: str | None) -> list[str]:
     """Names separated by commas, each once."""
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
@@ -139,6 +153,16 @@ def find_runtimes(runtimes: str | None, asked: dict[str, Any]) -> list[Place]:
         raise SlimError("--runtime: names no runtime: expected NAME[:PRECISION], such as onnx:int8")
     asked["device"] = found[0].device.type
     return found
+
+
+def repeat_options(command: F) -> F:
+    """--seeds and --test, of a comparison."""
+    for option in (
+        click.option("--test", metavar="SPLIT", help="Folder or .tar of the data to measure on.  [default: val_split]"),
+        click.option("--seeds", type=Seeds(), default=(), help="Train every method once with each of these."),
+    ):
+        command = option(command)
+    return command
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; progress on stderr.")

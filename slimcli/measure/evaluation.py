@@ -141,7 +141,8 @@ def _score(
         images, targets = images.to(device, dtype), targets.to(device)
         features: Tensor | None = None
         dense: Tensor | None = None
-        if reference is not None:
+        # of the same weights, the first variant is the reference
+        if reference is not None and reference.model is not model.model:
             with reference.running(mode="none"):
                 dense = reference.logits(images) if has_classes else None
                 features = None if has_classes else pooled(reference.logits(images))

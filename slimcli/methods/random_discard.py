@@ -19,6 +19,8 @@ class RandomDiscard(Method):
     """
 
     method = "random"
+    # its orders are drawn while it runs
+    exports = False
     seed = 0
     _orders: Tensor | None = None
 
