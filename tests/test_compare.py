@@ -224,7 +224,7 @@ def test_a_training_that_was_interrupted_goes_on(slim, tiny_recipe, tmp_path, mo
         (["paper-digits", "--keep-rate", "0"], "--keep-rate 0"),
         (["paper-digits", "--untrained", "--epochs", "2"], "--untrained and --epochs"),
         (["paper-digits", "--epochs", "1"], "--epochs 1: paper-digits has 2 stages"),
-        (["paper-digits", "--methods", "dynamicvit"], "its score heads must be trained"),
+        (["paper-digits", "--methods", "dynamicvit"], "it learns what leaves, and must be trained"),
         (["paper-digits", "--limit", "0"], "--limit"),
         (["paper-digits", "--seeds", "0,one"], "--seeds 0,one: expected whole numbers"),
         (["paper-digits", "--test", "exam"], "--test exam: digits has no folder"),

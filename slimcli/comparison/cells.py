@@ -123,7 +123,7 @@ def check(comparison: Comparison) -> None:
         kind = find_method(name)
         if not comparison.trains and "soft" in kind.modes and issubclass(kind, Method):
             raise SlimError(
-                f"the method {name} cannot be compared untrained: its score heads must be trained "
+                f"the method {name} cannot be compared untrained: it learns what leaves, and must be trained "
                 f"(`slim compare --train`, or {parameter('epochs')})"
             )
     if comparison.trains:

@@ -34,10 +34,9 @@ def total_epochs(recipe: Recipe, epochs: int | None) -> int:
 
 
 def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSection]:
-    """How a method spends the epochs: life regression by the recipe's stages, every other in one stage.
+    """How a method spends the epochs: life regression by the recipe's stages, every other in its own.
 
-    Rules that learn nothing train the backbone with patches gone, as in inference; one with a mode `soft` of its own
-    trains that and the backbone together; the dense model trains as it is.
+    A method says itself what learns in which mode (`Method.taught_in`); the dense model trains as it is.
     """
     stage, total = backbone_stage(recipe), total_epochs(recipe, epochs)
     lr = stage.backbone_lr or stage.lr
@@ -46,11 +45,13 @@ def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSec
         return [stage.model_copy(update={**one, "learns": "backbone", "mode": "none", "keep_rates": None})]
     kind = find_method(method)
     if issubclass(kind, Method):
-        if "soft" not in kind.modes:
-            return [stage.model_copy(update={**one, "learns": "backbone", "mode": "hard"})]
         head_lr = next((s.lr for s in recipe.stages if s.learns != "backbone" and s.lr is not None), lr)
+        own = {"backbone": {}, "life": {"lr": head_lr}, "both": {"lr": head_lr, "backbone_lr": lr}}
+        shares = shared_out(total, len(kind.taught_in()))
         return [
-            stage.model_copy(update={**one, "lr": head_lr, "backbone_lr": lr, "learns": "both", "mode": "soft"}),
+            stage.model_copy(update={**one, **own[learns], "learns": learns, "mode": mode, "epochs": share})
+            for (learns, mode), share in zip(kind.taught_in(), shares, strict=True)
+            if share
         ]
     if not epochs:
         return list(recipe.stages)
@@ -60,6 +61,12 @@ def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSec
         raise SlimError(
             f"{parameter('epochs', epochs)}: {recipe.name} has {count} stages, and each needs an epoch at least"
         )
-    # what is over goes to the last stages
-    shares = iter([epochs // count + (index >= count - epochs % count) for index in range(count)])
-    return [s if s.mode == "calibrate" else s.model_copy(update={"epochs": next(shares)}) for s in recipe.stages]
+    each = iter(shared_out(epochs, count))
+    return [s if s.mode == "calibrate" else s.model_copy(update={"epochs": next(each)}) for s in recipe.stages]
+
+
+def shared_out(epochs: int, count: int) -> list[int]:
+    """Epochs of `count` stages; what is over goes to the last, and where there are too few, the first have one each."""
+    if epochs < count:
+        return [1] * epochs + [0] * (count - epochs)
+    return [epochs // count + (index >= count - epochs % count) for index in range(count)]

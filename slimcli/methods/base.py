@@ -63,6 +63,11 @@ class Method(SlimModel):
             raise SlimError(f"the method {self.method} cannot cost as little as {target / 1e9:.3g} G multiply-adds")
         return self.at_keep_rate(rate)
 
+    @classmethod
+    def taught_in(cls) -> tuple[tuple[str, str], ...]:
+        """What `slim compare` trains it by: (what learns, mode) of each stage, which share the epochs."""
+        return (("both", "soft"),) if "soft" in cls.modes else (("backbone", "hard"),)
+
     def schedule_like(self, model: SlimModel, schedule: Schedule) -> Schedule:
         """What is compared with `model` under `schedule`: the same keep rates, or the same cost where it has none."""
         return self.schedule_for_cost(model.cost(schedule)) if self.by_cost else schedule

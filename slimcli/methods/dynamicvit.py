@@ -186,12 +186,13 @@ class ScoreHead(nn.Module):
 class PolicyAttention(ReplacedAttention):
     """Multiplies the exponentials of every attention inside by the keys' `policy` (B, n); a token always sees itself.
 
-    The product, and not a bias of log 0, is what hands the samples a gradient. The small constant is the paper's.
+    The product, and not a bias of log 0, is what hands the samples a gradient. The small constant is the paper's. With
+    `size` (B, n), a key counts as so many.
     """
 
-    def __init__(self, policy: Tensor, eps: float = 1e-6) -> None:
+    def __init__(self, policy: Tensor, size: Tensor | None = None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.policy, self.eps = policy, eps
+        self.policy, self.size, self.eps = policy, size, eps
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None
@@ -202,6 +203,8 @@ class PolicyAttention(ReplacedAttention):
         n = key.shape[-2]
         policy = self.policy[:, None, None, :]
         seen = policy + (1 - policy) * torch.eye(n, dtype=policy.dtype, device=policy.device)
+        if self.size is not None:
+            logits = logits + self.size.log()[:, None, None, :]
         weights = (logits - logits.amax(dim=-1, keepdim=True)).exp() * seen
         weights = (weights + self.eps / n) / (weights.sum(dim=-1, keepdim=True) + self.eps)
         return F.dropout(weights, dropout).to(value.dtype) @ value

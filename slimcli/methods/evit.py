@@ -131,10 +131,15 @@ class EViTNoFuse(ClassAttention):
     fuses = False
 
 
-def class_attention(seen: AttentionRecorder, prefix: int) -> Tensor:
-    """The first token's attention to each patch (B, n), averaged over heads, from recorded queries and keys."""
+def class_attention(seen: AttentionRecorder, prefix: int, bias: Tensor | None = None) -> Tensor:
+    """The first token's attention to each patch (B, n), averaged over heads, from recorded queries and keys.
+
+    `bias` (B, P + n) is what was added to the keys.
+    """
     if seen.query is None or seen.key is None:
         raise SlimError("a block that used scaled_dot_product_attention before does not any more")
     scale = seen.scale if seen.scale is not None else seen.query.shape[-1] ** -0.5
     row = seen.query[:, :, :1].float() * scale @ seen.key.float().transpose(-2, -1)
+    if bias is not None:
+        row = row + bias[:, None, None, :]
     return row.softmax(dim=-1)[:, :, 0, prefix:].mean(dim=1)

@@ -1,0 +1,209 @@
+"""Methods of other papers, each against a slow, obvious version of its rule."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from published import attended, images, made
+from torch.nn import functional as F
+
+from slimcli.methods.merging import merges
+
+PREFIXES = {"class token": {}, "four registers": {"reg_tokens": 4}, "no class token": {"class_token": False}}
+PREFIXES["no class token"]["global_pool"] = "avg"
+everywhere = pytest.mark.parametrize("changes", PREFIXES.values(), ids=PREFIXES)
+
+
+def unit_keys(key, prefix):
+    """Unit vectors (n) of the patches' keys, averaged over heads, from keys (H, n, d)."""
+    mean = sum(each for each in key) / len(key)
+    return [F.normalize(row, dim=0) for row in mean[prefix:]]
+
+
+def finished(model, x, size=None):
+    """Logits of tokens, a list, where each patch counts as `size`."""
+    tokens = torch.stack(x)[None]
+    bias = None if size is None else torch.tensor(size, dtype=tokens.dtype).log()[None]
+    return model.backbone.head(tokens, bias)[0]
+
+
+def joined(x, size, groups, prefix):
+    """Tokens and sizes after `groups`, lists of places of patches, have become one each: means weighted by size."""
+    tokens, sizes = list(x[:prefix]), list(size[:prefix])
+    for group in groups:
+        total = sum(size[prefix + i] for i in group)
+        tokens.append(sum(size[prefix + i] * x[prefix + i] for i in group) / total)
+        sizes.append(total)
+    return tokens, sizes
+
+
+def clustered(unit, count, linkage):
+    """Groups of places: the two nearest groups are joined until `count` are left."""
+    groups = [[i] for i in range(len(unit))]
+
+    def distance(a, b):
+        found = [1 - float(unit[i] @ unit[j]) for i in a for j in b]
+        return max(found) if linkage == "complete" else sum(found) / len(found)
+
+    while len(groups) > count:
+        pairs = [(distance(a, b), m, n) for m, a in enumerate(groups) for n, b in enumerate(groups) if m < n]
+        _, m, n = min(pairs)
+        groups[m] += groups.pop(n)
+    return sorted(sorted(group) for group in groups)
+
+
+def merging_rule(model, image, group_rule, fewer):
+    """A model whose block `layer` turns patches into the groups that `group_rule` names; sizes weigh keys."""
+    prefix = model.backbone.num_prefix_tokens
+    x = list(model.backbone.embed(image[None])[0][0])
+    size = [1.0] * len(x)
+    for layer, (block, r) in enumerate(zip(model.model.blocks, fewer, strict=True), 1):
+        y, _, key = attended(block, torch.stack(x), size if max(size) > 1 else None)
+        x = list(y)
+        if r:
+            x, size = joined(x, size, group_rule(layer, unit_keys(key, prefix), r), prefix)
+        x = [token + block.mlp(block.norm2(token)) for token in x]
+    return finished(model, x, size)
+
+
+@everywhere
+@pytest.mark.parametrize("linkage", ["average", "complete"])
+@torch.no_grad()
+def test_atc_is_the_published_rule(changes, linkage):
+    model = made("atc" if linkage == "average" else "atc-complete", 0.6, **changes)
+    counts = model.patches_per_layer
+    assert counts == (16, 10, 6, 4)
+    fewer = [*(a - b for a, b in itertools.pairwise(counts)), 0]
+    x = images(model)
+    expected = [
+        merging_rule(model, image, lambda _, unit, r: clustered(unit, len(unit) - r, linkage), fewer) for image in x
+    ]
+    assert torch.allclose(model(x), torch.stack(expected), atol=1e-6)
+
+
+def energy_groups(layer, unit, r):
+    margin = 0.75 - 0.75 * (layer - 1) / 4
+    shifted = [[float(a @ b) - margin for b in unit] for a in unit]
+    energy = [sum(v if v > 0 else math.exp(v) - 1 for v in row) / len(unit) for row in shifted]
+    order = sorted(range(len(unit)), key=lambda i: -energy[i])
+    dealt = order[: 2 * r] if layer > 2 else order
+    one, other = dealt[::2], dealt[1::2]
+    partner = {i: max(other, key=lambda j, i=i: float(unit[i] @ unit[j])) for i in one}
+    gone = sorted(one, key=lambda i: -float(unit[i] @ unit[partner[i]]))[:r]
+    groups = {i: [i] for i in order if i not in gone}
+    for i in gone:
+        groups[partner[i]].append(i)
+    return list(groups.values())
+
+
+@everywhere
+@torch.no_grad()
+def test_pitome_is_the_published_rule(changes):
+    model = made("pitome", 0.5, **changes)
+    fewer = merges(model.schedule.counts)
+    assert min(fewer) > 0
+    x = images(model)
+    expected = torch.stack([merging_rule(model, image, energy_groups, fewer) for image in x])
+    assert torch.allclose(model(x), expected, atol=1e-9)
+
+
+@everywhere
+@torch.no_grad()
+def test_tofu_is_the_published_rule(changes):
+    model = made("tofu", 0.4, **changes)
+    prefix, fewer = model.backbone.num_prefix_tokens, merges(model.schedule.counts)
+    expected = []
+    for image in (given := images(model)):
+        x = list(model.backbone.embed(image[None])[0][0])
+        for layer, (block, r) in enumerate(zip(model.model.blocks, fewer, strict=True), 1):
+            y, _, key = attended(block, torch.stack(x))
+            x = list(y)
+            unit = [None] * prefix + unit_keys(key, prefix)
+            even = [i for i in range(prefix, len(x)) if i % 2 == 0]
+            odd = [i for i in range(prefix, len(x)) if i % 2 == 1]
+            partner = {i: max(odd, key=lambda j, i=i, u=unit: float(u[i] @ u[j])) for i in even}
+            chosen = sorted(even, key=lambda i, u=unit, p=partner: -float(u[i] @ u[p[i]]))
+            gone = chosen[:r]
+            rest = [i for i in even if i not in gone] if prefix else chosen[r:]
+            rows = [*x[:prefix], *(x[i] for i in rest)]
+            for j in odd:
+                group = [x[j], *(x[i] for i in gone if partner[i] == j)]
+                mean = sum(group) / len(group)
+                longest = max(each.norm() for each in group)
+                rows.append(x[j] if layer <= 3 else mean / mean.norm() * longest)
+            x = [token + block.mlp(block.norm2(token)) for token in rows]
+        expected.append(finished(model, x))
+    assert min(fewer) > 0
+    assert torch.allclose(model(given), torch.stack(expected), atol=1e-9)
+
+
+def test_diffrate_prunes_and_merges_as_published():
+    model = made("diffrate", 0.5)
+    with torch.no_grad():
+        model.rates.logits.copy_(torch.linspace(1, 8, 16).flip(0).expand(4, 2, 16) * torch.tensor([0.2, 0.4])[:, None])
+    kept = model.kept(model.schedule.resolve(16))
+    assert any(n > p > m for n, (p, m) in zip((16, *(m for _, m in kept)), kept, strict=False))
+    given = images(model)
+    expected = []
+    for image in given:
+        x = list(model.backbone.embed(image[None])[0][0])
+        size = [1.0] * 17
+        for block, (pruned, merged) in zip(model.model.blocks, kept, strict=True):
+            y, maps, _ = attended(block, torch.stack(x), size)
+            x, n = list(y), len(x) - 1
+            if merged < n:
+                paid = [float(maps[:, 0, 1 + i].mean()) for i in range(n)]
+                order = sorted(range(n), key=lambda i, p=paid: -p[i])
+                groups = {i: [i] for i in order[:merged]}
+                sizes = {i: size[1 + i] for i in order[:merged]}
+                for i in order[merged:pruned]:
+                    alike = {j: float(F.cosine_similarity(x[1 + i], x[1 + j], dim=0)) for j in groups}
+                    best = max(alike, key=alike.get)
+                    groups[best].append(i)
+                    sizes[best] += size[1 + i] * max(0.0, alike[best])
+                x = [x[0], *(sum(x[1 + i] for i in group) / len(group) for group in groups.values())]
+                size = [1.0, *sizes.values()]
+            x = [token + block.mlp(block.norm2(token)) for token in x]
+        expected.append(finished(model, x, size))
+    with torch.no_grad():
+        assert torch.allclose(model(given), torch.stack(expected), atol=1e-5)
+
+
+def test_diffrate_learns_its_rates_towards_the_cost_with_the_weights_frozen():
+    model = made("diffrate", 0.7).float()
+    model.model.requires_grad_(False)
+    model.mode = "soft"
+    target = model.architecture().multiply_adds(model.patches_per_layer)
+    optimizer = torch.optim.Adam(model.rates.parameters(), lr=0.1)
+    x = images(model)
+    misses = []
+    for _ in range(30):
+        model(x)
+        misses.append(abs(float(model._costs[0]) - target))
+        optimizer.zero_grad()
+        model.own_loss(x, None).backward()
+        assert model.rates.logits.grad[1:].abs().sum() > 0
+        optimizer.step()
+    assert misses[-1] < 0.25 * misses[0]
+    model.mode = "hard"
+    assert model.own_loss(x, None) == 0.0
+    assert 0.95 * target < model.multiply_adds() <= target
+    # the task's gradient reaches the rates through the masks
+    model.mode = "soft"
+    gradient = torch.autograd.grad(model(x).square().sum(), model.rates.logits)[0]
+    assert gradient[1:].abs().sum() > 0 and gradient[0].abs().sum() == 0
+
+
+@torch.no_grad()
+def test_diffrate_masks_what_it_would_take_out():
+    """A pass in mode soft and one in mode hard see the same patches where both keep the learned numbers."""
+    model = made("diffrate", 0.5)
+    model.rates.logits[:, 0, 4] = model.rates.logits[:, 1, 8] = 30.0
+    kept = [(16, 16), (12, 8), (8, 8), (8, 8)]
+    model.kept = lambda counts: tuple(kept)
+    model._known = type("Known", (), {"kept": tuple(kept), "key": ()})()
+    x = images(model)
+    hard = model(x)
+    model.mode = "soft"
+    assert torch.allclose(model(x), hard, atol=1e-4)
