@@ -20,19 +20,11 @@ from slimcli.methods.base import facts
 from slimcli.methods.merging import merges
 from slimcli.store.model_folder import save_model
 
-NAMES = (
-    "evit",
-    "evit-nofuse",
-    "dynamicvit",
-    "tome",
-    "pitome",
-    "tofu",
-    "atc",
-    "atc-complete",
-    "diffrate",
-    "evo-vit",
-    "random",
-)
+EVIT = ("evit", "evit-nofuse")
+MERGING = ("tome", "pitome", "tofu", "atc", "atc-complete")
+NAMES = (*EVIT, "dynamicvit", *MERGING, "diffrate", "evo-vit", "random")
+#: one of each kind, for what takes long
+KINDS = ("evit", "dynamicvit", "tome", "atc", "diffrate", "evo-vit", "random")
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
 
 

@@ -23,7 +23,7 @@ METHODS = "life,evit,tome,random"
     default=METHODS,
     show_default=True,
     metavar="METHOD[,METHOD...]",
-    help="life, evit, evit-nofuse, dynamicvit, tome, random, or a plugin's; `slim plugins` lists them.",
+    help="life, evit, tome, pitome, atc, diffrate, evo-vit, dynamicvit, random and more; `slim plugins` lists them.",
 )
 @keep_rate_option("One or several.  [default: the recipe's own schedule]")
 @click.option(
