@@ -20,7 +20,11 @@ from slimcli.methods.base import facts
 from slimcli.methods.merging import merges
 from slimcli.store.model_folder import save_model
 
-NAMES = ("evit", "evit-nofuse", "dynamicvit", "tome", "pitome", "tofu", "atc", "atc-complete", "diffrate", "random")
+EVIT = ("evit", "evit-nofuse")
+MERGING = ("tome", "pitome", "tofu", "atc", "atc-complete")
+NAMES = (*EVIT, "dynamicvit", *MERGING, "diffrate", "evo-vit", "random")
+#: one of each kind, for what takes long
+KINDS = ("evit", "dynamicvit", "tome", "atc", "diffrate", "evo-vit", "random")
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
 
 
@@ -245,7 +249,7 @@ def test_an_images_logits_do_not_depend_on_its_neighbours(name):
 @pytest.mark.parametrize("changes", {**PREFIXES, **NO_CLASS}.values(), ids={**PREFIXES, **NO_CLASS})
 @torch.no_grad()
 def test_the_formula_counts_what_is_computed(name, changes):
-    if name.startswith("evit") and "class_token" in changes:
+    if (name.startswith("evit") or name in ("diffrate", "evo-vit")) and "class_token" in changes:
         pytest.skip("needs a class token")
     model = made(name, 0.7, **changes)
     done, _ = counted(lambda: model.logits(images(model, 1)))
@@ -464,10 +468,10 @@ def test_an_unknown_method_is_refused_with_the_nearest(refused):
     assert "no method is called 'evti'" in refused("train", "quickstart", "--set", "slimming.method=evti")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_recipe_trains_any_method(slim, tiny_recipe, name, tmp_path):
     stages = [f'slimming.method="{name}"', "stages.0.learns=backbone", "stages.0.mode=hard", "stages.1.mode=hard"]
-    if name == "dynamicvit":
+    if "soft" in plugins.find_method(name).modes:
         stages[1:] = ["stages.0.learns=both", "stages.1.mode=soft", "stages.1.learns=both"]
     summary = document(slim("train", tiny_recipe, *(w for s in stages for w in ("--set", s)), "--json"))
     assert summary["rows"][1]["gmacs"] < summary["rows"][0]["gmacs"]

@@ -141,7 +141,9 @@ def test_tofu_is_the_published_rule(changes):
 def test_diffrate_prunes_and_merges_as_published():
     model = made("diffrate", 0.5)
     with torch.no_grad():
-        model.rates.logits.copy_(torch.linspace(1, 8, 16).flip(0).expand(4, 2, 16) * torch.tensor([0.2, 0.4])[:, None])
+        for layer, numbers in enumerate([(13, 11), (10, 9), (8, 7)], 1):
+            for which, number in enumerate(numbers):
+                model.rates.logits[layer, which, 16 - number] = 20.0
     kept = model.kept(model.schedule.resolve(16))
     assert any(n > p > m for n, (p, m) in zip((16, *(m for _, m in kept)), kept, strict=False))
     given = images(model)
@@ -171,14 +173,14 @@ def test_diffrate_prunes_and_merges_as_published():
 
 
 def test_diffrate_learns_its_rates_towards_the_cost_with_the_weights_frozen():
-    model = made("diffrate", 0.7).float()
+    model = made("diffrate", 0.85).float()
     model.model.requires_grad_(False)
     model.mode = "soft"
     target = model.architecture().multiply_adds(model.patches_per_layer)
     optimizer = torch.optim.Adam(model.rates.parameters(), lr=0.1)
     x = images(model)
     misses = []
-    for _ in range(30):
+    for _ in range(40):
         model(x)
         misses.append(abs(float(model._costs[0]) - target))
         optimizer.zero_grad()
@@ -207,3 +209,41 @@ def test_diffrate_masks_what_it_would_take_out():
     hard = model(x)
     model.mode = "soft"
     assert torch.allclose(model(x), hard, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 4}, {"global_pool": "avg"}], ids=["class", "registers", "mean"])
+@torch.no_grad()
+def test_evo_vit_is_the_published_rule(changes):
+    """As published, a stage's other patches wait beside the blocks, and take what each block adds to their token."""
+    model = made("evo-vit", 0.6, depth=6, **changes)
+    prefix, counts = model.backbone.num_prefix_tokens, model.schedule.counts
+    assert counts == (16, 16, *[counts[2]] * 4) and counts[2] < 13
+    given = images(model)
+    expected = []
+    for image in given:
+        x = model.backbone.embed(image[None])[0][0]
+        paid = []
+        for layer, block in enumerate(model.model.blocks, 1):
+            if layer <= 2:
+                x, maps, _ = attended(block, x)
+                x = x + block.mlp(block.norm2(x))
+                paid = [float(maps[:, 0, prefix + i].mean()) for i in range(16)]
+                continue
+            if layer in (3, 5):
+                order = sorted(range(16), key=lambda i, p=paid: -p[i])
+                slow, fast = order[: counts[2]], order[counts[2] :]
+            # the token that stands for the others is made anew in every block
+            weight = sum(paid[i] for i in fast)
+            one = sum(paid[i] / weight * x[prefix + i] for i in fast)
+            before = torch.stack([*x[:prefix], *(x[prefix + i] for i in slow), one])
+            after, maps, _ = attended(block, before)
+            after = after + block.mlp(block.norm2(after))
+            x = x.clone()
+            x[:prefix] = after[:prefix]
+            for place, i in enumerate(slow):
+                x[prefix + i] = after[prefix + place]
+                paid[i] = (paid[i] + float(maps[:, 0, prefix + place].mean())) / 2
+            for i in fast:
+                x[prefix + i] += after[-1] - before[-1]
+        expected.append(finished(model, list(x)))
+    assert torch.allclose(model(given), torch.stack(expected), atol=1e-5)

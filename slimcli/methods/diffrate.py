@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from slimcli.attention import NEVER, AttentionRecorder
 from slimcli.errors import SlimError
-from slimcli.life import add_rows, prefix_bias, sort_patches, take_rows
+from slimcli.life import prefix_bias, sort_patches, take_rows
 from slimcli.methods.base import backbone_cost
 from slimcli.methods.dynamicvit import PolicyAttention
 from slimcli.methods.evit import class_attention
-from slimcli.methods.merging import Merge, Merging
-from slimcli.methods.rates import Rates
+from slimcli.methods.merging import Merge, Merging, likest, mean_into
+from slimcli.methods.rates import Rates, least
 from slimcli.methods.slim_model import SlimModel
 from slimcli.schedule import Schedule
 
@@ -202,7 +202,7 @@ class DiffRate(Merging):
                 if merged < pruned:
                     tokens, size = self._join(tokens, size, merged, pruned)
                     mask = mask * self.rates.mask(layer, 1, merged, pruned)
-                used.append(_least(n if not used else used[-1], *expected))
+                used.append(least(used[-1] if used else n, *expected))
                 n = min(pruned, merged)
             tokens = mlp(tokens)
         self._costs = self._expected_cost(counts[0], used), float(self.architecture().multiply_adds(counts))
@@ -241,33 +241,6 @@ class DiffRate(Merging):
         if costs is None:
             return 0.0
         return COST_WEIGHT * ((costs[0] - costs[1]) / self.architecture().multiply_adds()) ** 2
-
-
-def likest(tokens: Tensor, stay: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine (B, r), at least 0, and place in `stay` (B, m) of the token most like each of `source` (B, r)."""
-    unit = F.normalize(tokens.float(), dim=-1)
-    best, place = (take_rows(unit, source) @ take_rows(unit, stay).transpose(1, 2)).max(dim=-1)
-    return best.clamp(min=0), place
-
-
-def mean_into(
-    kept: Tensor, kept_size: Tensor, more: Tensor, more_size: Tensor, place: Tensor, prefix: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B, P + m, D) as plain means of themselves and `more` (B, r, D) at `place` (B, r); sizes add up."""
-    ones = torch.ones(kept.shape[:2], device=kept.device)
-    count = ones.scatter_add(1, place + prefix, ones.new_ones(place.shape))
-    mean = add_rows(kept, place + prefix, more) / count.unsqueeze(-1).to(kept.dtype)
-    return mean, kept_size.scatter_add(1, place, more_size.to(kept_size.dtype))
-
-
-def _least(first: Tensor | int, *others: Tensor) -> Tensor:
-    """The least of several numbers, with a gradient for all of `others`."""
-    value = (
-        torch.stack([other.detach() for other in others])
-        .min()
-        .clamp(max=float(first.detach() if isinstance(first, Tensor) else first))
-    )
-    return value + sum(other - other.detach() for other in others)
 
 
 def _same(tokens: Tensor) -> Tensor:

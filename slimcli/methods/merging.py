@@ -156,3 +156,20 @@ def check_half(method: str, counts: Sequence[int]) -> None:
     for layer, (n, r) in enumerate(zip(counts, merges(counts), strict=True), 1):
         if r > n // 2:
             raise SlimError(f"{method} merges at most {n // 2} of {n} patches in block {layer}: {r} is not possible")
+
+
+def likest(tokens: Tensor, stay: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine (B, r), at least 0, and place in `stay` (B, m) of the token most like each of `source` (B, r)."""
+    unit = F.normalize(tokens.float(), dim=-1)
+    best, place = (take_rows(unit, source) @ take_rows(unit, stay).transpose(1, 2)).max(dim=-1)
+    return best.clamp(min=0), place
+
+
+def mean_into(
+    kept: Tensor, kept_size: Tensor, more: Tensor, more_size: Tensor, place: Tensor, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B, P + m, D) as plain means of themselves and `more` (B, r, D) at `place` (B, r); sizes add up."""
+    ones = torch.ones(kept.shape[:2], device=kept.device)
+    count = ones.scatter_add(1, place + prefix, ones.new_ones(place.shape))
+    mean = add_rows(kept, place + prefix, more) / count.unsqueeze(-1).to(kept.dtype)
+    return mean, kept_size.scatter_add(1, place, more_size.to(kept_size.dtype))

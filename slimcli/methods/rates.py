@@ -42,3 +42,10 @@ class Rates(nn.Module):
         place = torch.arange(self.num_patches, device=chance.device)
         hard = 1.0 - ((place >= stay) & (place < before)).to(chance.dtype)
         return hard - chance.detach() + chance
+
+
+def least(first: Tensor | int, *others: Tensor) -> Tensor:
+    """The least of several numbers, with a gradient for each of `others`."""
+    value = torch.stack([other.detach() for other in others]).min()
+    value = torch.minimum(value, torch.as_tensor(first, dtype=value.dtype, device=value.device).detach())
+    return value + sum(other - other.detach() for other in others)

@@ -18,6 +18,7 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
     from slimcli.methods.diffrate import DiffRate
     from slimcli.methods.dynamicvit import DynamicViT
     from slimcli.methods.evit import EViT, EViTNoFuse
+    from slimcli.methods.evo_vit import EvoViT
     from slimcli.methods.life import LifeModel
     from slimcli.methods.pitome import PiToMe
     from slimcli.methods.random_discard import RandomDiscard
@@ -35,5 +36,6 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
     register("atc", ATC, "agglomerative clustering at each drop layer, average linkage; on the CPU")
     register("atc-complete", ATCComplete, "agglomerative clustering at each drop layer, complete linkage; on the CPU")
     register("diffrate", DiffRate, "pruned and merged by class attention in every block, as many as learned")
+    register("evo-vit", EvoViT, "few patches are updated, the others move along with one token")
     register("random", RandomDiscard, "random patches leave at each drop layer")
     register("resize", Resize, "no patch leaves: the same model on a smaller image")
