@@ -9,6 +9,7 @@ from conftest import document
 from PIL import Image
 
 import slimcli
+from slimcli.calibration import search
 from slimcli.comparison import cells, seeds
 from slimcli.comparison.line import Line
 from slimcli.errors import Interrupted
@@ -26,7 +27,8 @@ def rows_of(found):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """Calibrations on fewer images, to save time."""
+    """Calibrations on fewer images and in fewer steps, to save time."""
+    monkeypatch.setattr(search, "STEPS", (32, 1000))
     monkeypatch.setattr(cells, "FIT_IMAGES", 64)
     monkeypatch.setattr(cells, "CHECK_IMAGES", 16)
 

@@ -27,6 +27,7 @@ from test_documents import parse
 
 import slimcli
 from slimcli import plugins
+from slimcli.calibration import search
 from slimcli.cli import main
 
 SHELL = ("sh", "bash", "console", "")
@@ -89,7 +90,8 @@ def furnished(tmp_path_factory):
 
 @pytest.fixture
 def room(furnished, tmp_path, monkeypatch):
-    """A copy of that folder, as the current one."""
+    """A copy of that folder, as the current one, where a calibration takes fewer steps."""
+    monkeypatch.setattr(search, "STEPS", (32, 1000))
     shutil.copytree(furnished, tmp_path / "room", symlinks=True)
     monkeypatch.chdir(tmp_path / "room")
     return tmp_path / "room"

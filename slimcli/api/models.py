@@ -149,8 +149,7 @@ def calibrate_model(
     count = images_that_fit(model.backbone, num_images, len(candidate_life_layers(model.backbone.depth)))
     batches, notes = batches_of(images, model, where, batch_size, train=True, labelled=False)
     taken = take(batches, sum(share_out(count)))
-    given = sum(len(batch) for batch, _ in taken)
-    if given < FEWEST_IMAGES:
+    if (given := sum(len(batch) for batch, _ in taken)) < FEWEST_IMAGES:
         raise SlimError(f"images: gave fewer than {FEWEST_IMAGES}: expected some hundred")
     fit_on, check_on = split(taken, share_out(count, given)[0])
     done = _calibrate(model, goal, fit_on, check_on, len(taken[0][0]), where, DTYPES[precision], seed, progress)

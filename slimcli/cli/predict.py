@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import common_options, dead_option, keep_rate_option, set_option
-from slimcli.errors import SlimError
+from slimcli.cli.options import common_options, dead_option, one_keep_rate_option, set_option
 
 PATH = click.Path(path_type=Path)
 
@@ -23,7 +22,7 @@ PATH = click.Path(path_type=Path)
     help="A run, a model folder, an exported folder, a recipe or a model's name.  [default: the latest run or export]",
 )
 @click.option("--weights", type=PATH, metavar="FILE", help="Weights in place of the model's own.")
-@keep_rate_option("One keep rate.  [default: the model's own]")
+@one_keep_rate_option("One keep rate.  [default: the model's own]")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes an image.")
 @click.option("--csv", type=PATH, metavar="FILE", help="Write a row an image to FILE.")
 @click.option(
@@ -52,7 +51,6 @@ PATH = click.Path(path_type=Path)
 def command(
     images: tuple[str, ...],
     target: str | None,
-    keep_rates: list[float] | None,
     top: int,
     csv: Path | None,
     parquet: Path | None,
@@ -69,8 +67,6 @@ def command(
     ('shards/{000..015}.tar' names sixteen), or - for names on stdin, a line each. Results come in that order. An image
     that cannot be read is named and left out, and the exit code is then 1.
     """
-    if keep_rates is not None and len(keep_rates) > 1:
-        raise SlimError("--keep-rate takes one keep rate here")
     from slimcli.deployment.inputs import Inputs, Shard
     from slimcli.deployment.workflow import Output, predict_images
 
@@ -81,8 +77,7 @@ def command(
     from slimcli.cli.display import Display
 
     display = Display(as_json)
-    keep_rate = keep_rates[0] if keep_rates else None
-    predictor = open_predictor(target, embeddings=embeddings is not None, keep_rate=keep_rate, **model)
+    predictor = open_predictor(target, embeddings=embeddings is not None, **model)
     for line in predictor.notes:
         display.warn(line)
 

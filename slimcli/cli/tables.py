@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slimcli.pictures import Album
     from slimcli.plugins.inventory import Plugin
     from slimcli.recipe import Recipe
+    from slimcli.session.profile import Profiled
 
 
 def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
@@ -45,6 +46,20 @@ def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
     if intervals and not methods:
         caption.append(f"95 % interval of the speed-up: {', '.join(intervals)}")
     display.table(titles, body, "\n".join([*caption, *notes(rows)]))
+
+
+def print_profiled(display: Display, found: Profiled, methods: bool) -> None:
+    """All that a profile found: its rows, what runs the attention, what holds it back, and the details."""
+    display.line(f"{found.session.target.model_name}: {found.conditions}")
+    print_profile(display, found.rows, methods)
+    if found.attention is not None:
+        inference, training = found.attention["inference"], found.attention["training"]
+        display.line(f"attention: {inference} in inference, {training} while lives learn")
+    display.warnings(found.notes)
+    for table in found.details.get("per_layer", ()):
+        print_layers(display, table)
+    if "operators" in found.details:
+        print_operators(display, found.details["operators"])
 
 
 def print_layers(display: Display, table: dict[str, Any]) -> None:
