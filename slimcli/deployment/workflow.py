@@ -99,13 +99,7 @@ def predict_images(
     started()
 
     def watched(predictions: Iterator[Prediction]) -> Iterator[Prediction]:
-        for prediction in predictions:
-            found.images += 1
-            progress(f"image {found.images}", found.images, max(total, found.images) if total else 0)
-            if prediction.error is not None:
-                found.failed += 1
-                warn(prediction.error)
-            yield prediction
+        return _watched(predictions, found, total, warn, progress)
 
     if parts is not None:
         for _ in watched(parts.write(batch_size)):
@@ -123,6 +117,19 @@ def predict_images(
         for line in (_json if output.json else _lines)(predictor, predictions, output.top):
             write(line)
     return found
+
+
+def _watched(
+    predictions: Iterator[Prediction], found: Predicted, total: int, warn: Callable[[str], None], progress: Progress
+) -> Iterator[Prediction]:
+    """The same, counted and told."""
+    for prediction in predictions:
+        found.images += 1
+        progress(f"image {found.images}", found.images, max(total, found.images) if total else 0)
+        if prediction.error is not None:
+            found.failed += 1
+            warn(prediction.error)
+        yield prediction
 
 
 def _lines(predictor: Predictor, predictions: Iterator[Prediction], top: int) -> Iterator[str]:
