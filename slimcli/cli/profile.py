@@ -15,12 +15,16 @@ from slimcli.cli.options import (
     runtime_option,
     set_option,
     target_options,
+    threads_option,
     words,
 )
+from slimcli.errors import SlimError
 
 if TYPE_CHECKING:
     from slimcli.cli.display import Display
+    from slimcli.measure.streams import Streams
     from slimcli.runtimes.measuring import Place
+    from slimcli.session.session import Session
 
 
 @click.command("profile")
@@ -37,6 +41,11 @@ if TYPE_CHECKING:
 @click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
 @click.option("--operators", is_flag=True, help="Also count the operators of a forward pass, part by part.")
 @click.option(
+    "--streams",
+    is_flag=True,
+    help="Also measure single images, on a CPU, in one process and in a process a core.",
+)
+@click.option(
     "--exact-savings", is_flag=True, help="Also without the work for tokens that nothing reads; the same logits."
 )
 @click.option(
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
 )
 @runtime_option
 @dead_option
+@threads_option
 @set_option
 @common_options
 def command(
@@ -53,6 +63,7 @@ def command(
     against: str | None,
     per_layer: bool,
     operators: bool,
+    streams: bool,
     exact_savings: bool,
     seconds: float,
     runtimes: str | None,
@@ -73,16 +84,17 @@ def command(
     if places:
         _in_runtimes(display, places, request, keep_rates, batch_size, exact_savings, seconds)
     else:
-        looks = Looks(words(against), per_layer, operators)
+        looks = Looks(words(against), per_layer, operators, streams)
         _in_torch(display, request, keep_rates, batch_size, exact_savings, seconds, looks)
 
 
 class Looks(NamedTuple):
-    """What is measured beside the rows of the model: other methods, each block, the operators of a pass."""
+    """What is measured beside the rows of the model: other methods, each block, operators, one stream a core."""
 
     others: list[str]
     per_layer: bool
     operators: bool
+    streams: bool
 
 
 def _in_torch(
@@ -99,6 +111,7 @@ def _in_torch(
     from slimcli.measure import operators as operator_counts
     from slimcli.measure import profiling
     from slimcli.measure.per_layer import per_layer as per_layer_tables
+    from slimcli.measure.streams import advice
     from slimcli.session.session import Request, open_session
 
     session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
@@ -119,6 +132,9 @@ def _in_torch(
             details["operators"] = operator_counts.operators(
                 found.model, keep_rates, batch, where, dtype, exact_savings, looks.others
             )
+    single = _streams(display, session, keep_rates, seconds) if looks.streams else []
+    if looks.streams:
+        details["streams"] = [vars(each) for each in single]
     kernels = profiling.attention(found.model, batch, where, dtype)
     display.line(f"{found.model_name}: {session.conditions(batch)}")
     print_profile(display, rows, bool(looks.others))
@@ -129,8 +145,27 @@ def _in_torch(
         print_layers(display, table)
     if looks.operators:
         print_operators(display, details["operators"])
+    if single:
+        display.line(advice(single))
     document = {"model": found.model_name, **session.facts(batch), "attention": kernels, "rows": rows, **details}
     display.document(document)
+
+
+def _streams(display: Display, session: Session, keep_rates: list[float] | None, seconds: float) -> list[Streams]:
+    """Single images in one process and in several; that it cannot be measured is a warning."""
+    from slimcli.measure.streams import streams
+
+    if session.device.type != "cpu":
+        raise SlimError("--streams compares ways to use the cores of a CPU: add --device cpu")
+    try:
+        with display.progress() as progress:
+            found = streams(session.model, keep_rates, session.dtype, seconds, progress=progress)
+    except (RuntimeError, OSError, AttributeError, TypeError) as error:
+        display.warn(f"streams were not compared: {error}")
+        return []
+    if not found:
+        display.warn("streams were not compared: this process may use one core")
+    return found
 
 
 def _in_runtimes(

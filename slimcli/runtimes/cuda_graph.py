@@ -39,7 +39,8 @@ class _Captured:
 class GraphProgram(Program):
     """A model on a CUDA device, captured anew for every batch size, and whenever its keep rate or mode is changed.
 
-    What cannot be captured runs eagerly, and a warning says so once. Weights may change in their place. One thread at a time may run it; `pool` is memory that programs share which never run at the same time.
+    What cannot be captured runs eagerly, and a warning says so once. Weights may change in their place. One thread at
+    a time may run it; `pool` is memory that programs share which never run at the same time.
     """
 
     def __init__(self, model: Forward, dtype: torch.dtype, device: torch.device, pool: Any = None) -> None:
