@@ -3,11 +3,14 @@
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from test_slimming import slimmed
 
 from slimcli.measure import clock, timing
+from slimcli.measure.streams import Streams, advice, streams
 from slimcli.measure.timing import Load, Timing, allowed_cores, half_width, interval, narrow, speedup
 
 
@@ -75,3 +78,28 @@ def test_a_container_that_allows_fewer_cores_is_heard(tmp_path, monkeypatch):
     assert allowed_cores() >= 1
     monkeypatch.setattr(timing, "_quota", lambda: 0.5)
     assert allowed_cores() == 1
+
+
+def test_streams_measure_one_process_and_one_a_core():
+    found = streams(slimmed(), [0.5], seconds=0, cores=2)
+    assert [(each.keep_rate, each.processes, each.threads) for each in found] == [
+        *((None, 1, 2), (0.5, 1, 2)),
+        *((None, 2, 1), (0.5, 2, 1)),
+    ]
+    assert all(each.images_per_second > 0 and each.latency_ms > 0 for each in found)
+    assert streams(slimmed(), [0.5], cores=1) == []
+
+
+def test_streams_say_which_is_better():
+    one, many = Streams(0.5, 1, 2, 40.0, 25.0), Streams(0.5, 2, 1, 60.0, 33.0)
+    assert advice([one, many]).endswith("one stream a core is better: 1.50 times the images")
+    assert advice([Streams(0.5, 1, 2, 60.0, 17.0), replace(many, images_per_second=40.0)]).endswith(
+        "one process of 2 threads is better: 1.50 times the images"
+    )
+
+
+def test_threads_are_those_of_the_command_alone(slim, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    assert slim("profile", "digits_vit", "--seconds", 0, "--threads", 2).exit_code == 0
+    assert given == [2, torch.get_num_threads()]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from slimcli.calibration.by_time import choose_by_time
 from slimcli.calibration.fit import Fitted, fit, head_widths
 from slimcli.calibration.goal import Cost, check_cost, falling_schedule, paper_schedule
 from slimcli.calibration.judge import PLAIN, Candidate, CheckSet, Ranking, distance, observe_checks
@@ -43,6 +44,8 @@ class Calibration:
     fitted: dict[int, Fitted]
     tried: list[Candidate]
     paper: Candidate | None = None
+    #: what a user should know of the time that was measured
+    notes: list[str] = field(default_factory=list)
 
 
 def fit_and_search(
@@ -55,18 +58,20 @@ def fit_and_search(
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
     others: Sequence[Cost] = (),
+    timed_with: int = 0,
 ) -> Calibration:
     """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
     For a cost, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept. A form of the
     fall that is to serve `others`, lower costs, too is judged at all of them.
+    With `timed_with` images a batch, fewer drops are taken for one cost where they are faster here.
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
     if not isinstance(model, LifeModel):
         raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
     with packed(model.model):
-        return _calibrated(model, goal, fit_on, check_on, num_images, device, dtype, progress, others)
+        return _calibrated(model, goal, fit_on, check_on, num_images, device, dtype, progress, others, timed_with)
 
 
 def _calibrated(
@@ -79,6 +84,7 @@ def _calibrated(
     dtype: torch.dtype,
     progress: Progress,
     others: Sequence[Cost],
+    timed_with: int,
 ) -> Calibration:
     model.mode = "hard"
     model.life_head.extend(*head_widths(model))
@@ -118,9 +124,13 @@ def _calibrated(
     if plain is not None:
         tried.append(plain)
     tried = [*sorted(tried, key=_apart), *compared]
+    notes: list[str] = []
+    if timed_with and not isinstance(goal, Schedule) and not others and tried[0].schedule.drops_patches():
+        best, notes = choose_by_time(model, attempt, tried[0], goal, timed_with, device, dtype)
+        tried = tried if best is tried[0] else [best, *tried]
     paper = None if isinstance(goal, Schedule) else _paper(attempt, goal)
     attempt(tried[0].schedule, tried[0].ranking)
-    return Calibration(fitted, tried, paper)
+    return Calibration(fitted, tried, paper, notes)
 
 
 @dataclass

@@ -105,6 +105,7 @@ class Calibrated:
             "before": self.report["before"],
             "after": self.report["after"],
             "rows": self.rows,
+            "notes": self.notes,
         }
 
     def write(self, folder: Path, document: dict[str, Any]) -> None:
@@ -166,6 +167,7 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
         comparison(untaught, taught),
         rows,
         getattr(shown, "class_names", None),
+        found.notes,
     )
 
 
@@ -223,10 +225,12 @@ def fit_to_goal(
         with work.step() as part:
             cost = cost_for_speedup(model, goal.speedup, batch_size, device, dtype, part)
     sought, others = aim(model, goal, cost)
+    # where launches take the time, and not the arithmetic, it has to be measured
+    timed = batch_size if device.type == "cuda" or batch_size == 1 else 0
     count = sum(len(images) for images, _ in fit_on)
     with work.step() as part, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fit_and_search(model, sought, fit_on, check_on, count, device, dtype, part, others)
+        return fit_and_search(model, sought, fit_on, check_on, count, device, dtype, part, others, timed)
 
 
 def aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None = None) -> tuple[Cost | Schedule, list[Cost]]:

@@ -21,6 +21,7 @@ from slimcli.cli.options import (
     set_option,
     split_option,
     target_options,
+    threads_option,
 )
 from slimcli.errors import SlimError
 
@@ -36,6 +37,7 @@ from slimcli.errors import SlimError
 @batch_size_option
 @runtime_option
 @dead_option
+@threads_option
 @set_option
 @common_options
 def command(

@@ -147,7 +147,7 @@ def find_runtimes(runtimes: str | None, asked: dict[str, Any]) -> list[Place]:
     from slimcli.runtimes.measuring import find_places
 
     refuse_given("with --runtime: it takes NAME:PRECISION", "precision")
-    refuse_given("with --runtime", "against", "per_layer", "operators")
+    refuse_given("with --runtime", "against", "per_layer", "operators", "streams")
     found = find_places(words(runtimes), asked["device"])
     if not found:
         raise SlimError("--runtime: names no runtime: expected NAME[:PRECISION], such as onnx:int8")
@@ -165,6 +165,22 @@ def repeat_options(command: F) -> F:
     return command
 
 
+def _set_threads(context: click.Context, _parameter: click.Parameter, count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        context.call_on_close(lambda: torch.set_num_threads(before))
+
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    expose_value=False,
+    callback=_set_threads,
+    help="Threads to compute with on a CPU.  [default: as OMP_NUM_THREADS says, or one a core]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; progress on stderr.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."

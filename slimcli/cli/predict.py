@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from slimcli.cli.options import common_options, dead_option, one_keep_rate_option, set_option
+from slimcli.cli.options import common_options, dead_option, one_keep_rate_option, set_option, threads_option
 
 PATH = click.Path(path_type=Path)
 
@@ -46,6 +46,7 @@ PATH = click.Path(path_type=Path)
     help="What the model runs in: torch, compile, onnx, ...  [default: cuda-graph on CUDA, torch elsewhere]",
 )
 @dead_option
+@threads_option
 @set_option
 @common_options
 def command(

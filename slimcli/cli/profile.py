@@ -15,6 +15,7 @@ from slimcli.cli.options import (
     runtime_option,
     set_option,
     target_options,
+    threads_option,
     words,
 )
 
@@ -33,6 +34,11 @@ from slimcli.cli.options import (
 @click.option("--per-layer", is_flag=True, help="Also show where patches, multiply-adds and milliseconds go.")
 @click.option("--operators", is_flag=True, help="Also count the operators of a forward pass, part by part.")
 @click.option(
+    "--streams",
+    is_flag=True,
+    help="Also measure single images, on a CPU, in one process and in a process a core.",
+)
+@click.option(
     "--exact-savings", is_flag=True, help="Also without the work for tokens that nothing reads; the same logits."
 )
 @click.option(
@@ -40,6 +46,7 @@ from slimcli.cli.options import (
 )
 @runtime_option
 @dead_option
+@threads_option
 @set_option
 @common_options
 def command(
@@ -49,6 +56,7 @@ def command(
     against: str | None,
     per_layer: bool,
     operators: bool,
+    streams: bool,
     exact_savings: bool,
     seconds: float,
     runtimes: str | None,
@@ -74,7 +82,7 @@ def command(
         if places:
             found = profile_in_runtimes(session, places, keep_rates, batch_size, exact_savings, seconds, progress)
         else:
-            looks = Looks(words(against), per_layer, operators)
+            looks = Looks(words(against), per_layer, operators, streams)
             found = profile_session(session, keep_rates, batch_size, exact_savings, seconds, looks, progress)
     print_profiled(display, found, methods=against is not None)
     display.document(found.document())

@@ -60,6 +60,8 @@ def print_profiled(display: Display, found: Profiled, methods: bool) -> None:
         print_layers(display, table)
     if "operators" in found.details:
         print_operators(display, found.details["operators"])
+    for line in found.advice:
+        display.line(line)
 
 
 def print_layers(display: Display, table: dict[str, Any]) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from slimcli.errors import SlimError, parameter
 from slimcli.measure import profiling
 from slimcli.measure.operators import operators as count_operators
 from slimcli.measure.per_layer import per_layer as time_layers
 from slimcli.measure.rows import Row
+from slimcli.measure.streams import Streams
+from slimcli.measure.streams import advice as best_streams
+from slimcli.measure.streams import streams as compare_streams
 from slimcli.progress import Progress, no_progress
 from slimcli.runtimes.measuring import Place, profile_places
 from slimcli.session.session import Session
@@ -22,6 +26,8 @@ class Looks:
     others: Sequence[str] = ()
     per_layer: bool = False
     operators: bool = False
+    #: single images in one process and in a process a core
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Profiled:
     notes: tuple[str, ...] = ()
     attention: dict[str, str] | None = None
     details: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    #: what is best here, in words
+    advice: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -67,10 +75,29 @@ def profile_session(
         )
     if looks.operators:
         details["operators"] = count_operators(model, keep_rates, batch, where, dtype, exact_savings, looks.others)
+    advice: list[str] = []
+    warnings: list[str] = []
+    if looks.streams:
+        found, warnings = _streams(session, keep_rates, seconds, progress)
+        details["streams"] = [asdict(each) for each in found]
+        advice = [best_streams(found)] if found else []
     kernels = profiling.attention(model, batch, where, dtype)
-    notes = profiling.kept_back(rows, model, batch, where, kernels["inference"])
+    notes = warnings + profiling.kept_back(rows, model, batch, where, kernels["inference"])
     conditions, facts = session.conditions(batch), session.facts(batch)
-    return Profiled(session, batch, rows, conditions, facts, tuple(notes), kernels, details)
+    return Profiled(session, batch, rows, conditions, facts, tuple(notes), kernels, details, tuple(advice))
+
+
+def _streams(
+    session: Session, keep_rates: Sequence[float] | None, seconds: float, progress: Progress
+) -> tuple[list[Streams], list[str]]:
+    """Single images in one process and in several, or a warning that they could not be compared."""
+    if session.device.type != "cpu":
+        raise SlimError(f"{parameter('streams', 'true')}: compares ways to use the cores of a CPU: choose device cpu")
+    try:
+        found = compare_streams(session.model, keep_rates, session.dtype, seconds, progress=progress)
+    except (RuntimeError, OSError, AttributeError, TypeError) as error:
+        return [], [f"streams were not compared: {error}"]
+    return found, [] if found else ["streams were not compared: this process may use one core"]
 
 
 def profile_in_runtimes(
