@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import click
 
@@ -18,13 +18,9 @@ from slimcli.cli.options import (
     threads_option,
     words,
 )
-from slimcli.errors import SlimError
 
-if TYPE_CHECKING:
-    from slimcli.cli.display import Display
-    from slimcli.measure.streams import Streams
-    from slimcli.runtimes.measuring import Place
-    from slimcli.session.session import Session
+#: options that say what is measured
+LOOKS = ("keep_rates", "batch_size", "seconds", "exact_savings", "per_layer", "operators", "streams")
 
 
 @click.command("profile")
@@ -58,15 +54,8 @@ if TYPE_CHECKING:
 @common_options
 def command(
     target: str | None,
-    keep_rates: list[float] | None,
-    batch_size: int | None,
-    against: str | None,
-    per_layer: bool,
-    operators: bool,
-    streams: bool,
-    exact_savings: bool,
-    seconds: float,
     runtimes: str | None,
+    against: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
     **asked: Any,
@@ -77,117 +66,24 @@ def command(
     without one, the latest run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display
+    from slimcli.cli.tables import print_layers, print_operators, print_profile
+    from slimcli.session.profile import Looks, profile_session
+    from slimcli.session.session import Request, open_session
 
     display = Display(as_json)
-    request = {"target": target, "overrides": overrides, **asked}
+    looks = Looks(against=words(against), **{name: asked.pop(name) for name in LOOKS})
     places = find_runtimes(runtimes, asked)
-    if places:
-        _in_runtimes(display, places, request, keep_rates, batch_size, exact_savings, seconds)
-    else:
-        looks = Looks(words(against), per_layer, operators, streams)
-        _in_torch(display, request, keep_rates, batch_size, exact_savings, seconds, looks)
-
-
-class Looks(NamedTuple):
-    """What is measured beside the rows of the model: other methods, each block, operators, one stream a core."""
-
-    others: list[str]
-    per_layer: bool
-    operators: bool
-    streams: bool
-
-
-def _in_torch(
-    display: Display,
-    request: dict[str, Any],
-    keep_rates: list[float] | None,
-    batch_size: int | None,
-    exact_savings: bool,
-    seconds: float,
-    looks: Looks,
-) -> None:
-    """Measure where the model is, in eager PyTorch."""
-    from slimcli.cli.tables import print_layers, print_operators, print_profile
-    from slimcli.measure import operators as operator_counts
-    from slimcli.measure import profiling
-    from slimcli.measure.per_layer import per_layer as per_layer_tables
-    from slimcli.measure.streams import advice
-    from slimcli.session.session import Request, open_session
-
-    session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
-    found, where, dtype = session.target, session.device, session.dtype
-    for line in found.notes:
-        display.warn(line)
-    batch = batch_size or profiling.DEFAULT_BATCH[where.type]
-    details: dict[str, list[dict[str, Any]]] = {}
+    session = open_session(Request("profile", target, overrides, pretrained=False, reads_data=False, **asked))
+    display.warnings([] if places else session.target.notes)
     with display.progress() as progress:
-        rows = profiling.profile(
-            found.model, keep_rates, batch, where, dtype, seconds, progress, exact_savings, against=looks.others
-        )
-        if looks.per_layer:
-            details["per_layer"] = per_layer_tables(
-                found.model, keep_rates, batch, where, dtype, progress=progress, exact_savings=exact_savings
-            )
-        if looks.operators:
-            details["operators"] = operator_counts.operators(
-                found.model, keep_rates, batch, where, dtype, exact_savings, looks.others
-            )
-    single = _streams(display, session, keep_rates, seconds) if looks.streams else []
-    if looks.streams:
-        details["streams"] = [vars(each) for each in single]
-    kernels = profiling.attention(found.model, batch, where, dtype)
-    display.line(f"{found.model_name}: {session.conditions(batch)}")
-    print_profile(display, rows, bool(looks.others))
-    display.line(f"attention: {kernels['inference']} in inference, {kernels['training']} while lives learn")
-    for line in profiling.kept_back(rows, found.model, batch, where, kernels["inference"]):
-        display.warn(line)
-    for table in details.get("per_layer", ()):
+        done = profile_session(session, looks, places, progress)
+    display.line(done.title)
+    print_profile(display, done.rows, bool(looks.against))
+    for line in done.lines:
+        display.line(line)
+    display.warnings(done.warnings)
+    for table in done.details.get("per_layer", ()):
         print_layers(display, table)
     if looks.operators:
-        print_operators(display, details["operators"])
-    if single:
-        display.line(advice(single))
-    document = {"model": found.model_name, **session.facts(batch), "attention": kernels, "rows": rows, **details}
-    display.document(document)
-
-
-def _streams(display: Display, session: Session, keep_rates: list[float] | None, seconds: float) -> list[Streams]:
-    """Single images in one process and in several; that it cannot be measured is a warning."""
-    from slimcli.measure.streams import streams
-
-    if session.device.type != "cpu":
-        raise SlimError("--streams compares ways to use the cores of a CPU: add --device cpu")
-    try:
-        with display.progress() as progress:
-            found = streams(session.model, keep_rates, session.dtype, seconds, progress=progress)
-    except (RuntimeError, OSError, AttributeError, TypeError) as error:
-        display.warn(f"streams were not compared: {error}")
-        return []
-    if not found:
-        display.warn("streams were not compared: this process may use one core")
-    return found
-
-
-def _in_runtimes(
-    display: Display,
-    places: list[Place],
-    request: dict[str, Any],
-    keep_rates: list[float] | None,
-    batch_size: int | None,
-    exact_savings: bool,
-    seconds: float,
-) -> None:
-    """Measure dense and slimmed in runtimes by name."""
-    from slimcli.cli.tables import print_profile
-    from slimcli.measure import profiling
-    from slimcli.runtimes.measuring import profile_places
-    from slimcli.session.session import Request, open_session
-
-    session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
-    batch = batch_size or profiling.DEFAULT_BATCH[session.device.type]
-    with display.progress() as progress:
-        rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings)
-    facts = {key: value for key, value in session.facts(batch).items() if key != "precision"}
-    display.line(f"{session.target.model_name}: {facts['device']}, {facts['threads']} threads, batch {batch}")
-    print_profile(display, rows, False)
-    display.document({"model": session.target.model_name, **facts, "rows": rows})
+        print_operators(display, done.details["operators"])
+    display.document(done.document())
