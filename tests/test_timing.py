@@ -1,8 +1,10 @@
 """How far timings are trusted: intervals, a busy machine, and too many threads."""
 
+import queue
 import random
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -80,7 +82,19 @@ def test_a_container_that_allows_fewer_cores_is_heard(tmp_path, monkeypatch):
     assert allowed_cores() == 1
 
 
-def test_streams_measure_one_process_and_one_a_core():
+class Threads:
+    """Threads in the place of processes, which take long to start."""
+
+    Barrier, SimpleQueue = staticmethod(threading.Barrier), staticmethod(queue.SimpleQueue)
+
+    class Process(threading.Thread):
+        exitcode = None
+
+
+def test_streams_measure_one_process_and_one_a_core(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda kind: Threads)
+    monkeypatch.setattr(Threads.Process, "terminate", lambda self: None, raising=False)
     found = streams(slimmed(), [0.5], seconds=0, cores=2)
     assert [(each.keep_rate, each.processes, each.threads) for each in found] == [
         *((None, 1, 2), (0.5, 1, 2)),

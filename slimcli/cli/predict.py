@@ -40,11 +40,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--part-rows", type=click.IntRange(min=1), help="Images in a Parquet part.  [default: 4096]")
 @click.option("--shard", metavar="N/M", help="Of M equal shares of the images take the Nth: 3/16.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: 16]")
-@click.option(
-    "--runtime",
-    metavar="NAME",
-    help="What the model runs in: torch, compile, onnx, ...  [default: cuda-graph on CUDA, torch elsewhere]",
-)
+@click.option("--runtime", metavar="NAME", help="What it runs in.  [default: cuda-graph on CUDA, torch elsewhere]")
 @dead_option
 @threads_option
 @set_option
