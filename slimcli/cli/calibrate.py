@@ -91,5 +91,6 @@ def command(
     warning = point_latest(folder) if output is None else None
     display.warnings([warning] if warning else [])
     print_calibration(display, done)
+    display.warnings(done.notes)
     display.line(f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / RECIPE}")
     display.document(document)
