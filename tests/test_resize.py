@@ -10,7 +10,9 @@ from timm.layers import resample_abs_pos_embed
 import slimcli
 from slimcli.backbones.counting import counted
 from slimcli.backbones.timm_families import small_models
+from slimcli.calibration.smaller import SmallerImage, smaller_images
 from slimcli.errors import SlimError
+from slimcli.measure import evaluation
 from slimcli.methods.resize import smaller
 from slimcli.slimming import rival
 
@@ -73,6 +75,33 @@ def test_it_is_measured_beside_the_others_without_data(slim):
     _dense, life, resize = found["rows"]
     assert (resize["method"], resize["keep_rate"]) == ("resize", 0.5)
     assert 0.7 * life["gmacs"] < resize["gmacs"] <= 1.01 * life["gmacs"]
+
+
+def test_a_calibration_says_where_a_smaller_image_does_as_well(slim):
+    words = ["calibrate", "paper-digits", "--keep-rate", "1.0,0.7", "--images", 48, "--limit", 24]
+    result = slim(*words, "-o", "out", "--json")
+    (found,) = document(result)["smaller_images"]
+    assert found["keep_rate"] == 0.7 and found["gmacs"] <= found["slim_gmacs"]
+    # digits of 32 px lose more than slim does: nothing is said
+    assert found["apart"] > found["slim_apart"] and "a smaller image" not in result.stderr
+    better = SmallerImage(0.3, (140, 154), 2.5, 2.67, 0.06, 0.07)
+    assert "keep rate 0.3: a smaller image does as well: at 140 x 154 px (2.5 G)" in better.note
+
+
+def test_a_smaller_image_is_as_far_from_dense_as_the_method_resize_measures():
+    model = slimcli.slim(tiny_vit(), 0.5)
+    batches = [(IMAGES, torch.zeros(3, dtype=torch.long))]
+    found = {
+        each.keep_rate: each for each in smaller_images(model, batches, [1.0, 0.7, 0.4], IMAGES.device, IMAGES.dtype)
+    }
+    assert set(found) == {0.7, 0.4}
+    other = rival("resize", model).eval()
+    other.schedule = other.schedule_for_cost(model.multiply_adds(model.at_keep_rate(0.4)))
+    (row,) = evaluation.evaluate(other, batches, None, IMAGES.device)[1:]
+    assert found[0.4].apart == pytest.approx(row.logit_error, abs=1e-4)
+    # a model whose images have one size
+    beit = slimcli.slim(small_models()["beit_base_patch16_224"](), 0.5)
+    assert smaller_images(beit, batches, [0.5], IMAGES.device, IMAGES.dtype) == []
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_small_patch16_dinov3", "naflexvit_base_patch16_gap"])

@@ -90,12 +90,13 @@ def distance(model: SlimModel, check_set: CheckSet) -> tuple[float, float]:
     starts = check_set.tokens[model.schedule.life_layer]
     for tokens, positions, dense in zip(starts, check_set.positions, check_set.outputs, strict=True):
         counts = model.schedule.resolve(tokens.shape[1] - model.backbone.num_prefix_tokens)
-        slim = pooled(model.backbone.head(*model.slimmed(tokens, positions, counts)))
-        if classifies:
-            found.likeness.add(slim, dense)
-        else:
-            found.similarity.add(slim, dense)
-    if classifies:
+        found.compare(pooled(model.backbone.head(*model.slimmed(tokens, positions, counts))), dense, classifies)
+    return apart(found)
+
+
+def apart(found: Scores) -> tuple[float, float]:
+    """`apart` and `agreement` as `Candidate` has them."""
+    if found.likeness.count:
         return found.likeness.error, found.likeness.agreement
     cosine = found.similarity.cosine / found.similarity.count
     return 1 - cosine, 100 * cosine

@@ -19,6 +19,7 @@ from slimcli.calibration.judge import Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
 from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
 from slimcli.calibration.search import Calibration, fit_and_search, plan
+from slimcli.calibration.smaller import SmallerImage, smaller_images
 from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluation import agreement, evaluate, first_images
@@ -90,7 +91,13 @@ class Calibrated:
     #: rows of `evaluate`: the dense model, then the calibrated one
     rows: list[Row]
     class_names: list[str] | None
-    notes: list[str] = field(default_factory=list)
+    #: the dense model on smaller images of the same costs
+    smaller: list[SmallerImage] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know: what was given up for speed, and where a smaller image would do as well."""
+        return [*self.found.notes, *(image.note for image in self.smaller if image.note is not None)]
 
     def document(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -106,6 +113,7 @@ class Calibrated:
             "after": self.report["after"],
             "rows": self.rows,
             "notes": self.notes,
+            "smaller_images": self.smaller,
         }
 
     def write(self, folder: Path, document: dict[str, Any]) -> None:
@@ -155,6 +163,7 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
     rates = goal.several if len(goal.several) > 1 else None
     with work.step() as part:
         rows = evaluate(model, session.loader(shown, batch), rates, device, dtype, part)
+    smaller = smaller_images(model, check_on, rates, device, dtype) if model.method == "life" else []
     model.float()
     model.model.load_state_dict(weights)
     session.target.has_life_head = True
@@ -167,7 +176,7 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
         comparison(untaught, taught),
         rows,
         getattr(shown, "class_names", None),
-        found.notes,
+        smaller,
     )
 
 

@@ -91,7 +91,6 @@ def command(
     warning = point_latest(folder) if output is None else None
     display.warnings([warning] if warning else [])
     print_calibration(display, done)
-    for line in done.notes:
-        display.line(line)
+    display.warnings(done.notes)
     display.line(f"{folder} holds the model; next: slim eval {folder}, or train it: slim train {folder / RECIPE}")
     display.document(document)

@@ -176,6 +176,13 @@ class Scores:
         if dense is not None:
             self.likeness.add(logits, dense)
 
+    def compare(self, output: Tensor, dense: Tensor, classifies: bool) -> None:
+        """Add a batch of outputs (B, C), logits or features, and the dense model's; no classes are needed."""
+        if classifies:
+            self.likeness.add(output, dense)
+        else:
+            self.similarity.add(output, dense)
+
     @property
     def count(self) -> int:
         return max(self.accuracy.count, self.similarity.count)
