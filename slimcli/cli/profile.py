@@ -143,16 +143,16 @@ def _in_runtimes(
     seconds: float,
 ) -> None:
     """Measure dense and slimmed in runtimes by name."""
-    from slimcli.cli.tables import print_profile
+    from slimcli.cli.tables import print_runtimes
     from slimcli.measure import profiling
-    from slimcli.runtimes.measuring import profile_places
+    from slimcli.runtimes.measuring import fastest, profile_places
     from slimcli.session.session import Request, open_session
 
     session = open_session(Request("profile", pretrained=False, reads_data=False, **request))
     batch = batch_size or profiling.DEFAULT_BATCH[session.device.type]
     with display.progress() as progress:
-        rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings)
+        rows = profile_places(session.model, keep_rates, places, batch, seconds, progress, exact_savings, display.warn)
     facts = {key: value for key, value in session.facts(batch).items() if key != "precision"}
     display.line(f"{session.target.model_name}: {facts['device']}, {facts['threads']} threads, batch {batch}")
-    print_profile(display, rows, False)
-    display.document({"model": session.target.model_name, **facts, "rows": rows})
+    print_runtimes(display, rows)
+    display.document({"model": session.target.model_name, **facts, "rows": rows, "fastest": fastest(rows)})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimcli.cli.display import across, number
-from slimcli.measure.rows import MEASURES, Row, interval_text, notes, timing_notes
+from slimcli.measure.rows import MEASURES, Row, interval_text, measured, notes, timing_notes
 
 if TYPE_CHECKING:
     from slimcli.calibration.workflow import Calibrated
@@ -45,6 +45,32 @@ def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
     if intervals and not methods:
         caption.append(f"95 % interval of the speed-up: {', '.join(intervals)}")
     display.table(titles, body, "\n".join([*caption, *notes(rows)]))
+
+
+def print_runtimes(display: Display, rows: Sequence[Row]) -> None:
+    """A line for each row of several runtimes, as far as it was measured, and which is the fastest."""
+    from slimcli.runtimes.measuring import fastest
+
+    keys = ["top1", "similarity", "agreement", "images_per_second", "speedup", "realised", "over_first"]
+    keys += ["latency_ms_p50", "megabytes"]
+    found = measured(rows, keys)
+
+    def table() -> tuple[list[str], list[list[str]]]:
+        doubted = ("speedup", "realised", "over_first")
+        cells = [[m.text(row, unit=m.key == "realised", doubt=m.key in doubted) for m in found] for row in rows]
+        return ["", *(m.short for m in found)], [[row.name, *line] for row, line in zip(rows, cells, strict=True)]
+
+    titles, body = table()
+    caption = ["Speed-up: over the dense model in the same runtime; Over first: over the first row"]
+    if any(m.key == "realised" for m in found):
+        caption.append("of ideal: speed-up over the ratio of multiply-adds; p50: latency at batch 1")
+    ratios = [f"{row.name} {interval_text(row)}" for row in rows if row.speedup_interval and not row.dense]
+    if ratios:
+        caption.append(f"95 % interval of the speed-up: {', '.join(ratios)}")
+    display.table(titles, body, "\n".join([*caption, *notes(rows)]))
+    best = fastest(rows)
+    if best:
+        display.line(best)
 
 
 def print_layers(display: Display, table: dict[str, Any]) -> None:
@@ -197,7 +223,12 @@ def print_plugins(display: Display, plugins: Sequence[Plugin]) -> None:
         display.line(f"{plugin.name} ({plugin.package} {plugin.version})")
         for name, about in plugin.backbones.items():
             display.line(f"  {name:<12} {about}")
-        for kind, added in (("method ", plugin.methods), ("data ", plugin.datasets), ("slim ", plugin.commands)):
+        for kind, added in (
+            ("method ", plugin.methods),
+            ("data ", plugin.datasets),
+            ("slim ", plugin.commands),
+            ("runtime ", plugin.runtimes),
+        ):
             for name, about in added.items():
                 display.line(f"  {kind}{name}: {about}")
 
