@@ -54,6 +54,7 @@ def command(
     run, and where there is none the model that comes with slim.
     """
     from slimcli.cli.display import Display, across
+    from slimcli.cli.tables import print_runtimes
     from slimcli.measure.evaluation import evaluate
     from slimcli.session.session import Request, open_session
     from slimcli.store.run_folder import add_evaluation
@@ -69,13 +70,17 @@ def command(
             from slimcli.runtimes.measuring import CALIBRATION, evaluate_places
 
             calibration = session.first_batches(CALIBRATION) if any(p.precision == "int8" for p in places) else []
-            rows = evaluate_places(session.model, session.loader(images), keep_rates, places, calibration, progress)
+            loader = session.loader(images)
+            rows = evaluate_places(session.model, loader, keep_rates, places, calibration, progress, display.warn)
         else:
             rows = evaluate(session.model, session.loader(images), keep_rates, session.device, session.dtype, progress)
     found = session.target
     where = f"{len(images)} images of {session.data_label}; {session.conditions(batch_size)}"
     display.line(f"{found.label}: {found.model_name} on {where}")
-    across(display, rows)
+    if places:
+        print_runtimes(display, rows)
+    else:
+        across(display, rows)
     document = {
         "model": found.model_name,
         "target": found.label,

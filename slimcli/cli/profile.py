@@ -80,7 +80,9 @@ def command(
     display.warnings([] if places else session.target.notes)
     with display.progress() as progress:
         if places:
-            found = profile_in_runtimes(session, places, keep_rates, batch_size, exact_savings, seconds, progress)
+            found = profile_in_runtimes(
+                session, places, keep_rates, batch_size, exact_savings, seconds, progress, display.warn
+            )
         else:
             looks = Looks(words(against), per_layer, operators, streams)
             found = profile_session(session, keep_rates, batch_size, exact_savings, seconds, looks, progress)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimcli.cli.display import across, number
-from slimcli.measure.rows import MEASURES, Row, interval_text, notes, timing_notes
+from slimcli.measure.rows import MEASURES, Row, interval_text, measured, notes, timing_notes
 
 if TYPE_CHECKING:
     from slimcli.calibration.workflow import Calibrated
@@ -51,8 +51,10 @@ def print_profile(display: Display, rows: Sequence[Row], methods: bool) -> None:
 def print_profiled(display: Display, found: Profiled, methods: bool) -> None:
     """All that a profile found: its rows, what runs the attention, what holds it back, and the details."""
     display.line(f"{found.session.target.model_name}: {found.conditions}")
-    print_profile(display, found.rows, methods)
-    if found.attention is not None:
+    if found.attention is None:
+        print_runtimes(display, found.rows)
+    else:
+        print_profile(display, found.rows, methods)
         inference, training = found.attention["inference"], found.attention["training"]
         display.line(f"attention: {inference} in inference, {training} while lives learn")
     display.warnings(found.notes)
@@ -62,6 +64,32 @@ def print_profiled(display: Display, found: Profiled, methods: bool) -> None:
         print_operators(display, found.details["operators"])
     for line in found.advice:
         display.line(line)
+
+
+def print_runtimes(display: Display, rows: Sequence[Row]) -> None:
+    """A line for each row of several runtimes, as far as it was measured, and which is the fastest."""
+    from slimcli.runtimes.measuring import fastest
+
+    keys = ["top1", "similarity", "agreement", "images_per_second", "speedup", "realised", "over_first"]
+    keys += ["latency_ms_p50", "megabytes"]
+    found = measured(rows, keys)
+
+    def table() -> tuple[list[str], list[list[str]]]:
+        doubted = ("speedup", "realised", "over_first")
+        cells = [[m.text(row, unit=m.key == "realised", doubt=m.key in doubted) for m in found] for row in rows]
+        return ["", *(m.short for m in found)], [[row.name, *line] for row, line in zip(rows, cells, strict=True)]
+
+    titles, body = table()
+    caption = ["Speed-up: over the dense model in the same runtime; Over first: over the first row"]
+    if any(m.key == "realised" for m in found):
+        caption.append("of ideal: speed-up over the ratio of multiply-adds; p50: latency at batch 1")
+    ratios = [f"{row.name} {interval_text(row)}" for row in rows if row.speedup_interval and not row.dense]
+    if ratios:
+        caption.append(f"95 % interval of the speed-up: {', '.join(ratios)}")
+    display.table(titles, body, "\n".join([*caption, *notes(rows)]))
+    best = fastest(rows)
+    if best:
+        display.line(best)
 
 
 def print_layers(display: Display, table: dict[str, Any]) -> None:
@@ -214,7 +242,12 @@ def print_plugins(display: Display, plugins: Sequence[Plugin]) -> None:
         display.line(f"{plugin.name} ({plugin.package} {plugin.version})")
         for name, about in plugin.backbones.items():
             display.line(f"  {name:<12} {about}")
-        for kind, added in (("method ", plugin.methods), ("data ", plugin.datasets), ("slim ", plugin.commands)):
+        for kind, added in (
+            ("method ", plugin.methods),
+            ("data ", plugin.datasets),
+            ("slim ", plugin.commands),
+            ("runtime ", plugin.runtimes),
+        ):
             for name, about in added.items():
                 display.line(f"  {kind}{name}: {about}")
 

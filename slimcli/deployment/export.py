@@ -151,6 +151,7 @@ def export_model(
 def require(runtime: Runtime, precision: str, calibration: Sequence[Tensor]) -> None:
     """`SlimError` if the runtime is not here or cannot run in the precision, or int8 comes without images."""
     runtime.require(precision)
+    runtime.require_file(precision)
     if precision == "int8" and not calibration:
         raise SlimError(
             f"int8 needs images to find the ranges of activations on: name a folder of them with {parameter('data')}"

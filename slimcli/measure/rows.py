@@ -64,9 +64,11 @@ MEASURES = {
         Measure("params_millions", "Parameters (M)", "M params", 2, " M"),
         Measure("images_per_second", "Images/s", "img/s", 1, "", "higher", timed=True),
         Measure("speedup", "Speed-up", "Speed-up", 2, "", "higher", timed=True),
+        Measure("over_first", "Over the first row", "Over first", 2, "", "higher", timed=True),
         Measure("realised", "Speed-up of ideal", "of ideal", 0, " %", "higher", timed=True, scale=100.0),
         Measure("latency_ms_p50", "Latency p50 (ms)", "p50 ms", 1, " ms", "lower", timed=True),
         Measure("latency_ms_p95", "Latency p95 (ms)", "p95 ms", 1, " ms", "lower", timed=True),
+        Measure("megabytes", "MB on disk", "MB", 0, " MB", "lower"),
         Measure("peak_memory_mib", "Peak memory (MiB)", "MiB", 0, " MiB", "lower"),
     )
 }
@@ -81,12 +83,13 @@ ALWAYS = ("dense", "method", "keep_rate", "exact_savings", "schedule", "gmacs", 
 class Row:
     """What was measured of one way to run a model: dense, or slimmed by a schedule. None: not measured.
 
-    Accuracy is in percent, `similarity` the mean cosine between features and the dense model's, `*_se` standard
-    errors; `top1_difference` is top-1 less the dense model's on the same images, in points. `agreement` (percent), `kl`
-    (nats) and `logit_error` say how near its logits are to the dense model's: see `scores.Likeness`. `right` has the
-    images that it got right, where they are asked for: see `scores.packed`. `speedup` is over the dense model, with its
-    95 % interval; `timing_reliable` says whether to believe what was timed, and `timing_note` why not. Values are also
-    read by their key, `row["top1"]`, as they stand in JSON.
+    Accuracy is in percent, `similarity` the mean cosine between features and the dense model's, `*_se` standard errors;
+    `top1_difference` is top-1 less the dense model's on the same images, in points. `agreement` (percent), `kl` (nats)
+    and `logit_error` say how near its logits are to the dense model's: see `scores.Likeness`. `right` has the images
+    that it got right, where they are asked for: see `scores.packed`. `speedup` is over the dense model in the same
+    runtime, with its 95 % interval, and `over_first` over the first row, where rows are of several runtimes;
+    `timing_reliable` says whether to believe what was timed, and `timing_note` why not. Values are also read by their
+    key, `row["top1"]`, as they stand in JSON.
     """
 
     dense: bool = False
@@ -119,9 +122,11 @@ class Row:
     images_per_second: float | None = None
     speedup: float | None = None
     speedup_interval: tuple[float, float] | None = None
+    over_first: float | None = None
     realised: float | None = None
     latency_ms_p50: float | None = None
     latency_ms_p95: float | None = None
+    megabytes: float | None = None
     peak_memory_mib: float | None = None
     timing_reliable: bool | None = None
     timing_note: str | None = None

@@ -25,6 +25,8 @@ class Plugin:
     datasets: dict[str, str]
     commands: dict[str, str]
     methods: dict[str, str] = field(default_factory=dict)
+    #: each with a line about it: precisions, versions of what it needs, or what is missing
+    runtimes: dict[str, str] = field(default_factory=dict)
 
 
 def commands() -> dict[str, click.Command]:
@@ -39,11 +41,16 @@ def installed() -> list[Plugin]:
     manager = plugin_manager()
     own = ("slimcli", importlib.metadata.version("slimcli"))
     backbones, datasets = ask("slim_backbone_names")[0], ask("slim_datasets")[0]
-    added, rules = ask("slim_commands")[0], methods()
+    added, rules, places = ask("slim_commands")[0], methods(), ask("slim_runtimes")[0]
     found = []
     for name, _plugin in manager.list_name_plugin():
         package, version = own if name in BUILT_IN else packages().get(name, own)
         helps = {command: value.get_short_help_str() for command, value in added.get(name, {}).items()}
         own_rules = {rule: entry.about for rule, entry in rules.items() if entry.plugin == name}
-        found.append(Plugin(name, package, version, backbones.get(name, {}), datasets.get(name, {}), helps, own_rules))
+        own_places = {kind.name: kind().described() for kind in places.get(name, ())}
+        found.append(
+            Plugin(
+                name, package, version, backbones.get(name, {}), datasets.get(name, {}), helps, own_rules, own_places
+            )
+        )
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
@@ -75,6 +77,9 @@ class Conversion:
 class Program(ABC):
     """A model that is ready to run in a runtime."""
 
+    #: what its artefact, or its weights, take in files; None where nobody knows
+    megabytes: float | None = None
+
     @abstractmethod
     def run(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), float32, to the output (B, C), float32, on the device where the images are."""
@@ -114,6 +119,23 @@ class Runtime(ABC):
         if precision not in self.precisions:
             raise SlimError(f"the runtime {self.name} has no {precision}: expected {', '.join(self.precisions)}")
 
+    def require_file(self, precision: str) -> None:
+        """`SlimError` where it keeps no file in this precision, which it has."""
+        if not self.files:
+            raise SlimError(f"the runtime {self.name} keeps no file: expected another runtime")
+
+    def described(self) -> str:
+        """Its precisions and devices, the versions of what it needs, and what is missing of it."""
+        found = [" ".join(self.precisions), f"on {' '.join(self.devices)}"]
+        missing = self.missing()
+        for package in self.needs.values() or ["torch"]:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.append(f"{package} {importlib.metadata.version(package)}")
+        if missing:
+            install = f'"slimcli[{self.extra}]"' if self.extra else " ".join(missing)
+            found.append(f"missing {' '.join(missing)}: pip install {install}")
+        return ", ".join(found)
+
     def require_device(self, device: torch.device) -> None:
         """`SlimError` where it does not run on this device."""
         if device.type in self.devices:
@@ -128,7 +150,9 @@ class Runtime(ABC):
         """The model as a program, without an artefact that stays."""
         with tempfile.TemporaryDirectory(prefix="slim-") as folder:
             self.write(model, Path(folder), conversion)
-            return self.open(Path(folder), conversion.precision)
+            program = self.open(Path(folder), conversion.precision)
+            program.megabytes = sum((Path(folder) / name).stat().st_size for name in self.files) / 1e6
+            return program
 
     def write(self, model: Forward, folder: Path, conversion: Conversion) -> None:
         """Write the artefact `files` into a folder that is there.

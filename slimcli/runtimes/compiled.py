@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.runtimes.base import Conversion, Forward, Program, Runtime, example, first_line
-from slimcli.runtimes.eager import TorchProgram, placed
+from slimcli.runtimes.eager import TorchProgram, dtype_of, placed, stored_megabytes
+from slimcli.runtimes.torch_int8 import require_torchao
 
 
 class CompiledProgram(TorchProgram):
@@ -31,15 +31,21 @@ class Compile(Runtime):
 
     name = "compile"
     about = "torch.compile, in this process; needs a C++ compiler on a CPU"
-    precisions = ("float32", "bfloat16")
+    precisions = ("float32", "bfloat16", "int8")
     devices = ("cpu", "cuda")
+
+    def require(self, precision: str = "float32") -> None:
+        super().require(precision)
+        if precision == "int8":
+            require_torchao()
 
     def prepare(self, model: Forward, conversion: Conversion) -> Program:
         # packed layers are for what is not compiled
         own = placed(model, conversion.precision, conversion.device)
         module = cast(nn.Module, torch.compile(own, dynamic=False))
         program = CompiledProgram if conversion.batch_size is None else TorchProgram
-        compiled = program(module, DTYPES[conversion.precision], conversion.device)
+        compiled = program(module, dtype_of(conversion.precision), conversion.device)
+        compiled.megabytes = stored_megabytes(own)
         try:
             compiled.run(example(model, conversion))
         except Exception as error:  # no compiler here, or what it says

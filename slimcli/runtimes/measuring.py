@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from slimcli.errors import SlimError
 from slimcli.measure import clock
 from slimcli.measure.evaluation import FEWEST_ROUNDS, MOST_SECONDS, Variant, describe
 from slimcli.measure.profiling import LONGER, all_variants, random_images
-from slimcli.measure.rows import Row
+from slimcli.measure.rows import MEASURES, Row
 from slimcli.measure.timing import Timing
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
@@ -29,6 +29,13 @@ from slimcli.slimming import SlimModel
 NOISE, CALIBRATION = 8, 300
 
 
+Warn = Callable[[str], None]
+
+
+def no_warning(_line: str) -> None:
+    """Say nothing."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A runtime, and the precision and the device that a model runs in there."""
@@ -36,6 +43,8 @@ class Place:
     runtime: Runtime
     precision: str
     device: torch.device = CPU
+    #: whether it was asked for by its name: it must run then
+    named: bool = True
 
     @property
     def name(self) -> str:
@@ -60,8 +69,7 @@ def find_places(names: Sequence[str], device: str = "auto") -> list[Place]:
     found: list[Place] = []
     for name in names:
         if name == "all":
-            ready = [r for r in runtimes().values() if where.type in r.devices and not r.missing()]
-            found += [Place(runtime, precision, where) for runtime in ready for precision in runtime.precisions]
+            found += _installed(where)
             continue
         runtime, precision = find_runtime(name.partition(":")[0]), name.partition(":")[2] or "float32"
         runtime.require(precision)
@@ -69,6 +77,17 @@ def find_places(names: Sequence[str], device: str = "auto") -> list[Place]:
         found.append(Place(runtime, precision, where))
     unique = {place.name: place for place in found}
     return list(unique.values())
+
+
+def _installed(where: torch.device) -> list[Place]:
+    found = []
+    for runtime in runtimes().values():
+        for precision in runtime.precisions:
+            with suppress(SlimError):
+                runtime.require(precision)
+                runtime.require_device(where)
+                found.append(Place(runtime, precision, where, named=False))
+    return found
 
 
 @dataclass
@@ -87,22 +106,30 @@ def _prepared(
     places: Sequence[Place],
     calibration: Sequence[Tensor],
     progress: Progress,
+    warn: Warn,
 ) -> Iterator[list[_Run]]:
-    """Every variant in every place, place by place; programs are closed at the end."""
+    """Every variant in every place, place by place; programs are closed at the end.
+
+    A place that was not asked for by name, and where the model does not run, is left out with a warning.
+    """
     runs: list[_Run] = []
     total = len(places) * len(variants())
     try:
         for place in places:
-            for variant in variants():
-                progress(f"preparing {place.name}", len(runs), total)
-                with model.running():
-                    variant.set(model)
-                    forward = Forward(model, dense=variant.schedule is None)
-                    if variant.schedule is None:
-                        forward.slim.exact_savings = variant.exact_savings
-                    real = calibration if place.precision == "int8" else ()
-                    conversion = Conversion(place.precision, None, real, place.device)
-                    runs.append(_Run(place, variant, place.runtime.prepare(forward, conversion)))
+            before = len(runs)
+            try:
+                for variant in variants():
+                    progress(f"preparing {place.name}", len(runs), total)
+                    runs.append(_Run(place, variant, _program(model, variant, place, calibration)))
+            except SlimError as error:
+                if place.named:
+                    raise
+                warn(f"{place.name} is left out: {error}")
+                for run in runs[before:]:
+                    run.program.close()
+                del runs[before:]
+        if not runs:
+            raise SlimError("no runtime here can run the model")
         progress("preparing", 1, 1)
         yield runs
     finally:
@@ -110,13 +137,31 @@ def _prepared(
             run.program.close()
 
 
+def _program(model: SlimModel, variant: Variant, place: Place, calibration: Sequence[Tensor]) -> Program:
+    with model.running():
+        variant.set(model)
+        forward = Forward(model, dense=variant.schedule is None)
+        if variant.schedule is None:
+            forward.slim.exact_savings = variant.exact_savings
+        real = calibration if place.precision == "int8" else ()
+        return place.runtime.prepare(forward, Conversion(place.precision, None, real, place.device))
+
+
 def _figures(runs: Sequence[_Run], timing: Timing) -> list[dict[str, Any]]:
-    """What the timing says of each run, the speed-up being over the dense model in the same place."""
+    """What the timing says of each run, the speed-up being over the dense model in the same place, and its size."""
     found = []
     for index, run in enumerate(runs):
         first = next(i for i, other in enumerate(runs) if other.place == run.place)
         own = Timing([timing.seconds[first], timing.seconds[index]], timing.load)
-        found.append(own.figures(0 if index == first else 1))
+        over = statistics.median(timing.seconds[0]) / statistics.median(timing.seconds[index])
+        size = run.program.megabytes
+        found.append(
+            {
+                **own.figures(0 if index == first else 1),
+                "over_first": round(over, 4),
+                "megabytes": None if size is None else round(size, 1),
+            }
+        )
     return found
 
 
@@ -128,6 +173,7 @@ def profile_places(
     min_seconds: float = 2.0,
     progress: Progress = no_progress,
     exact_savings: bool = False,
+    warn: Warn = no_warning,
 ) -> list[Row]:
     """Rows for the dense model and each keep rate in every place: throughput and latency, all timed in turn.
 
@@ -141,7 +187,7 @@ def profile_places(
     def variants() -> list[Variant]:
         return all_variants(model, keep_rates, exact_savings)
 
-    with steps.step() as part, _prepared(model, variants, places, [images], part) as runs:
+    with steps.step() as part, _prepared(model, variants, places, [images], part, warn) as runs:
         calls = [partial(run.program.run, images[:batch_size]) for run in runs]
         with steps.step() as part:
             timing = clock.take_turns(
@@ -175,6 +221,7 @@ def evaluate_places(
     places: Sequence[Place],
     calibration: Sequence[Tensor] = (),
     progress: Progress = no_progress,
+    warn: Warn = no_warning,
 ) -> list[Row]:
     """Rows for the dense model and each keep rate in every place: accuracy on all images of `loader`, and speed.
 
@@ -191,7 +238,7 @@ def evaluate_places(
         return all_variants(model, keep_rates, False)
 
     classifies = model.architecture().num_outputs > 0
-    with steps.step() as part, _prepared(model, variants, places, calibration, part) as runs:
+    with steps.step() as part, _prepared(model, variants, places, calibration, part, warn) as runs:
         full: Tensor | None = None
         with steps.step() as part:
             for index, (images, targets) in enumerate(loader):
@@ -221,3 +268,17 @@ def evaluate_places(
         )
         for index, (run, figures) in enumerate(zip(runs, _figures(runs, timing), strict=True))
     ]
+
+
+def fastest(rows: Sequence[Row]) -> str | None:
+    """Which of several runtimes runs the slimmed model fastest, and by how much; None where there is but one."""
+    slimmed = [row for row in rows if not row.dense and row.images_per_second]
+    if len({row.runtime for row in slimmed}) < 2:
+        return None
+    best = max(slimmed, key=lambda row: row.images_per_second or 0.0)
+    text = MEASURES["images_per_second"].text(best)
+    over, own = MEASURES["over_first"].text(best), MEASURES["speedup"].text(best)
+    return (
+        f"fastest here: {best.name}, {text} images/s: {over} times as fast as {rows[0].name}, "
+        f"{own} times as fast as dense in the same runtime"
+    )

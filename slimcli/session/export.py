@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slimcli.data.samples import ImageSamples
 from slimcli.deployment import export as deployment
-from slimcli.errors import SlimError, parameter
+from slimcli.errors import SlimError
 from slimcli.progress import Progress, no_progress
 from slimcli.runtimes import Runtime, find_runtime
 from slimcli.session.session import Session
@@ -21,9 +21,8 @@ def keeping_runtime(name: str, precision: str, folder: Path) -> Runtime:
     """The runtime called `name`; `SlimError` where it keeps no file, has not the precision, or `folder` is taken."""
     deployment.check_free(folder)
     found = find_runtime(name)
-    if not found.files:
-        raise SlimError(f"{parameter('runtime', name)}: keeps no file: expected another runtime")
     found.require(precision)
+    found.require_file(precision)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from slimcli.measure.streams import Streams
 from slimcli.measure.streams import advice as best_streams
 from slimcli.measure.streams import streams as compare_streams
 from slimcli.progress import Progress, no_progress
-from slimcli.runtimes.measuring import Place, profile_places
+from slimcli.runtimes.measuring import Place, fastest, profile_places
 from slimcli.session.session import Session
 
 
@@ -108,10 +108,12 @@ def profile_in_runtimes(
     exact_savings: bool = False,
     seconds: float = 2.0,
     progress: Progress = no_progress,
+    warn: Callable[[str], None] = lambda _line: None,
 ) -> Profiled:
     """Measure the session's model in runtimes by name, dense and at each keep rate."""
     batch = batch_size or profiling.DEFAULT_BATCH[session.device.type]
-    rows = profile_places(session.model, keep_rates, list(places), batch, seconds, progress, exact_savings)
+    rows = profile_places(session.model, keep_rates, list(places), batch, seconds, progress, exact_savings, warn)
     # each row has a precision of its own
     facts = {key: value for key, value in session.facts(batch).items() if key != "precision"}
+    facts["fastest"] = fastest(rows)
     return Profiled(session, batch, rows, f"{facts['device']}, {facts['threads']} threads, batch {batch}", facts)
