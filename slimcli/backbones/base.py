@@ -220,6 +220,13 @@ class Backbone(ABC):
         """Fit a state dict to the model: rename keys, resample the position embedding to the model's grid."""
         return state
 
+    def rebuilt_as(self, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        """{"name", "args"} that build this architecture with nothing fetched, where it was built as said.
+
+        To be overridden where a model's name may be that of a file or a place: model folders hold no such names.
+        """
+        return {"name": name, "args": dict(args)}
+
     def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
         """What the model's own library needs in config.json to read a published folder: nothing by default.
 

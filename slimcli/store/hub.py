@@ -173,11 +173,11 @@ def offline() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True  # type: ignore[misc]
+    constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before  # type: ignore[misc]
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager
