@@ -88,7 +88,7 @@ class Hub(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self.server.repositories[name] = {
-                "private": asked.get("private", False), "branches": {"main": "0" * 40}, "commits": {"0" * 40: {}}
+                "private": asked.get("private", asked.get("visibility") == "private"), "branches": {"main": "0" * 40}, "commits": {"0" * 40: {}}
             }  # fmt: skip
             return self.answer(200, {"url": f"{self.server.address}/{name}"})
         if path == "/api/validate-yaml":

@@ -221,17 +221,11 @@ class Backbone(ABC):
         return state
 
     def rebuilt_as(self, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-        """{"name", "args"} that build this architecture with nothing fetched, where it was built as said.
-
-        To be overridden where a model's name may be that of a file or a place: model folders hold no such names.
-        """
+        """{"name", "args"} that build this architecture with no file and nothing fetched: by default as it was built."""
         return {"name": name, "args": dict(args)}
 
     def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the model's own library needs in config.json to read a published folder: nothing by default.
-
-        `built_from` is {"name", "args"}, how the model is built, and `prepare` how images are prepared.
-        """
+        """What the model's own library reads in the config.json of a folder that holds {"name", "args"} `built_from`."""
         return {}
 
     def architecture(self) -> Architecture:
