@@ -87,8 +87,9 @@ class Hub(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            private = asked.get("private", asked.get("visibility") == "private")
             self.server.repositories[name] = {
-                "private": asked.get("private", asked.get("visibility") == "private"), "branches": {"main": "0" * 40}, "commits": {"0" * 40: {}}
+                "private": private, "branches": {"main": "0" * 40}, "commits": {"0" * 40: {}}
             }  # fmt: skip
             return self.answer(200, {"url": f"{self.server.address}/{name}"})
         if path == "/api/validate-yaml":

@@ -221,11 +221,11 @@ class Backbone(ABC):
         return state
 
     def rebuilt_as(self, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-        """{"name", "args"} that build this architecture with no file and nothing fetched: by default as it was built."""
+        """{"name", "args"} that build this architecture with no file and nothing fetched; by default as given."""
         return {"name": name, "args": dict(args)}
 
     def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the model's own library reads in the config.json of a folder that holds {"name", "args"} `built_from`."""
+        """What the model's own library reads in the config.json of a model that is built as `built_from` says."""
         return {}
 
     def architecture(self) -> Architecture:
