@@ -284,7 +284,12 @@ def test_prune_bakes_a_folder_that_loads_anywhere(slim, run_folder, tmp_path):
     result = slim("prune", run_folder, "--keep-rate", "0.5", "-o", "deployed", "--dtype", "float16", "--json")
     measured = document(result)
     folder = tmp_path / "deployed"
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "slim.safetensors",
+        "config.json",
+        "README.md",
+    }
     config = json.loads((folder / "config.json").read_text())
     assert config["class_names"] == [str(digit) for digit in range(10)]
     assert config["preprocessing"]["input_size"] == [3, 32, 32]

@@ -220,11 +220,12 @@ class Backbone(ABC):
         """Fit a state dict to the model: rename keys, resample the position embedding to the model's grid."""
         return state
 
-    def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the model's own library needs in config.json to read a published folder: nothing by default.
+    def rebuilt_as(self, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        """{"name", "args"} that build this architecture with no file and nothing fetched; by default as given."""
+        return {"name": name, "args": dict(args)}
 
-        `built_from` is {"name", "args"}, how the model is built, and `prepare` how images are prepared.
-        """
+    def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What the model's own library reads in the config.json of a model that is built as `built_from` says."""
         return {}
 
     def architecture(self) -> Architecture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,3 +31,18 @@ def timm_config(model: nn.Module, name: str, args: Mapping[str, Any], prepare: M
         "model_args": {"num_classes": classes, **args},
         "pretrained_cfg": {**own, **images, "num_classes": classes},
     }
+
+
+def plain_architecture(model: nn.Module, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """{"name", "args"} of a model that was built from the hub or a folder of timm's, by its architecture alone."""
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return {"name": name, "args": dict(args)}
+    known = {key: value for key, value in getattr(model, "_model_args", {}).items() if not key.startswith("pretrained")}
+    classes = {"num_classes": int(getattr(model, "num_classes", 0))}
+    return {"name": str(getattr(model, "pretrained_cfg", {})["architecture"]), "args": {**classes, **known, **args}}
+
+
+def base_model(model: nn.Module) -> str | None:
+    """The repository on the hub that a model's pretrained weights come from; None where it is not known."""
+    found = str((getattr(model, "pretrained_cfg", None) or {}).get("hf_hub_id") or "").partition("@")[0]
+    return found if re.fullmatch(r"[\w.-]+/[\w.-]+", found) else None

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from slimcli.attention import attend, biased_attention
 from slimcli.backbones.base import pool_mean
-from slimcli.backbones.timm_folder import timm_config
+from slimcli.backbones.timm_folder import plain_architecture, timm_config
 from slimcli.backbones.timm_sizes import Resizable
 from slimcli.errors import SlimError
 from slimcli.layout import rows
@@ -283,6 +283,9 @@ class TimmViT(Resizable):
         config = timm.data.resolve_model_data_config(self.model)
         config["input_size"] = (image_channels(self.model), *self.image_size)
         return config
+
+    def rebuilt_as(self, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        return plain_architecture(self.model, name, args)
 
     def library_config(self, built_from: Mapping[str, Any], prepare: Mapping[str, Any] | None) -> dict[str, Any]:
         return timm_config(self.model, built_from["name"], built_from["args"], prepare or self.preprocessing())

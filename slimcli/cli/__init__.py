@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from slimcli.documents import visible
 from slimcli.errors import Interrupted, SlimError
 from slimcli.version import __version__
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "predict": "Classes, or embeddings, of images: files, folders, names on stdin.",
     "profile": "Cost, speed and memory of a model, without any data.",
     "prune": "Bake a schedule into a folder that is ready to deploy.",
+    "push": "Publish a model folder on the Hugging Face hub.",
     "recipes": "List the built-in recipes, copy one out, check one.",
     "report": "One HTML page of a run: tables, curves, pictures, commands.",
     "show": "Pictures of the life of every patch over the image.",
@@ -95,7 +97,7 @@ class SlimGroup(click.Group):
             if ctx.meta.get("slim.debug"):
                 raise
             message, code = _explain(error, _options(self, ctx))
-            click.echo(message, err=True)
+            click.echo(visible(message, lines=True), err=True)
             ctx.exit(code)
 
 

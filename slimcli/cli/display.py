@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from slimcli.documents import json_text
+from slimcli.documents import json_text, visible
 from slimcli.measure.rows import Row, interval_text, measured, notes, read_rows
 from slimcli.progress import Progress as Report
 from slimcli.progress import no_progress
@@ -50,12 +50,12 @@ class Display:
     def line(self, text: str = "") -> None:
         """A line of text."""
         if not self.quiet:
-            self._console().print(text, markup=False, soft_wrap=True)
+            self._console().print(visible(text, lines=True), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A line that must be seen but is not a result."""
         if not self.quiet:
-            self.err.print(f"Warning: {text}", markup=False, soft_wrap=True, style="yellow")
+            self.err.print(f"Warning: {visible(text, lines=True)}", markup=False, soft_wrap=True, style="yellow")
 
     def warnings(self, lines: Iterable[str]) -> None:
         """Several such lines."""
@@ -76,6 +76,7 @@ class Display:
         """
         if self.quiet:
             return
+        titles, rows = list(map(visible, titles)), [[visible(str(cell)) for cell in row] for row in rows]
         if self.out.is_terminal:
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
             for index, title in enumerate(titles):

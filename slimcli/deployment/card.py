@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from slimcli.documents import in_markdown
 from slimcli.runtimes.base import EMBEDDINGS, IMAGES, Conversion
 from slimcli.slimming import SlimModel
 from slimcli.version import __version__
@@ -43,7 +44,7 @@ def export_card(
     size = " x ".join(str(length) for length in prepare["input_size"])
     batch = "any number of images" if conversion.batch_size is None else f"always {conversion.batch_size} images"
     lines = [
-        f"# {config['model']['name']}, slimmed, for {runtime}",
+        f"# {in_markdown(config['model']['name'])}, slimmed, for {runtime}",
         "",
         f"A Vision Transformer that drops patches by {model.rule()}, exported by slim {__version__} in "
         f"{conversion.precision}; the {model.schedule.depth} blocks use "
@@ -59,7 +60,7 @@ def export_card(
     elif runtime in RUN:
         lines += ["```python", *_program(runtime, prepare, conversion, output), "```", ""]
     if config.get("class_names"):
-        names = (" ".join(name.split()).replace("<", "&lt;") for name in config["class_names"])
+        names = map(in_markdown, config["class_names"])
         lines += ["## Classes", "", ", ".join(names), ""]
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from slimcli.deployment.card import export_card
@@ -25,11 +24,10 @@ from slimcli.runtimes.eager import TorchProgram
 from slimcli.slimming import SlimModel
 from slimcli.store.model_folder import save_model, slimming_config
 from slimcli.store.run_folder import CONFIG
+from slimcli.store.schema import ClassNames, Preprocessing, inside, read_json, validated
 from slimcli.version import __version__
 
 FORMAT, VERSION = "slim-export", 1
-#: config.json of an artefact that is larger was not written by slim
-LARGEST_CONFIG = 2**24
 
 
 @dataclass(frozen=True)
@@ -209,19 +207,6 @@ def export_config(
     }
 
 
-class Preprocessing(BaseModel):
-    """How images are prepared."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    input_size: tuple[int, int, int]
-    mean: list[float] = Field(min_length=1, max_length=16)
-    std: list[float] = Field(min_length=1, max_length=16)
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
-    crop_pct: float = Field(gt=0, le=10)
-    crop_mode: Literal["center", "squash", "border"] | None = "center"
-
-
 class ExportConfig(BaseModel):
     """config.json of an artefact. Files are found by the runtime's own names, never by one that stands here."""
 
@@ -231,19 +216,19 @@ class ExportConfig(BaseModel):
     output: Literal["logits", "embeddings"]
     files: dict[str, str]
     preprocessing: Preprocessing
-    class_names: list[str] | None = None
+    class_names: ClassNames | None = None
     model: dict[str, Any] = {}
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds an artefact that `slim export` wrote, for another runtime than torch."""
-    try:
-        path = folder / CONFIG
-        if not path.is_file() or path.stat().st_size > LARGEST_CONFIG:
-            return False
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    """Whether a folder holds an artefact that `slim export` wrote, for another runtime than torch.
+
+    Raises:
+        SlimError: where its config.json is damaged, or holds what no terminal should show.
+    """
+    if not (folder / CONFIG).is_file():
         return False
+    content = read_json(inside(folder, CONFIG))
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
@@ -253,22 +238,17 @@ def open_export(folder: Path) -> tuple[ExportConfig, Program]:
     Raises:
         SlimError: if it is damaged, of another version, or its runtime is not installed.
     """
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    content = read_json(inside(folder, CONFIG))
     if content.get("format_version") != VERSION:
         raise SlimError(
-            f"{folder}: an artefact of version {content.get('format_version')}, written by slim "
-            f"{content.get('slim_version')}: this slim reads version {VERSION}: export the model again"
+            f"{folder}: an artefact of version {str(content.get('format_version'))[:20]}, written by slim "
+            f"{str(content.get('slim_version'))[:20]}: this slim reads version {VERSION}: export the model again"
         )
-    try:
-        config = ExportConfig.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SlimError(f"{folder / CONFIG}: is damaged: {where}: {first['msg']}") from None
+    config = validated(folder / CONFIG, ExportConfig, content)
     runtime = find_runtime(config.runtime)
     runtime.require(config.precision)
     for name in runtime.files:
-        if not (folder / name).is_file() or _digest(folder / name) != config.files.get(name):
+        if not inside(folder, name).is_file() or _digest(folder / name) != config.files.get(name):
             raise SlimError(f"{folder / name}: is damaged, or not what config.json was written for: export again")
     return config, runtime.open(folder, config.precision)
 

@@ -13,6 +13,7 @@ from slimcli.measure.rows import Row, read_rows
 from slimcli.report.trade_off import Point
 from slimcli.store.model_folder import read_config
 from slimcli.store.run_folder import CONFIG, ENVIRONMENT, EVALUATIONS, METRICS, RECIPE, SUMMARY
+from slimcli.store.schema import inside, read_json
 
 
 @dataclass
@@ -75,11 +76,9 @@ def read_run(folder: Path) -> Record:
 
 def _read_json(path: Path, missing: Any) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(inside(path.parent, path.name))
     except FileNotFoundError:
         return missing
-    except (OSError, ValueError) as error:
-        raise SlimError(f"{path}: is damaged: {error}") from error
     if not isinstance(found, type(missing)):
         raise SlimError(f"{path}: is damaged: expected a {type(missing).__name__}")
     return found

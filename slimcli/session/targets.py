@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from slimcli.backbones.base import Backbone
+from slimcli.backbones.timm_folder import base_model
 from slimcli.backbones.timm_vit import DIGITS_VIT
 from slimcli.data import open_dataset
 from slimcli.errors import SlimError
@@ -175,7 +176,9 @@ def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None
     plugin = recipe.model.backbone
     dense = build_model(recipe.model.name, pretrained, plugin, **args)
     model = slimmed(dense, recipe)
-    config: dict[str, Any] = {"model": {"name": recipe.model.name, "args": args}}
+    config: dict[str, Any] = {"model": model.backbone.rebuilt_as(recipe.model.name, args)}
+    if pretrained and (base := base_model(dense)) is not None:
+        config["base_model"] = base
     if plugin is not None:
         config["model"]["backbone"] = plugin
     learns = any(True for _ in model.selector.parameters())

@@ -29,7 +29,7 @@ from slimcli.version import __version__
 
 LIFE_HEAD = "life_head."
 #: bytes that a model may need beside its weights, for tables of positions
-ALLOWANCE = 2**30
+ALLOWANCE = 2**28
 
 
 class Loaded(NamedTuple):

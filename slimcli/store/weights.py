@@ -97,6 +97,8 @@ def _safetensors(path: Path, shapes: bool) -> tuple[Any, dict[str, str]]:
         header = int.from_bytes(start.read(8), "little")
     if not 0 < header <= min(size - 8, LARGEST_HEADER):
         raise ValueError(f"a header of {header} bytes in a file of {size}")
+    if size > memory():
+        raise SlimError(f"{path}: has {size / 2**30:.1f} GiB, more than fit the memory here")
     with safe_open(path, framework="pt") as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         numbers = sum(math.prod(part.get_shape()) for part in found.values())

@@ -63,6 +63,16 @@ class TransformersViT(slimcli.Backbone):
             hasattr(self.model, name) for name in self.classifier_names
         )
 
+    def rebuilt_as(self, name, args):
+        """By its model type and configuration, so that a model folder needs neither the hub nor another folder."""
+        config = self.model.config
+        if name == f"hf:{config.model_type}":
+            return super().rebuilt_as(name, args)
+        left_out = ("model_type", "transformers_version", "dtype", "torch_dtype", "auto_map")
+        fields = {key: value for key, value in config.to_diff_dict().items() if key not in left_out and key[:1] != "_"}
+        fields["architectures"] = [type(self.model).__name__]
+        return {"name": f"hf:{config.model_type}", "args": fields}
+
     def embed(self, images):
         return self.body.embeddings(images), None
 

@@ -18,6 +18,8 @@ CLASSES = {
     "beit": "BeitForImageClassification",
     "clip_vision_model": "CLIPVisionModelWithProjection",
     "siglip_vision_model": "SiglipVisionModel",
+    "clip": "CLIPForImageClassification",
+    "siglip": "SiglipForImageClassification",
 }
 
 
