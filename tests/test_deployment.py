@@ -96,9 +96,10 @@ def test_runtimes_give_what_the_model_gives(name, kind):
     program.close()
 
 
-@pytest.mark.parametrize(
-    "method", ["tome", "evit", "dynamicvit", "pitome", "tofu", "atc", "diffrate", "evo-vit", "resize", "random"]
-)
+RIVALS = ("tome", "evit", "dynamicvit", "pitome", "tofu", "atc", "diffrate", "evo-vit", "a-vit", "resize", "random")
+
+
+@pytest.mark.parametrize("method", RIVALS)
 def test_rivals_are_exported_or_refused_in_a_line_as_they_say(method):
     model = slimmed(tiny_vit(), 0.5, life_layer=1, method=method).eval()
     images = batches()[0]

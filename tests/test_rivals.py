@@ -247,3 +247,91 @@ def test_evo_vit_is_the_published_rule(changes):
                 x[prefix + i] += after[-1] - before[-1]
         expected.append(finished(model, list(x)))
     assert torch.allclose(model(given), torch.stack(expected), atol=1e-5)
+
+
+def halting_model():
+    model = made("a-vit", 0.5)
+    with torch.no_grad():
+        model.halting.center.fill_(4.0)
+    return model
+
+
+def read_of_the_class(states, scores):
+    """The class token's states weighted by its scores, up to one in all; the last has what is left."""
+    left, read = 1.0, 0.0
+    for number, (state, score) in enumerate(zip(states, scores, strict=True), 1):
+        ends = number == len(states) or 1 - left + score >= 0.99
+        read = read + (left if ends else score) * state
+        if ends:
+            return read
+        left = left - score
+    return read
+
+
+@torch.no_grad()
+def test_a_vit_keeps_those_that_are_furthest_from_done():
+    model, expected = halting_model(), []
+    counts, given = model.schedule.counts, images(halting_model())
+    assert counts[0] == 16 and all(a >= b for a, b in itertools.pairwise(counts)) and counts[-1] < 12
+    for image in given:
+        x = model.backbone.embed(image[None])[0][0]
+        states, scores, total = [], [], [0.0] * 16
+        for layer, block in enumerate(model.model.blocks, 1):
+            x, _, _ = attended(block, x)
+            x = x + block.mlp(block.norm2(x))
+            score = (10 * x[:, 0] - 4).sigmoid()
+            states.append(x[0])
+            scores.append(float(score[0]))
+            total = [before + float(new) for before, new in zip(total, score[1:], strict=True)]
+            if layer < 4:
+                stay = sorted(range(len(total)), key=lambda i, t=total: t[i])[: counts[layer]]
+                x, total = torch.stack([x[0], *(x[1 + i] for i in stay)]), [total[i] for i in stay]
+        expected.append(finished(model, [read_of_the_class(states, scores)]))
+    assert torch.allclose(model(given), torch.stack(expected), atol=1e-5)
+
+
+def test_a_vit_masks_those_that_are_done_and_adds_its_losses():
+    model, x = halting_model(), images(halting_model())
+    model.mode = "soft"
+    found = model(x)
+    logits, ponder, by_layer = [], [], [[] for _ in range(4)]
+    for image in x:
+        tokens = model.backbone.embed(image[None])[0][0]
+        states, scores, total, going = [], [], [0.0] * 16, [True] * 16
+        for layer, block in enumerate(model.model.blocks, 1):
+            kept = torch.stack([tokens[0], *(tokens[1 + i] for i in range(16) if going[i])])
+            kept, _, _ = attended(block, kept)
+            kept = kept + block.mlp(block.norm2(kept))
+            rows = iter(kept[1:])
+            tokens = torch.stack([kept[0], *(next(rows) if going[i] else tokens[1 + i] for i in range(16))])
+            score = (10 * tokens[:, 0] - 4).sigmoid()
+            states.append(tokens[0])
+            scores.append(score[0])
+            for i in [i for i in range(16) if going[i]]:
+                by_layer[layer - 1].append(score[1 + i])
+                if layer == 4 or total[i] + score[1 + i] >= 0.99:
+                    ponder.append(layer + 1 - total[i])
+                    going[i] = False
+                total[i] = total[i] + score[1 + i]
+        logits.append(finished(model, [read_of_the_class(states, scores)]))
+    assert torch.allclose(found, torch.stack(logits), atol=1e-5)
+    share = torch.stack([sum(layer) / len(layer) for layer in by_layer])
+    share = (share / share.sum()).clamp(0.01, 0.99)
+    density = [math.exp(-((layer - sum(model.schedule.counts) / 16) ** 2) / 2) for layer in range(1, 5)]
+    prior = sum(d / sum(density) * (math.log(d / sum(density)) - s.log()) for d, s in zip(density, share, strict=True))
+    due = 5e-4 * sum(ponder) / len(ponder) + 1e-3 * prior / 4
+    own = model.own_loss(x, None)
+    assert own.item() == pytest.approx(due.item(), rel=1e-4)
+    weight = model.model.blocks[0].attn.qkv.weight
+    got, expected = (torch.autograd.grad(loss, weight)[0] for loss in (found.sum() + own, sum(logits).sum() + due))
+    assert expected.abs().max() > 0 and torch.allclose(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_vit_finds_the_middle_of_its_scores_on_the_first_batch_alone():
+    model = made("a-vit", 0.5).train()
+    model.mode = "soft"
+    model(images(model))
+    center = float(model.halting.center)
+    assert center != 30 and model.halting.found
+    model(2 * images(model))
+    assert float(model.halting.center) == center

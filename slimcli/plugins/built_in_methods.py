@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def slim_register_methods(register: Callable[[str, type[SlimModel], str], None]) -> None:
+    from slimcli.methods.a_vit import AViT
     from slimcli.methods.atc import ATC, ATCComplete
     from slimcli.methods.diffrate import DiffRate
     from slimcli.methods.dynamicvit import DynamicViT
@@ -37,5 +38,6 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
     register("atc-complete", ATCComplete, "agglomerative clustering at each drop layer, complete linkage; on the CPU")
     register("diffrate", DiffRate, "pruned and merged by class attention in every block, as many as learned")
     register("evo-vit", EvoViT, "few patches are updated, the others move along with one token")
+    register("a-vit", AViT, "halting scores off one channel add up until a patch is done")
     register("random", RandomDiscard, "random patches leave at each drop layer")
     register("resize", Resize, "no patch leaves: the same model on a smaller image")
