@@ -64,7 +64,9 @@ def plan(
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
             rows = (order + row_table(order.shape[0], n, order.device)).flatten()
-            groups, unit = (x.flatten(0, 1).index_select(0, rows).view(x.shape) for x in (groups, unit))
+            unit = unit.flatten(0, 1).index_select(0, rows).view(unit.shape)
+            if stay > counts[-1]:
+                groups = groups.flatten(0, 1).index_select(0, rows).view(groups.shape)
         heirs = torch.bmm(unit[:, stay:], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
         left.append((names[:, stay:], names.gather(1, heirs)))
         names = names[:, :stay]
