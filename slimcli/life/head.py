@@ -42,6 +42,14 @@ def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
     return found.float()
 
 
+def _plus(found: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
+    """`found` (B, n, C), float32, and what a linear layer without bias says of x (B, n, D): in one product."""
+    if not is_plain_linear(layer) or layer.weight.dtype != torch.float32:
+        more: Tensor = layer(x)
+        return found + more.float()
+    return torch.baddbmm(found, x, layer.weight.t().expand(len(x), -1, -1))
+
+
 class Context(nn.Module):
     """One narrow transformer block in which the tokens see each other: after an early block a patch alone says little.
 
@@ -151,15 +159,18 @@ class LifeHead(nn.Module):
             whole = h[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
             query = _in_float32(self.query, whole)
             if is_plain_linear(self.key):
-                score = torch.bmm(patches, (query @ self.key.weight.float()).unsqueeze(-1)).squeeze(-1)
+                keys, query = patches, query @ self.key.weight.float()
             else:
-                score = torch.bmm(_in_float32(self.key, patches), query.unsqueeze(-1)).squeeze(-1)
+                keys = _in_float32(self.key, patches)
             raw = tokens[:, num_prefix_tokens:]
             features = (raw.float() if self.similarity is None else self.similarity(raw)) if compare else None
-            if self.context is not None:
-                seen = self.context(tokens)[:, num_prefix_tokens:]
-                score = score + self.context.score(seen).squeeze(-1).float()
-                features = features + self.context.features(seen).float() if features is not None else None
+            if self.context is None:
+                return torch.bmm(keys, query.unsqueeze(-1)).squeeze(-1), features
+            seen = self.context(tokens)[:, num_prefix_tokens:]
+            more = self.context.score(seen).float()
+            score = torch.baddbmm(more, keys, query.unsqueeze(-1)).squeeze(-1)
+            if features is not None:
+                features = _plus(features, self.context.features, seen)
             return score, features
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:

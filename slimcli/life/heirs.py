@@ -6,6 +6,7 @@ Shapes: B images, P prefix tokens, N patches, C channels of the features, K time
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.lives import highest_first, normalise_life, take_rows
+from slimcli.life.lives import exports_to_onnx, highest_first, normalise_life, take_rows
 from slimcli.life.tables import place_table, row_table, table
 from slimcli.schedule.counts import PLANNING_ROUNDS, planned_counts
 
@@ -50,13 +51,12 @@ def plan(
     least important leave, whether they are like others or not.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
-    names = highest_first(standard)
-    weight = (merge_importance * standard).clamp(-MOST, MOST).exp() if merge_importance else None
+    ranked, names = _ranked(standard)
+    weight = _power(standard, merge_importance) if merge_importance else None
     features = features.float()
     groups = take_rows(features if weight is None else features * weight.unsqueeze(-1), names)
     if redundancy > 0:
-        mass = (standard.gather(1, names) / redundancy).clamp(max=MOST).exp().unsqueeze(-1)
-        groups = torch.cat((groups, mass), dim=-1)
+        groups = torch.cat((groups, _power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
     left: list[tuple[Tensor, Tensor]] = []
     for n, stay in itertools.pairwise(planned_counts(counts)):
         unit = F.normalize(groups[..., : features.shape[-1]], dim=-1)
@@ -64,7 +64,9 @@ def plan(
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
             rows = (order + row_table(order.shape[0], n, order.device)).flatten()
-            groups, unit = (x.flatten(0, 1).index_select(0, rows).view(x.shape) for x in (groups, unit))
+            unit = unit.flatten(0, 1).index_select(0, rows).view(unit.shape)
+            if stay > counts[-1]:
+                groups = groups.flatten(0, 1).index_select(0, rows).view(groups.shape)
         heirs = torch.bmm(unit[:, stay:], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
         left.append((names[:, stay:], names.gather(1, heirs)))
         names = names[:, :stay]
@@ -77,18 +79,35 @@ def plan(
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
 
 
+def _ranked(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (B, n), the highest first, and their indices, as `highest_first` has them."""
+    if not exports_to_onnx():
+        return values.sort(dim=-1, descending=True, stable=True)
+    places = highest_first(values)
+    return values.gather(1, places), places
+
+
+def _power(standard: Tensor, times: float) -> Tensor:
+    """exp of standardised scores (B, n) `times` a number, finite whatever it is."""
+    exponent = standard if times == 1 else times * standard
+    # none of n standardised scores lies further than sqrt(n - 1) from 0
+    if abs(times) * math.sqrt(standard.shape[1]) > MOST:
+        exponent = exponent.clamp(-MOST, MOST)
+    return exponent.exp()
+
+
 def _cheapest_last(unit: Tensor, root: Tensor, stay: int) -> Tensor:
     """Places (B, n): the `stay` groups dearest to join, in the order they have, then the others, dearest first.
 
     `unit` (B, n, C) are the groups' features, of length 1, and `root` (B, n, 1) the roots of their masses.
     """
-    n, channels, device = unit.shape[1], unit.shape[2], unit.device
+    n, device = unit.shape[1], unit.device
     # the most important come first: nobody joins one that comes later
     not_before = table(lambda: torch.full((n, n), float("inf"), device=device).triu(), "not before", n, device)
-    # so that one product of [sqrt(m), sqrt(m) f / |f|] with itself is the cost of every pair
-    signs = table(lambda: 1.0 - 2.0 * torch.arange(channels + 1, device=device).clamp(max=1), "signs", channels, device)
-    scaled = torch.cat((root, root * unit), dim=-1)
-    cost = torch.baddbmm(not_before, scaled, (scaled * signs).transpose(1, 2)).amin(dim=-1)
+    # sqrt(m_i m_j), less the same times the cosine
+    apart = torch.baddbmm(not_before, root, root.transpose(1, 2))
+    scaled = root * unit
+    cost = torch.baddbmm(apart, scaled, scaled.transpose(1, 2), alpha=-1).amin(dim=-1)
     dearest = highest_first(cost)
     return torch.cat((dearest[:, :stay].sort(dim=-1).values, dearest[:, stay:]), dim=1)
 
@@ -126,13 +145,16 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
         part_of = part_of.gather(2, part_of)
     ones = table(lambda: torch.ones(tokens, device=device), "ones", tokens, device)
     nothing = table(lambda: torch.zeros(tokens, tokens, device=device, dtype=dtype), "zeros", tokens, dtype, device)
-    sums = table(lambda: torch.zeros(times + 1, tokens, device=device), "sums", times + 1, tokens, device)
-
-    def summed(values: Tensor) -> Tensor:
-        return sums.expand(batch, -1, -1).scatter_add(2, part_of, values.expand(batch, times + 1, tokens))
-
-    size = summed(ones)
-    weight = size if found.weight is None else summed(F.pad(found.weight, (prefix, 0), value=1.0).unsqueeze(1))
+    # how many patches each stands for and, where they weigh otherwise, what they weigh: summed in one
+    kinds = 1 if found.weight is None else 2
+    sums = table(lambda: torch.zeros(kinds, times + 1, tokens, device=device), "sums", kinds, times + 1, tokens, device)
+    values = ones.expand(batch, 1, tokens)
+    if found.weight is not None:
+        values = F.pad(found.weight.unsqueeze(1), (prefix, 0, 1, 0), value=1.0)
+    shape = (batch, kinds, times + 1, tokens)
+    index = part_of.unsqueeze(1).expand(shape)
+    summed = sums.expand(shape).scatter_add(3, index, values.unsqueeze(2).expand(shape))
+    size, weight = summed[:, 0], summed[:, -1]
     share = weight[:, :-1] / weight[:, 1:].gather(2, heir[:, 1:])
     one = ones.to(dtype).expand(batch, 1, tokens)
     adds = nothing.expand(batch, -1, -1).scatter(1, heirs.unsqueeze(1), one)
