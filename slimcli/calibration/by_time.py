@@ -47,6 +47,11 @@ def coarser(model: LifeModel, schedule: Schedule, goal: Cost) -> Schedule | None
     return found if found.drops_patches() and found != schedule else None
 
 
+def _drops(model: LifeModel, schedule: Schedule) -> int:
+    """How often patches leave."""
+    return len(set(schedule.resolve(model.num_patches))) - 1
+
+
 def choose_by_time(
     model: LifeModel,
     attempt: Callable[[Schedule, Ranking], Candidate | None],
@@ -77,14 +82,14 @@ def choose_by_time(
     for program in programs:
         program.close()
     faster = [clock.speedup(times[0], taken) for taken in times[1:]]
-    where = f"with {batch_size} images in {runtime.name} on this device"
+    where = f"with {batch_size} image{'s' * (batch_size > 1)} in {runtime.name} on this device"
     notes = []
     chosen = 0
     if other is not None and faster[1] > WORTH * faster[0]:
         chosen = 1
         notes.append(
-            f"{where} {len(other.schedule.drops)} drops to tokens in {MULTIPLE}s are {faster[1]:.2f} times as fast as "
-            f"dense, and {len(best.schedule.drops)} drops {faster[0]:.2f} times: taken, giving up "
+            f"{where} {_drops(model, other.schedule)} drops to tokens in {MULTIPLE}s are {faster[1]:.2f} times as fast as "
+            f"dense, and {_drops(model, best.schedule)} drops {faster[0]:.2f} times: taken, giving up "
             f"{best.agreement - other.agreement:.2f} points of agreement with the dense model"
         )
     if faster[chosen] < 1:
