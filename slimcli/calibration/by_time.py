@@ -88,8 +88,8 @@ def choose_by_time(
     if other is not None and faster[1] > WORTH * faster[0]:
         chosen = 1
         notes.append(
-            f"{where} {_drops(model, other.schedule)} drops to tokens in {MULTIPLE}s are {faster[1]:.2f} times as fast as "
-            f"dense, and {_drops(model, best.schedule)} drops {faster[0]:.2f} times: taken, giving up "
+            f"{where} {_drops(model, other.schedule)} drops to tokens in {MULTIPLE}s are {faster[1]:.2f} times as fast "
+            f"as dense, and {_drops(model, best.schedule)} drops {faster[0]:.2f} times: taken, giving up "
             f"{best.agreement - other.agreement:.2f} points of agreement with the dense model"
         )
     if faster[chosen] < 1:
