@@ -77,10 +77,7 @@ def command(
     found = session.target
     where = f"{len(images)} images of {session.data_label}; {session.conditions(batch_size)}"
     display.line(f"{found.label}: {found.model_name} on {where}")
-    if places:
-        print_runtimes(display, rows)
-    else:
-        across(display, rows)
+    (print_runtimes if places else across)(display, rows)
     document = {
         "model": found.model_name,
         "target": found.label,
