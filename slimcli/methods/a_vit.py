@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from slimcli.attention import NEVER
 from slimcli.life import prefix_bias
 from slimcli.methods.base import drop_layers
-from slimcli.methods.by_cost import ByCost
+from slimcli.methods.by_cost import ByStrength
 from slimcli.methods.slim_model import SlimModel
 from slimcli.schedule import Schedule
 
@@ -40,7 +40,7 @@ class Halting(NamedTuple):
 
 
 @final
-class AViT(ByCost):
+class AViT(ByStrength):
     """After each block a token's halting score is sigmoid(10 x its first channel - center). A patch whose scores add up
     to one is done; the class token goes on, and what the classifier reads of it is the mean over all blocks, weighted
     by its own scores.

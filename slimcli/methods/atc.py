@@ -29,6 +29,7 @@ class Clustering(Merging):
 
     #: how far two clusters are apart: the "average" over their pairs of patches, or the farthest pair ("complete")
     linkage: ClassVar[str]
+    exports = False
 
     def leaving(self, counts: Sequence[int]) -> tuple[int, ...]:
         return (*falls(counts), 0)

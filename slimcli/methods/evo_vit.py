@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimcli.life import highest_first, sort_patches
 from slimcli.methods.base import backbone_cost
-from slimcli.methods.by_cost import ByCost
+from slimcli.methods.by_cost import ByStrength
 from slimcli.schedule import Schedule, default_life_layer
 
 #: how much of the global class attention a block renews
@@ -21,7 +21,7 @@ TRADE_OFF = 0.5
 
 
 @final
-class EvoViT(ByCost):
+class EvoViT(ByStrength):
     """At the start of a stage, the patches with the highest global class attention go on through its blocks, with one
     token that stands for the others: their mean, weighted by it. At the end of the stage what the blocks added to that
     token is added to each of the others, and all are there again.
