@@ -283,7 +283,7 @@ def test_a_setting_for_a_cost_is_found_and_not_exceeded(name, rate):
 
 def test_a_keep_rate_costs_tome_the_same_from_a_recipe_and_from_a_folder(tmp_path):
     model = slim("digits_vit", 0.7, method="tome")
-    save_model(tmp_path, model, {"model": {"name": "digits_vit", "args": {}}, "preprocessing": {}})
+    save_model(tmp_path, model, {"model": {"name": "digits_vit", "args": {}}})
     loaded = slimcli.load(tmp_path)
     assert loaded.schedule == model.schedule
     for rate in (0.9, 0.7, 0.5):
