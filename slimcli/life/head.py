@@ -47,7 +47,7 @@ def _plus(found: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
     if not is_plain_linear(layer) or layer.weight.dtype != torch.float32:
         more: Tensor = layer(x)
         return found + more.float()
-    return torch.baddbmm(found, x, layer.weight.t().expand(len(x), -1, -1))
+    return torch.baddbmm(found, x, layer.weight.t().expand(x.shape[0], -1, -1))
 
 
 class Context(nn.Module):
