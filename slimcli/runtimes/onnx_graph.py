@@ -65,7 +65,7 @@ def split_projections(model: Any) -> None:
         reshape = transpose.inputs[0].producer()
         shape = _sizes(reshape.inputs[1]) if reshape is not None and reshape.op_type == "Reshape" else None
         linear = None if shape is None else _linear(reshape.inputs[0])
-        if linear is not None:
+        if shape is not None and linear is not None:
             # a size that is left to be found, or copied, must not be taken for a number
             shape[4] = linear.weight.shape[1] // (shape[2] * shape[3])
             shape[0] = -1
