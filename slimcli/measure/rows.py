@@ -60,6 +60,11 @@ MEASURES = {
         Measure("agreement", "Agrees with dense (%)", "Agrees", 1, " %", "higher", "agreement_se"),
         Measure("kl", "KL from dense", "KL", 4, "", "lower", "kl_se"),
         Measure("logit_error", "Error of logits", "Error", 4, "", "lower", "logit_error_se"),
+        Measure("recall1", "Recall at 1 (%)", "R@1", 2, " %", "higher", "recall1_se"),
+        Measure("recall10", "Recall at 10 (%)", "R@10", 2, " %", "higher", "recall10_se"),
+        Measure("mean_average_precision", "Mean average precision (%)", "mAP", 2, " %", "higher",
+                "mean_average_precision_se"),
+        Measure("neighbours", "Neighbours as dense (%)", "Same 10", 1, " %", "higher", "neighbours_se"),
         Measure("gmacs", "Multiply-adds (G)", "G MACs", 3, " G", "lower"),
         Measure("params_millions", "Parameters (M)", "M params", 2, " M"),
         Measure("images_per_second", "Images/s", "img/s", 1, "", "higher", timed=True),
@@ -73,7 +78,8 @@ MEASURES = {
     )
 }
 #: what tables of accuracy, cost and speed show, in this order, as far as it was measured
-TABLE = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error", "gmacs",
+TABLE = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error", "recall1",
+         "recall10", "mean_average_precision", "neighbours", "gmacs",
          "params_millions", "images_per_second", "speedup")  # fmt: skip
 #: keys that stand in every row's JSON, also where there is nothing to say
 ALWAYS = ("dense", "method", "keep_rate", "exact_savings", "schedule", "gmacs", "params_millions")
@@ -118,6 +124,14 @@ class Row:
     kl_se: float | None = None
     logit_error: float | None = None
     logit_error_se: float | None = None
+    recall1: float | None = None
+    recall1_se: float | None = None
+    recall10: float | None = None
+    recall10_se: float | None = None
+    mean_average_precision: float | None = None
+    mean_average_precision_se: float | None = None
+    neighbours: float | None = None
+    neighbours_se: float | None = None
     right: str | None = None
     images_per_second: float | None = None
     speedup: float | None = None
@@ -144,7 +158,7 @@ class Row:
     @property
     def score(self) -> Measure | None:
         """What stands for accuracy: top-1, or without a classifier the cosine with the dense model's features."""
-        return next((MEASURES[key] for key in ("top1", "similarity") if MEASURES[key].value(self) is not None), None)
+        return next((MEASURES[key] for key in ("top1", "similarity", "neighbours") if MEASURES[key].value(self) is not None), None)
 
     def also(self, **values: Any) -> Row:
         """The row with more of its values known."""
