@@ -69,7 +69,7 @@ def test_a_model_that_drops_patches_gives_all_of_them_back_in_the_dense_shapes(n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["tome", "evit", "evit-nofuse", "random", "dynamicvit"])
+@pytest.mark.parametrize("method", ["tome", "pitome", "tofu", "atc", "evit", "evit-nofuse", "random", "dynamicvit"])
 def test_every_method_gives_the_patches_that_left_back(method):
     model = build("deit_small_patch16_224", 0.5, method=method)
     images = images_for(model)
@@ -105,6 +105,13 @@ def test_a_patch_that_left_keeps_its_own_feature_or_takes_that_of_its_heir(dead)
                 (living,) = [p for p in stands if gone.left_after[image, p] == 3]
                 same(heir[image, patch], heir[image, living])
         assert gone.weight.sum().item() == pytest.approx(2 * 4)
+
+
+@pytest.mark.parametrize("method", ["diffrate", "evo-vit", "a-vit", "resize"])
+def test_a_method_that_does_not_say_where_patches_go_gives_none_back(method):
+    model = build("deit_small_patch16_224", 0.5, method=method)
+    with pytest.raises(SlimError, match=f"{method} does not say where its patches go"):
+        model.forward_features(images_for(model))
 
 
 def test_patches_come_back_as_a_slow_rule_says():
@@ -158,7 +165,7 @@ def test_what_cannot_be_is_said_in_one_line(tiny):
         tiny.forward_intermediates(images, [3])
     with pytest.raises(SlimError, match="NCHW or NLC"):
         tiny.forward_intermediates(images, output_fmt="CHW")
-    with pytest.raises(SlimError, match="expected one of heir, own, mix, last"):
+    with pytest.raises(SlimError, match="expected one of heir, own, last"):
         tiny.restoring = "back"
     with pytest.raises(SlimError, match="needs heirs"):
         build("vit_small_patch16_224").restoring = "heir"

@@ -35,6 +35,10 @@ from slimcli.errors import SlimError
 @split_option
 @limit_option("Use this many images, spread evenly over the split.")
 @batch_size_option
+@click.option(
+    "--task", type=click.Choice(["classification", "retrieval"]), default="classification", show_default=True,
+    help="retrieval: whether the images most like each are of its class.",
+)  # fmt: skip
 @runtime_option
 @dead_option
 @threads_option
@@ -44,6 +48,7 @@ def command(
     target: str | None,
     keep_rates: list[float] | None,
     runtimes: str | None,
+    task: str,
     overrides: tuple[str, ...],
     as_json: bool,
     **asked: Any,
@@ -55,25 +60,18 @@ def command(
     """
     from slimcli.cli.display import Display, across
     from slimcli.cli.tables import print_runtimes
-    from slimcli.measure.evaluation import evaluate
+    from slimcli.session.evaluate import evaluate_session, open_images
     from slimcli.session.session import Request, open_session
     from slimcli.store.run_folder import add_evaluation
 
     display = Display(as_json)
     places = find_runtimes(runtimes, asked)
     session = open_session(Request("eval", target, overrides, **asked))
-    images = session.images()
+    images = open_images(session, task, places)
     batch_size = session.data.batch_size
     display.warnings((*session.warnings, *session.notes))
     with display.progress() as progress:
-        if places:
-            from slimcli.runtimes.measuring import CALIBRATION, evaluate_places
-
-            calibration = session.first_batches(CALIBRATION) if any(p.precision == "int8" for p in places) else []
-            loader = session.loader(images)
-            rows = evaluate_places(session.model, loader, keep_rates, places, calibration, progress, display.warn)
-        else:
-            rows = evaluate(session.model, session.loader(images), keep_rates, session.device, session.dtype, progress)
+        rows = evaluate_session(session, images, task, keep_rates, places, progress, display.warn)
     found = session.target
     where = f"{len(images)} images of {session.data_label}; {session.conditions(batch_size)}"
     display.line(f"{found.label}: {found.model_name} on {where}")
@@ -81,6 +79,7 @@ def command(
     document = {
         "model": found.model_name,
         "target": found.label,
+        "task": task,
         "data": session.data_label,
         "images": len(images),
         **session.facts(batch_size),
@@ -88,7 +87,7 @@ def command(
         "has_life_head": found.has_life_head,
         "rows": rows,
     }
-    if found.run is not None and not places:
+    if found.run is not None and not places and task == "classification":
         kept = {**document, "command": command_line(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         try:
             add_evaluation(found.run, kept)

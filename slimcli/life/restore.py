@@ -15,9 +15,8 @@ from torch import Tensor
 from slimcli.life.lives import sort_patches
 
 #: how a patch that left gets a feature back. `heir`: that of the token that stands for it. `own`: the one that it had
-#: when it left. `mix`: its own, moved as its heir has moved since by a map that calibration fits. `last`: its own goes
-#: through the last block again, beside the living.
-WAYS = ("heir", "own", "mix", "last")
+#: when it left. `last`: its own goes through the last block again, beside the living.
+WAYS = ("heir", "own", "last")
 
 
 @dataclass(frozen=True)
@@ -95,66 +94,27 @@ def stand_ins(drops: Sequence[Drop], batch: int, count: int, device: torch.devic
     return list(found.items())
 
 
-def restore(
-    tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int, way: str, mix: Tensor | None = None
-) -> Tensor:
+def restore(tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int, way: str) -> Tensor:
     """Tokens (B, P + n, D) after `drops` to (B, P + N, D): the prefix tokens, and all patches in raster order.
 
-    `way` is one of `WAYS`; "last" is as "own" here. `mix` (3 D + 1, D) is the map of "mix", see `fit_mix`.
+    `way` is one of `WAYS`; "last" is as "own" here.
     """
     if not drops:
         return tokens
     batch, count = drops[0].patches.shape[:2]
     place = torch.arange(count, device=tokens.device).expand(batch, -1)
-    rows = _rows(drops, place)
-    now = sort_patches(tokens, rows.now, num_prefix_tokens)
-    if way == "heir":
-        return now
-    patches = now[:, num_prefix_tokens:]
-    own = _taken(drops, rows.own, rows.alive, patches)
-    if way == "mix":
-        if mix is None:
-            raise ValueError("the map of `mix` is not fitted")
-        then = _taken(drops, rows.heir, rows.alive, patches)
-        moved = moved_with(own, then, patches) @ mix.to(patches.dtype)
-        own = torch.where(rows.alive.unsqueeze(-1), patches, own + moved)
-    return torch.cat((now[:, :num_prefix_tokens], own), dim=1)
-
-
-def moved_with(own: Tensor, then: Tensor, now: Tensor) -> Tensor:
-    """What the correction of "mix" reads of patches (..., D) that left: (..., 3 D + 1).
-
-    Their own feature and their heir's when they left, and that of the token that stands for them now.
-    """
-    return torch.cat((own, then, now, torch.ones_like(own[..., :1])), dim=-1)
-
-
-class _Rows(NamedTuple):
-    """Rows (B, N) in raster order: of the living now; of all patches before each drop, one drop after the other."""
-
-    now: Tensor
-    own: Tensor
-    heir: Tensor
-    alive: Tensor
-
-
-def _rows(drops: Sequence[Drop], place: Tensor) -> _Rows:
-    own, heir, alive, first = place, place, torch.ones_like(place, dtype=torch.bool), 0
+    own, alive, first = place, torch.ones_like(place, dtype=torch.bool), 0
     for drop in drops:
         leaves = drop.leaves().gather(1, place) & alive
-        after = drop.afterwards().gather(1, place)
+        # a row of all patches before each drop, one drop after the other
         own = torch.where(leaves, first + place, own)
-        # an heir's place before the drop is that of who stays at its place after it
-        heir = torch.where(leaves, first + drop.stay.gather(1, after.clamp(max=drop.stay.shape[1] - 1)), heir)
-        alive, place, first = alive & ~leaves, after, first + drop.patches.shape[1]
-    return _Rows(place, own, heir, alive)
-
-
-def _taken(drops: Sequence[Drop], rows: Tensor, alive: Tensor, patches: Tensor) -> Tensor:
-    """Features (B, N, D) of patches that left, at `rows` of what was before each drop; of the living, `patches`."""
-    before = torch.cat([drop.patches for drop in drops], dim=1)
-    found = sort_patches(before, rows, 0)
-    return torch.where(alive.unsqueeze(-1), patches, found)
+        alive, place, first = alive & ~leaves, drop.afterwards().gather(1, place), first + drop.patches.shape[1]
+    now = sort_patches(tokens, place, num_prefix_tokens)
+    if way == "heir":
+        return now
+    left = sort_patches(torch.cat([drop.patches for drop in drops], dim=1), own, 0)
+    patches = torch.where(alive.unsqueeze(-1), now[:, num_prefix_tokens:], left)
+    return torch.cat((now[:, :num_prefix_tokens], patches), dim=1)
 
 
 def _placed(stay: Tensor, count: int) -> Tensor:

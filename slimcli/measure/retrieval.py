@@ -61,10 +61,10 @@ def retrieve(
     targets = torch.cat(classes) if classes else torch.zeros(0)
     if len(targets) < 2:
         raise SlimError("retrieval needs two images or more")
-    rows, dense = [], None
+    rows: list[Row] = []
+    dense: Tensor | None = None
     for variant, parts in zip(variants, found, strict=True):
-        embeddings = torch.cat(parts)
-        nearest, scores = _nearest(embeddings, targets if labelled else None)
+        nearest, scores = _nearest(torch.cat(parts), targets if labelled else None)
         dense = nearest if dense is None else dense
         same = (nearest.unsqueeze(2) == dense.unsqueeze(1)).any(dim=2).float().mean(dim=1)
         scores["neighbours"] = same

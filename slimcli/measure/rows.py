@@ -62,8 +62,15 @@ MEASURES = {
         Measure("logit_error", "Error of logits", "Error", 4, "", "lower", "logit_error_se"),
         Measure("recall1", "Recall at 1 (%)", "R@1", 2, " %", "higher", "recall1_se"),
         Measure("recall10", "Recall at 10 (%)", "R@10", 2, " %", "higher", "recall10_se"),
-        Measure("mean_average_precision", "Mean average precision (%)", "mAP", 2, " %", "higher",
-                "mean_average_precision_se"),
+        Measure(
+            "mean_average_precision",
+            "Mean average precision (%)",
+            "mAP",
+            2,
+            " %",
+            "higher",
+            "mean_average_precision_se",
+        ),
         Measure("neighbours", "Neighbours as dense (%)", "Same 10", 1, " %", "higher", "neighbours_se"),
         Measure("gmacs", "Multiply-adds (G)", "G MACs", 3, " G", "lower"),
         Measure("params_millions", "Parameters (M)", "M params", 2, " M"),
@@ -158,7 +165,10 @@ class Row:
     @property
     def score(self) -> Measure | None:
         """What stands for accuracy: top-1, or without a classifier the cosine with the dense model's features."""
-        return next((MEASURES[key] for key in ("top1", "similarity", "neighbours") if MEASURES[key].value(self) is not None), None)
+        return next(
+            (MEASURES[key] for key in ("top1", "similarity", "neighbours") if MEASURES[key].value(self) is not None),
+            None,
+        )
 
     def also(self, **values: Any) -> Row:
         """The row with more of its values known."""

@@ -25,6 +25,7 @@ class Method(SlimModel):
     """
 
     selector_name = "score_heads"
+    follows = True
     #: whether the rule has no keep rate of its own: a keep rate then stands for what life regression costs at it
     by_cost: ClassVar[bool] = False
 

@@ -45,6 +45,7 @@ class DynamicViT(Method):
     """
 
     method = "dynamicvit"
+    follows = True
     modes = ("none", "soft", "hard")
     needs_teacher = True
     #: of the last forward pass in mode `soft`

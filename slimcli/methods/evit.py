@@ -27,6 +27,7 @@ class ClassAttention(Method):
     Attention itself runs on the fused kernel: the class token's row alone is computed a second time.
     """
 
+    follows = True
     #: whether the others become one token, or are gone
     fuses: ClassVar[bool]
 

@@ -27,6 +27,7 @@ class LifeModel(SlimModel):
     """
 
     method = "life"
+    follows = True
     modes = MODES
     selector_name = "life_head"
     settings: ClassVar[tuple[str, ...]] = tuple(LIFE_SETTINGS)

@@ -39,6 +39,7 @@ class Merging(Method):
     """
 
     merges = True
+    follows = True
     #: whether attention adds log(size)
     proportional: ClassVar[bool] = True
 

@@ -19,6 +19,7 @@ class RandomDiscard(Method):
     """
 
     method = "random"
+    follows = True
     # its orders are drawn while it runs
     exports = False
     seed = 0

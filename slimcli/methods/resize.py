@@ -24,6 +24,7 @@ class Resize(ByCost):
     """
 
     method = "resize"
+    follows = False
 
     def refusal(self) -> str | None:
         return None if self.backbone.resizes else "it cannot be given images of another size"

@@ -13,6 +13,7 @@ from slimcli.errors import SlimError
 from slimcli.life.restore import WAYS, Whereabouts, stand_ins, whereabouts
 from slimcli.methods.block_runner import BlockRunner
 from slimcli.methods.trail import Reached, Trail
+from slimcli.schedule import Schedule
 
 #: what the dense model says of itself, handed on as it is
 FACTS = (
@@ -28,18 +29,22 @@ class DenseSurface(BlockRunner):
     says. At keep rate 1 each answer is the dense model's.
     """
 
+    #: whether the class's own `slimmed` notes where patches go; a class that writes another has to say so again
+    follows: ClassVar[bool] = False
     #: whether a token may stand for several patches, though the method has no heirs
     merges: ClassVar[bool] = False
     #: `restoring` as it was set; None: by what the method does with patches that leave
     _restoring: str | None = None
-    #: the map of `mix`, (3 D + 1, D); None where it is not fitted
-    mix: Tensor | None = None
     _last_trail: Trail | None = None
 
     if TYPE_CHECKING:
 
         @property
         def has_heirs(self) -> bool: ...
+
+        method: ClassVar[str]
+        mode: str
+        schedule: Schedule
 
     def __getattr__(self, name: str) -> Any:
         if name in FACTS:
@@ -78,15 +83,21 @@ class DenseSurface(BlockRunner):
 
     @contextmanager
     def _following(self, layers: Collection[int], stop_after: int | None = None) -> Iterator[Trail]:
-        if self.restoring == "mix" and self.mix is None:
-            raise SlimError("restoring = 'mix' needs a map that calibration fits: run slim calibrate --for patches")
+        if self._drops_unseen():
+            raise SlimError(
+                f"the method {self.method} does not say where its patches go: it cannot give all of them back"
+            )
         backbone = self.backbone
-        trail = Trail(backbone.num_prefix_tokens, backbone.depth, layers, self.restoring, self.mix, stop_after)
+        trail = Trail(backbone.num_prefix_tokens, backbone.depth, layers, self.restoring, stop_after)
         self._trail = trail
         try:
             yield trail
         finally:
             self._trail, self._last_trail = None, trail
+
+    def _drops_unseen(self) -> bool:
+        owner = next(kind for kind in type(self).__mro__ if {"slimmed", "follows"} & set(vars(kind)))
+        return not vars(owner).get("follows", False) and self.mode == "hard" and self.schedule.drops_patches()
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError

@@ -23,10 +23,9 @@ class Trail:
         depth: int,
         layers: Collection[int],
         way: str,
-        mix: Tensor | None = None,
         stop_after: int | None = None,
     ) -> None:
-        self.prefix, self.layers, self.way, self.mix = num_prefix_tokens, frozenset(layers), way, mix
+        self.prefix, self.layers, self.way = num_prefix_tokens, frozenset(layers), way
         self.depth, self.stop_after = depth, stop_after
         self.drops: list[Drop] = []
         #: images, patches, and where they are
@@ -71,4 +70,4 @@ class Trail:
     def restored(self, layer: int) -> Tensor:
         """All tokens (B, P + N, D) after block `layer`, patches in raster order."""
         tokens, number = self._after[layer]
-        return restore(tokens, self.drops[:number], self.prefix, self.way, self.mix)
+        return restore(tokens, self.drops[:number], self.prefix, self.way)

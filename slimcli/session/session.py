@@ -114,15 +114,17 @@ class Session:
         """How images are prepared: the target's way, and what the data says instead."""
         return datasets.preprocessing(self.target.preprocessing, self.section or DataSection())
 
-    def images(self, train: bool = False, **changes: Any) -> Any:
+    def images(self, train: bool = False, matched: bool = True, **changes: Any) -> Any:
         """The validation images, or those to train on, of `data` with `changes`: the former with the model's classes.
+
+        Not `matched`, they keep their own classes, or none.
 
         Raises:
             SlimError: where the data has classes that the model does not have.
         """
         images = datasets.open_dataset(self.data.model_copy(update=changes), train=train)
         self._note(getattr(images, "notes", ()))
-        if train:
+        if train or not matched:
             return images
         outputs = self.model.architecture().num_outputs
         images, note = datasets.match_classes(images, self.target.class_names, outputs, self.data.class_map)
