@@ -111,6 +111,18 @@ def test_epochs_are_shared_out_over_the_stages(tiny_recipe):
     assert (stage.lr, stage.backbone_lr, stage.epochs) == (1e-3, 1e-3, 3)
 
 
+def test_a_method_says_itself_what_it_learns_in_which_stage(tiny_recipe):
+    recipe = load_recipe(tiny_recipe)
+
+    def stages(method, epochs):
+        return [(s.learns, s.mode, s.epochs) for s in cells.stages_for(method, recipe, epochs)]
+
+    assert stages("diffrate", 3) == [("life", "soft", 1), ("backbone", "hard", 2)]
+    assert stages("diffrate", 1) == [("life", "soft", 1)]
+    assert stages("a-vit", 3) == [("backbone", "soft", 3)]
+    assert stages("evo-vit", 3) == stages("atc", 3) == [("backbone", "hard", 3)]
+
+
 def test_every_method_but_the_dense_model_is_trained_for_the_keep_rates_of_the_recipe(tiny_recipe):
     words = ["stages.1.keep_rates=[1.0, 0.7]"]
     recipe = load_recipe(tiny_recipe, overrides=words)

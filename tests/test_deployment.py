@@ -44,9 +44,10 @@ def batches(count=4, size=3):
 
 
 def planned(**changes):
-    """Heirs, planning and exact savings: what a calibrated model has."""
+    """Heirs, planning, a head with its own block and exact savings: what a calibrated model has."""
     model = slimmed(tiny_vit(**changes), 0.5, life_layer=1, dead="heir").eval()
-    model.redundancy, model.exact_savings = 1.0, True
+    model.life_head.extend(8, 32)
+    model.redundancy, model.merge_importance, model.exact_savings = 1.0, 0.7, True
     return model
 
 

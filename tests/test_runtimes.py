@@ -27,19 +27,35 @@ def model(kind="discard"):
     return made
 
 
+def without_order(kind):
+    """A model that finds all patches equally important."""
+    made = model(kind)
+    with torch.no_grad():
+        made.life_head.query.weight.zero_()
+        if made.life_head.context is not None:
+            made.life_head.context.score.weight.zero_()
+    return made
+
+
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory):
-    """The operators of each exported model, by kind."""
-    onnx = pytest.importorskip("onnx")
+def exported(tmp_path_factory):
+    """Folders with exported models, by kind."""
+    pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     from slimcli.runtimes.onnx import graph
 
-    folder, found = tmp_path_factory.mktemp("graphs"), {}
-    for kind in ("dense", "discard", "calibrated"):
-        own = model("discard" if kind == "dense" else kind)
-        graph(Forward(own, dense=kind == "dense"), Conversion(), folder / f"{kind}.onnx")
-        found[kind] = onnx.load(folder / f"{kind}.onnx")
+    found = {}
+    for kind in ("discard", "calibrated"):
+        found[kind] = tmp_path_factory.mktemp(kind)
+        graph(Forward(without_order(kind)), Conversion(), found[kind] / "model.onnx")
     return found
+
+
+@pytest.fixture(scope="module")
+def graphs(exported):
+    import onnx
+
+    return {kind: onnx.load(folder / "model.onnx") for kind, folder in exported.items()}
 
 
 def operators(proto):
@@ -47,48 +63,46 @@ def operators(proto):
 
 
 def test_graphs_stay_lean(graphs):
-    """A block is 27 operators; dropping adds few, and shapes are not computed at run time."""
-    dense, discard, planned = (operators(graphs[kind]) for kind in ("dense", "discard", "calibrated"))
-    assert dense.total() <= 4 * 30 + 15
-    assert discard.total() - dense.total() <= 45
-    assert planned.total() - dense.total() <= 350
-    for found in (dense, discard, planned):
+    """A dense block is 29 operators, all that is not a block 15; dropping adds few, and no shape is found at run time
+    but the number of images.
+    """
+    discard, planned = (operators(graphs[kind]) for kind in ("discard", "calibrated"))
+    assert discard.total() <= 4 * 29 + 15 + 45
+    assert planned.total() <= 4 * 29 + 15 + 350
+    for found in (discard, planned):
         assert not {"If", "Loop", "Scan"} & set(found)
-        # only the number of images is not known
-        assert found["Shape"] <= (8 if found is planned else 2)
         assert found["Erf"] == 0 and found["Gelu"] >= 4
+    assert discard["Shape"] <= 2 and planned["Shape"] <= 8
     # one order, counted; rows are taken once
-    assert dense["Cast"] == 0 and discard["Cast"] <= 1
-    assert discard["TopK"] == 0 and discard["ScatterElements"] <= 1
+    assert discard["TopK"] == 0 and discard["ScatterElements"] <= 1 and discard["Cast"] <= 1
 
 
-def test_queries_keys_and_values_are_not_copied_out_of_one_product(graphs):
+def test_queries_keys_and_values_are_products_of_their_own(graphs):
     for proto in graphs.values():
-        constants = {tensor.name for tensor in proto.graph.initializer}
-        makers = {name: node for node in proto.graph.node for name in node.output}
-        for node in proto.graph.node:
-            if node.op_type == "Split":
-                assert makers[node.input[0]].op_type != "Transpose"
-        assert len(constants) == len(set(constants))
+        assert [n for n in proto.graph.node if n.op_type == "Transpose" and len(n.attribute[0].ints) == 5] == []
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx", "openvino"])
 @pytest.mark.parametrize("kind", ["discard", "calibrated"])
-def test_patches_with_equal_lives_leave_alike_in_every_runtime(name, kind):
-    """All lives are equal: the first in raster order stay."""
+def test_patches_with_equal_lives_leave_alike_in_every_runtime(name, kind, exported, tmp_path):
+    """Who comes first in the image stays longer."""
     runtime = find_runtime(name)
     if runtime.missing():
         pytest.skip(f"{', '.join(runtime.missing())} is not installed")
-    made = model(kind)
+    made = without_order(kind)
     with torch.no_grad():
-        made.life_head.query.weight.zero_()
-        if made.life_head.context is not None:
-            made.life_head.context.score.weight.zero_()
         expected = made(images())
-        if kind == "discard":
-            first = made.life.argsort(dim=1, descending=True, stable=True)
-            assert (first == torch.arange(16)).all()
-    program = runtime.prepare(Forward(made), Conversion())
+    if kind == "discard":
+        assert (made.life.argsort(dim=1, descending=True, stable=True) == torch.arange(16)).all()
+    if name == "torch":
+        program = runtime.prepare(Forward(made), Conversion())
+    elif name == "onnx":
+        program = runtime.open(exported[kind], "float32")
+    else:
+        import openvino
+
+        openvino.save_model(openvino.Core().read_model(exported[kind] / "model.onnx"), tmp_path / "model.xml", False)
+        program = runtime.open(tmp_path, "float32")
     torch.testing.assert_close(program.run(images()), expected, atol=2e-4, rtol=1e-3)
 
 
@@ -146,7 +160,7 @@ def test_a_runtime_that_was_not_named_and_fails_is_left_out_with_a_warning(monke
     places = [Place(find_runtime("torch"), "float32"), Place(Failing(), "float32", named=False)]
     rows = profile_places(model(), None, places, 2, 0.0, warn=said.append)
     assert [row.runtime for row in rows] == ["torch", "torch"]
-    assert rows[0].over_first == 1 and rows[0].megabytes < rows[1].megabytes
+    assert rows[0].over_first == 1 and rows[0].megabytes <= rows[1].megabytes
     assert said == ["failing is left out: no compiler"]
     with pytest.raises(SlimError, match="no compiler"):
         profile_places(model(), None, [Place(Failing(), "float32")], 2, 0.0)
@@ -162,6 +176,12 @@ def test_plugins_lists_runtimes_with_versions_and_what_is_missing(slim, monkeypa
 
 
 def test_tolerances_lie_between_a_right_export_and_a_wrong_one():
-    for precision, right, wrong in (("float32", 1e-5, 0.01), ("bfloat16", 0.06, 0.5), ("int8", 0.3, 0.9)):
-        assert Checked(64, right, right, 99.5).problem(precision) is None
-        assert Checked(64, wrong, wrong, 99.5).problem(precision)
+    """The figures of the real model: the largest and the mean difference."""
+    right = {"float32": (1e-5, 1e-5), "bfloat16": (0.182, 0.028), "int8": (0.256, 0.109)}
+    for precision, (largest, mean) in right.items():
+        assert (
+            Checked(64, largest, largest, 98.5 if precision == "int8" else 99.8, True, mean).problem(precision) is None
+        )
+        # one block's MLP without its weights
+        assert Checked(64, 0.478, 0.478, 95.0, True, 0.247).problem(precision)
+        assert "in the mean" in Checked(64, 0.2, 0.0005, 99.8, True, 0.247).problem(precision)

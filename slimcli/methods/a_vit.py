@@ -97,7 +97,8 @@ class AViT(ByStrength):
 
     def _halt(self, layer: int, tokens: Tensor, whole: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sums of scores (B, P + n) after block `layer`, the scores, and what is read of the prefix tokens."""
-        score = (SLOPE * tokens[..., 0].float() - self.halting.center).sigmoid()
+        # written out: ONNX Runtime's sigmoid is one number for all below -18, where most patches begin
+        score = 1 / (1 + (self.halting.center - SLOPE * tokens[..., 0].float()).clamp(-80, 80).exp())
         last = torch.ones_like(score) if layer == self.schedule.depth else score
         now = total + last
         prefix = self.backbone.num_prefix_tokens

@@ -63,9 +63,14 @@ def split_projections(model: Any) -> None:
     graph = model.graph
     for transpose in [n for n in graph if n.op_type == "Transpose" and list(n.attributes["perm"].value) == PARTS_FIRST]:
         reshape = transpose.inputs[0].producer()
-        shape = _constant(reshape.inputs[1]) if reshape is not None and reshape.op_type == "Reshape" else None
+        shape = _sizes(reshape.inputs[1]) if reshape is not None and reshape.op_type == "Reshape" else None
         linear = None if shape is None else _linear(reshape.inputs[0])
-        if linear is not None:
+        if shape is not None and linear is not None:
+            # a size that is left to be found, or copied, must not be taken for a number
+            shape[4] = linear.weight.shape[1] // (shape[2] * shape[3])
+            shape[0] = -1
+            if (shape[1:] <= 0).any():
+                continue
             for part, old in list(_parts(transpose)):
                 old.replace_all_uses_with(_projection(graph, transpose, linear, part, shape))
     RemoveUnusedNodesPass()(model)
@@ -114,6 +119,11 @@ def _linear(value: Any) -> _Linear | None:
         node = None if bias is None else node.inputs[0].producer()
     weight = _constant(node.inputs[1]) if node is not None and node.op_type == "MatMul" else None
     return None if weight is None else _Linear(node.inputs[0], weight, bias)
+
+
+def _sizes(value: Any) -> Any:
+    found = _constant(value)
+    return None if found is None or len(found) != 5 else numpy.array(found)
 
 
 def _constant(value: Any) -> Any:
