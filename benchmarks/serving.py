@@ -1,7 +1,8 @@
 """Load on servers of exported models, from clients that each send a photograph, wait for the answer and send the next.
 
 Servers stand side by side and are loaded in turn, so that what else the machine does meets all of them alike. An answer
-that is none, or that names no class, is an error, and the exit code is then 1. The servers are those of docs/serve.md.
+that is none, comes too late, or holds neither classes nor an embedding is an error, and the exit code is then 1. The
+servers are those of docs/serve.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import http.client
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,9 @@ from urllib.parse import urlsplit
 
 from slimcli.data import find_images
 from slimcli.errors import SlimError
+
+#: what an answer holds, one of them
+ANSWERS = {"classes", "embedding"}
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Server:
 
     def row(self) -> dict[str, object]:
         """What was measured; times are in milliseconds."""
-        cuts = statistics.quantiles(self.times, n=100) if len(self.times) > 1 else [float("nan")] * 99
+        cuts = (
+            statistics.quantiles(self.times, n=100, method="inclusive") if len(self.times) > 1 else [float("nan")] * 99
+        )
         return {
             "name": self.name,
             "images": len(self.times),
@@ -68,9 +75,16 @@ class Server:
         }
 
 
-def client(server: Server, bodies: Iterator[bytes], lock: threading.Lock, end: float) -> None:
-    """One after another until the time is over."""
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+def problem_of(status: int, content: bytes) -> str | None:
+    """What is wrong with an answer; None: nothing."""
+    if status == 200 and ANSWERS & json.loads(content).keys():
+        return None
+    return f"{status}: {content[:200].decode(errors='replace')}"
+
+
+def client(server: Server, bodies: Iterator[bytes], lock: threading.Lock, end: float, patience: float) -> None:
+    """One after another until the time is over, or so many seconds brought no answer."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=patience)
     while time.monotonic() < end:
         with lock:
             body = next(bodies)
@@ -78,8 +92,7 @@ def client(server: Server, bodies: Iterator[bytes], lock: threading.Lock, end: f
         try:
             connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
-            content = answer.read()
-            problem = None if answer.status == 200 and json.loads(content).get("classes") else content[:200].decode()
+            problem = problem_of(answer.status, answer.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             problem = f"{type(error).__name__}: {error}"
@@ -87,11 +100,12 @@ def client(server: Server, bodies: Iterator[bytes], lock: threading.Lock, end: f
             server.errors.append(problem) if problem is not None else server.times.append(time.monotonic() - begin)
 
 
-def load(server: Server, bodies: Sequence[bytes], clients: int, seconds: float) -> None:
+def load(server: Server, bodies: Sequence[bytes], clients: int, seconds: float, patience: float) -> None:
     """Load it from so many clients at once."""
     lock, begin = threading.Lock(), time.monotonic()
     endless = (body for _ in iter(int, 1) for body in bodies)
-    threads = [threading.Thread(target=client, args=(server, endless, lock, begin + seconds)) for _ in range(clients)]
+    words = (server, endless, lock, begin + seconds, patience)
+    threads = [threading.Thread(target=client, args=words, daemon=True) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -108,28 +122,40 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16, help="how many wait for an answer at once")
     parser.add_argument("--seconds", type=float, default=60, help="seconds of load on each server")
     parser.add_argument("--turn", type=float, default=5, help="seconds of load before it is the next one's turn")
+    parser.add_argument("--timeout", type=float, default=30, help="seconds after which an answer is an error")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     options = parser.parse_args()
     servers: list[Server] = options.server
     photos = [path.read_bytes() for path in find_images(options.images)[:256]]
     bodies = [json.dumps({"image": base64.b64encode(photo).decode()}).encode() for photo in photos]
     for server in servers:
+        tell(f"{server.name}: waiting for {server.host}:{server.port}")
         server.wait()
         # the first answers also prepare the runtime
-        load(Server(server.name, server.host, server.port), bodies, options.clients, min(2.0, options.turn))
+        first = Server(server.name, server.host, server.port)
+        load(first, bodies, options.clients, min(2.0, options.turn), options.timeout)
     while any(server.loaded < options.seconds for server in servers):
         for server in servers:
-            load(server, bodies, options.clients, min(options.turn, options.seconds))
+            load(server, bodies, options.clients, min(options.turn, options.seconds), options.timeout)
+            tell(f"{server.name}: {len(server.times)} answers in {server.loaded:.0f} s, {len(server.errors)} errors")
     rows = [server.row() for server in servers]
     print("| server | images | errors | images/s | p50 ms | p95 ms | p99 ms |\n|---|---|---|---|---|---|---|")
     for row in rows:
-        figures = (f"{row[key]:.{(key != 'images_per_second' and 0) or 1}f}" for key in list(row)[3:])
-        print(f"| {row['name']} | {row['images']} | {row['errors']} | {' | '.join(figures)} |")
+        times = " | ".join(f"{row[f'p{share}_ms']:.0f}" for share in (50, 95, 99))
+        print(
+            f"| {row['name']} | {row['images']} | {row['errors']} | {row['images_per_second']:.1f} | {times} |",
+            flush=True,
+        )
     if options.json is not None:
         options.json.write_text(json.dumps({"clients": options.clients, "rows": rows}, indent=2) + "\n")
     problems = [problem for server in servers for problem in server.errors]
     if problems:
         raise SystemExit(f"{len(problems)} errors, the first: {problems[0]}")
+
+
+def tell(line: str) -> None:
+    """Progress, at once and apart from the table."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

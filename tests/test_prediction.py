@@ -124,6 +124,13 @@ def test_shares_are_disjoint_and_together_all(shards, photographs, kind, count):
         assert share == [name for name in whole if name in share]
 
 
+def test_embeddings_have_no_classes():
+    (found,) = slimcli.open_predictor(embeddings=True).predict([Image.new("RGB", (20, 30))])
+    assert found.output.shape == (96,)
+    with pytest.raises(slimcli.SlimError, match="embeddings, which have no classes"):
+        found.top(5)
+
+
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_embeddings_are_written_with_the_names_of_their_images(slim, photographs, suffix):
     from safetensors.numpy import load_file

@@ -41,11 +41,19 @@ class Prediction:
     image: str
     output: Tensor | None = None
     error: str | None = None
+    #: whether the output is logits, not an embedding
+    classifies: bool = True
 
     def top(self, count: int) -> list[tuple[int, float]]:
-        """The most likely classes of logits, as numbers, with their probabilities."""
+        """The most likely classes, as numbers, with their probabilities.
+
+        Raises:
+            SlimError: where the image could not be read, or the output is an embedding.
+        """
         if self.output is None:
             raise SlimError(f"{self.image}: gave no output: {self.error}")
+        if not self.classifies:
+            raise SlimError(f"{self.image}: this model gives embeddings, which have no classes: take its output")
         chances = self.output.softmax(dim=0)
         # equal ones in the order of their numbers
         order = chances.argsort(descending=True, stable=True)[:count]
@@ -121,7 +129,8 @@ class Predictor:
         images = [found for _, found in waiting if isinstance(found, Tensor)]
         outputs = iter(self.run(torch.stack(images)) if images else ())
         for name, found in waiting:
-            yield Prediction(name, error=found) if isinstance(found, str) else Prediction(name, next(outputs))
+            output, error = (None, found) if isinstance(found, str) else (next(outputs), None)
+            yield Prediction(name, output, error, self.classifies)
 
     def close(self) -> None:
         """Give back what it holds."""
