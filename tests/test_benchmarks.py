@@ -124,7 +124,7 @@ def test_gpu(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert {row["runtime"] for row in found["rows"]} == {"eager", "compile"}
     assert {row["method"] for row in found["rows"]} == {"dense", "discard", "heirs", "calibrated", "tome", "evit"}
-    assert all(row["kernels"] for row in found["rows"])
+    assert all(row["kernels"] for row in found["rows"] if row["runtime"] == "eager")
     assert len(found["training"]) == 5 and found["attention"]
     assert "tiny: compiled again for 2, 3 images: 0 times" in found["notes"]
     # nothing begins that there is no time for

@@ -385,7 +385,8 @@ def test_a_name_that_cannot_be_is_refused(refused, words, part):
 
 def test_plugins_see_only_public_names():
     for path in (ROOT / "plugins").rglob("*.py"):
-        inner = re.findall(r"(?:from|import) (slimcli\.[\w.]+)", path.read_text())
+        # what the hooks' page of the manual imports is promised too
+        inner = re.findall(r"(?:from|import) (slimcli\.(?!runtimes\b)[\w.]+)", path.read_text())
         assert not inner, f"{path} imports {inner}"
 
 

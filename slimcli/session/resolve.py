@@ -90,8 +90,8 @@ class Resolved:
     given: dict[Location, str] = field(default_factory=dict)
 
     def is_given(self, name: str) -> bool:
-        """Whether the field called `name` (`data.batch_size`) was set beside the target."""
-        return any(name == ".".join(map(str, place)) for place in self.given)
+        """Whether the field called `name` (`data.batch_size`), or a part of it, was set beside the target."""
+        return any(f"{'.'.join(map(str, place))}.".startswith(f"{name}.") for place in self.given)
 
 
 def resolve(

@@ -1,12 +1,12 @@
 """The way to run a command, in this process: it has imported torch and open_clip."""
 
 import os
+from importlib.metadata import entry_points
 from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from slimcli.cli import main
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -14,13 +14,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 @pytest.fixture
 def slim(tmp_path, monkeypatch):
     """Run a command in an empty folder: its exit code and what it printed."""
-    from slimcli import report
-    from slimcli.measure import evaluation
-
     # the page that ends a training takes longer than the training, and its figures need not be narrow
-    monkeypatch.setattr(report, "report_of_training", lambda *_args: "no report in a test")
-    monkeypatch.setattr(evaluation, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr("slimcli.report.report_of_training", lambda *_args: "no report in a test")
+    monkeypatch.setattr("slimcli.measure.evaluation.MOST_SECONDS", 0.2)
     monkeypatch.chdir(tmp_path)
+
+    main = entry_points(group="console_scripts", name="slim")["slim"].load()
 
     def run(*words):
         done = CliRunner().invoke(main, [str(word) for word in words])
