@@ -49,6 +49,15 @@ def test_webdataset_shards(slim, tiny_recipe, photographs, tmp_path):
     found = document(slim("eval", "--json"))
     assert len(found["rows"]) == 2
 
+    # of several processes each reads a share, but the one that measures at the end reads all
+    section = DataSection(name="wds/photographs", root=root, val_split="val")
+    stream = open_dataset(section, train=False)
+    count = len(list(stream.unsplit()))
+    stream = open_dataset(section, train=False)
+    stream.reader.dist_rank, stream.reader.dist_num_replicas = 1, 2
+    whole = stream.unsplit()
+    assert len(list(stream)) == count // 2 and len(list(whole)) == count
+
 
 def test_hugging_face_datasets(slim, tiny_recipe, photographs):
     pytest.importorskip("datasets", reason="pip install slimcli[hfds]")

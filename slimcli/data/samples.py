@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import struct
 import tarfile
@@ -153,6 +154,17 @@ class StreamedImages(IterableImageDataset):  # type: ignore[misc]
         self.title = title
         self.class_names = class_names(stream.reader)
         self.notes: list[str] = []
+
+    def unsplit(self) -> StreamedImages:
+        """The same stream as one process alone reads it, whole; timm's readers share it out among the processes."""
+        found = copy.copy(self)
+        found.reader = copy.copy(self.reader)
+        for name, alone in (("dist_rank", 0), ("dist_num_replicas", 1), ("global_worker_id", 0), ("ds", None)):
+            if hasattr(found.reader, name):
+                setattr(found.reader, name, alone)
+        if hasattr(found.reader, "global_num_workers"):
+            found.reader.global_num_workers = 1
+        return found
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for number, (image, target) in enumerate(self.reader):

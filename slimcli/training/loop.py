@@ -91,7 +91,9 @@ def summarise(session: Session, run: Run, progress: Progress, log: Log) -> dict[
         load_weights(model, run.folder / WEIGHTS)
         device, batch_size = accelerator.device, recipe.data.batch_size
         dtype = find_dtype(recipe.precision, device)
-        loader = datasets.eval_loader(session.val_set, session.prepare, batch_size, session.workers, device)
+        # this process measures alone what all of them validated on
+        val = session.val_set.unsplit() if isinstance(session.val_set, datasets.StreamedImages) else session.val_set
+        loader = datasets.eval_loader(val, session.prepare, batch_size, session.workers, device)
         trained = any(stage.mode != "none" for stage in recipe.stages)
         rows = evaluate(model, loader, None if trained else [], device, dtype, progress)
         start = next(row for row in run.rows if row["event"] == "start")
