@@ -159,6 +159,18 @@ def test_stopping_early_leaves_later_blocks_out_and_changes_nothing(tiny):
         hook.remove()
 
 
+def test_a_call_for_features_leaves_none_behind(tiny):
+    tiny.forward_features(images_for(tiny))
+    held = [
+        value for drop in tiny._last_trail.drops for value in (drop.patches, drop.stay, drop.into) if value is not None
+    ]
+    assert all(not value.is_floating_point() or value.numel() == 0 for value in held)
+    assert tiny.patches.left_after.min() < 3
+    tiny.restoring = "own"
+    assert tiny.with_schedule(tiny.schedule).restoring == "own"
+    tiny.restoring = None
+
+
 def test_what_cannot_be_is_said_in_one_line(tiny):
     images = images_for(tiny)
     with pytest.raises(SlimError, match=r"indices = .*blocks 0 to 2"):

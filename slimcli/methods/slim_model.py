@@ -211,7 +211,7 @@ class SlimModel(Described, DenseSurface, ABC):
         setattr(other, self.selector_name, self.selector)
         other.configure(self.configuration())
         other.describe_as(self)
-        other._untaught = self._untaught
+        other._untaught, other._restoring = self._untaught, self._restoring
         return other
 
     @property

@@ -93,6 +93,7 @@ class DenseSurface(BlockRunner):
         try:
             yield trail
         finally:
+            trail.release()
             self._trail, self._last_trail = None, trail
 
     def _drops_unseen(self) -> bool:

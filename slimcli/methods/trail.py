@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,6 +67,12 @@ class Trail:
         places = torch.arange(n, device=tokens.device).expand(batch, -1)
         into = None if heirs is None else torch.cat((places[:, :stay], heirs[:, stay:n]), dim=1)
         self.drop(layer, tokens, places[:, :stay], into)
+
+    def release(self) -> None:
+        """Let the features go; who left where is kept."""
+        self._after.clear()
+        self._positions = None
+        self.drops = [replace(drop, patches=drop.patches.new_empty(*drop.patches.shape[:2], 0)) for drop in self.drops]
 
     def restored(self, layer: int) -> Tensor:
         """All tokens (B, P + N, D) after block `layer`, patches in raster order."""
