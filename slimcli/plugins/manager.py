@@ -119,7 +119,12 @@ def ask(hook: str, only: str | None = None, **arguments: Any) -> tuple[dict[str,
         except SlimError as error:
             refusals[name] = error
         except Exception as error:  # whatever a plugin does wrong, the others go on
-            failed(name, hook, error)
+            if "meta tensor" in str(error):
+                # a model that cannot be built without memory, to see its shapes, is no fault of the plugin's
+                refusals[name] = SlimError(f"the plugin {name} builds no model without memory")
+                refusals[name].__cause__ = error
+            else:
+                failed(name, hook, error)
         else:
             if answer is not None:
                 answers[name] = answer
