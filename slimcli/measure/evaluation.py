@@ -71,6 +71,12 @@ def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Sche
     return [None, *(model.at_keep_rate(rate) for rate in keep_rates)]
 
 
+def variants_of(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Variant]:
+    """The dense model and each keep rate, slimmed with the model's own `exact_savings`."""
+    # the dense model runs as its library runs it, whatever the slimmed one leaves out
+    return [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
+
+
 def check_classifier(model: SlimModel) -> None:
     """`SlimError` if the model has no classifier to train."""
     if not model.architecture().num_outputs:
@@ -100,8 +106,7 @@ def evaluate(
     ratios within a round, and `timing_reliable` says whether to believe it.
     """
     model = optimize(model.to(device, dtype).eval())
-    # the dense model runs as its library runs it, whatever the slimmed one leaves out
-    variants = [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
+    variants = variants_of(model, keep_rates)
     steps = Steps(progress, [Step("evaluating", 4.0), Step("timing", 1.0)])
     with model.running():
         with steps.step() as part:

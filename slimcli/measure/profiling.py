@@ -12,7 +12,7 @@ from torch import Tensor
 from slimcli.attention import AttentionRecorder, running
 from slimcli.layout import lay_out_for_inference, optimize
 from slimcli.measure import clock
-from slimcli.measure.evaluation import Variant, describe, schedules
+from slimcli.measure.evaluation import Variant, describe, variants_of
 from slimcli.measure.rows import Row
 from slimcli.measure.timing import Timing
 from slimcli.progress import Progress, Step, Steps, no_progress
@@ -110,9 +110,8 @@ def all_variants(model: SlimModel, keep_rates: Sequence[float] | None, exact_sav
 
     A model whose own `exact_savings` is set is slimmed with it; the plain dense model stays the baseline.
     """
-    chosen = schedules(model, keep_rates)
-    plain = [Variant(schedule, model.exact_savings and schedule is not None) for schedule in chosen]
-    more = [Variant(schedule, True) for schedule in chosen] if exact_savings else []
+    plain = variants_of(model, keep_rates)
+    more = [Variant(variant.schedule, True) for variant in plain] if exact_savings else []
     known = [(variant.schedule, variant.exact_savings) for variant in plain]
     return plain + [variant for variant in more if (variant.schedule, True) not in known]
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from slimcli.errors import SlimError
 from slimcli.layout import optimize
-from slimcli.measure.evaluation import Variant, describe, schedules
+from slimcli.measure.evaluation import describe, variants_of
 from slimcli.measure.rows import Row
 from slimcli.measure.scores import pooled
 from slimcli.progress import Progress, no_progress
@@ -46,7 +46,7 @@ def retrieve(
         SlimError: for fewer than two images.
     """
     model = optimize(model.to(device, dtype).eval())
-    variants = [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
+    variants = variants_of(model, keep_rates)
     found: list[list[Tensor]] = [[] for _ in variants]
     classes: list[Tensor] = []
     with model.running():

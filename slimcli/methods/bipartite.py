@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slimcli.attention import AttentionRecorder
 from slimcli.life import highest_first
-from slimcli.methods.merging import Merge
+from slimcli.methods.by_cost import ByStrength
+from slimcli.methods.merging import Merge, Merging, check_half, merges
 from slimcli.schedule import Schedule
 
 
@@ -47,3 +51,31 @@ def matching(metric: Tensor, r: int, prefix: int) -> Merge:
     others = torch.arange(1 - first, metric.shape[1], 2, device=metric.device).expand(metric.shape[0], -1)
     stay = torch.cat((2 * rest + first, others), dim=1)
     return Merge(stay, 2 * source + first, partner.gather(1, source) + rest.shape[1])
+
+
+class PairMerging(ByStrength, Merging):
+    """In every block the r most similar pairs of the matching become one patch each; r is spread evenly over blocks.
+
+    Similarity is the cosine of the keys, averaged over heads.
+    """
+
+    @property
+    def strongest(self) -> int:
+        return self.backbone.depth * (self.num_patches // 2)
+
+    def forms(self, strength: int) -> Sequence[Schedule]:
+        depth = self.backbone.depth
+        return [even_schedule(depth, self.num_patches, strength, shift) for shift in range(depth if strength else 1)]
+
+    def check_counts(self, counts: Sequence[int]) -> None:
+        check_half(self.method, counts)
+
+    def leaving(self, counts: Sequence[int]) -> tuple[int, ...]:
+        return merges(counts)
+
+    def match(self, layer: int, tokens: Tensor, seen: AttentionRecorder, bias: Tensor | None, r: int) -> Merge:
+        return matching(self.keys(seen), r, self.backbone.num_prefix_tokens)
+
+    def match_cost(self, num_patches: int, r: int) -> int:
+        even, odd = sides(num_patches, self.architecture().num_prefix_tokens)
+        return even * odd * (self._facts.key_channels or 0)

@@ -12,9 +12,21 @@ import torch
 from torch import Tensor
 
 from slimcli.attention import AttentionRecorder
+from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
-from slimcli.methods.base import Method, backbone_cost, drop_layers
+from slimcli.methods.base import Facts, Method, backbone_cost, drop_layers
 from slimcli.schedule import Schedule
+
+
+def no_class_attention(backbone: Backbone, facts: Facts) -> str | None:
+    """Why the class token's attention to patches cannot be read off a backbone; None if it can."""
+    if backbone.global_token != "cls":
+        return "it ranks patches by the class token's attention, and this model has no class token in its blocks"
+    if facts.key_channels is None:
+        return "its blocks do not use torch's scaled_dot_product_attention, where class attention is read"
+    if facts.biased:
+        return "its attention adds relative positions to queries and keys, and class attention is read from those"
+    return None
 
 
 class ClassAttention(Method):
@@ -32,12 +44,9 @@ class ClassAttention(Method):
     fuses: ClassVar[bool]
 
     def refusal(self) -> str | None:
-        if self.backbone.global_token != "cls":
-            return "it ranks patches by the class token's attention, and this model has no class token in its blocks"
-        if self._facts.key_channels is None:
-            return "its blocks do not use torch's scaled_dot_product_attention, where class attention is read"
-        if self._facts.biased:
-            return "its attention adds relative positions to queries and keys, and class attention is read from those"
+        reason = no_class_attention(self.backbone, self._facts)
+        if reason is not None:
+            return reason
         if self.fuses and self._facts.positions:
             return "a fused token has no place for its rotary or relative positions; evit-nofuse can run it"
         return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from slimcli.life import highest_first, sort_patches
 from slimcli.methods.base import backbone_cost
 from slimcli.methods.by_cost import ByStrength
+from slimcli.methods.evit import no_class_attention
 from slimcli.schedule import Schedule, default_life_layer
 
 #: how much of the global class attention a block renews
@@ -44,12 +45,9 @@ class EvoViT(ByStrength):
         return [Schedule(depth, first, counts=tuple(counts))]
 
     def refusal(self) -> str | None:
-        if self.backbone.global_token != "cls":
-            return "it ranks patches by the class token's attention, and this model has no class token in its blocks"
-        if self._facts.key_channels is None:
-            return "its blocks do not use torch's scaled_dot_product_attention, where class attention is read"
-        if self._facts.biased:
-            return "its attention adds relative positions to queries and keys, and class attention is read from those"
+        reason = no_class_attention(self.backbone, self._facts)
+        if reason is not None:
+            return reason
         if self._facts.positions:
             return "a token that stands for others has no place for its rotary or relative positions"
         return None

@@ -46,6 +46,10 @@ class DenseSurface(BlockRunner):
         mode: str
         schedule: Schedule
 
+        def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+        def logits(self, images: Tensor) -> Tensor: ...
+
     def __getattr__(self, name: str) -> Any:
         if name in FACTS:
             model = super().__getattr__("model")
@@ -58,7 +62,7 @@ class DenseSurface(BlockRunner):
 
     @property
     def restoring(self) -> str:
-        """How a patch that left gets a feature: one of `slimcli.life.WAYS`.
+        """How a patch that left gets a feature: one of `slimcli.life.restore.WAYS`.
 
         By default "heir" where patches that leave are added to others, else "own".
         """
@@ -100,9 +104,6 @@ class DenseSurface(BlockRunner):
         owner = next(kind for kind in type(self).__mro__ if {"slimmed", "follows"} & set(vars(kind)))
         return not vars(owner).get("follows", False) and self.mode == "hard" and self.schedule.drops_patches()
 
-    def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
-
     def _all_tokens(self, images: Tensor, layers: Sequence[int], stop_early: bool = False) -> list[Tensor]:
         """Tokens (B, P + N, D) after each of `layers` (from 1), patches in raster order."""
         stop_after = max(layers) if stop_early else None
@@ -118,9 +119,6 @@ class DenseSurface(BlockRunner):
         assert trail.shape is not None
         batch, count, device = trail.shape
         return logits, stand_ins(trail.drops, batch, count, device)
-
-    def logits(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
 
     # The calls.
 

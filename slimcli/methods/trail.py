@@ -42,9 +42,9 @@ class Trail:
     def after(self, layer: int, tokens: Tensor) -> None:
         """Block `layer` gave `tokens` (B, P + n, D)."""
         if layer in self.layers:
-            everybody = self.shape is not None and tokens.shape[1] == self.prefix + self.shape[1]
-            reordered = bool(self.drops) and not (layer == self.depth and self.revives)
-            self._after[layer] = tokens, len(self.drops) if reordered or not everybody else 0
+            # patches that came back are in raster order already
+            back = self.revives and layer == self.depth
+            self._after[layer] = tokens, 0 if back else len(self.drops)
         if layer == self.stop_after:
             raise Reached
 
