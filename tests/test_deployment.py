@@ -1,5 +1,6 @@
 """Models that leave slim: exported, checked, and run by programs that know neither torch nor slim."""
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import numpy
 import pytest
 import torch
 from conftest import document, tiny_vit
+from packaging.requirements import Requirement
 from PIL import Image
 
 import slimcli
@@ -147,7 +149,7 @@ def test_predict_eval_load_and_the_artefact_see_one_image_alike(exported, photog
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 def test_the_cards_program_runs_without_torch_and_slim(exported, photograph, tmp_path, mode):
-    """It prints the classes that slim predicts, in a process that cannot import them."""
+    """It prints the classes that slim predicts, in an environment of onnxruntime, numpy and Pillow alone."""
     folder = tmp_path / "moved"
     shutil.copytree(exported, folder)
     prepare = {**PREPARE, "crop_mode": mode}
@@ -159,13 +161,14 @@ def test_the_cards_program_runs_without_torch_and_slim(exported, photograph, tmp
     if mode == "center":
         assert card.split("```")[1] == (folder / "README.md").read_text().split("```")[1]
     (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    blocker = (
-        "import sys\nfor name in ('torch', 'torchvision', 'timm', 'slimcli', 'onnx'):\n    sys.modules[name] = None\n"
-    )
-    (folder / "run.py").write_text(blocker + program)
-    done = subprocess.run(
-        [sys.executable, "run.py", str(photograph)], cwd=folder, capture_output=True, text=True, check=False
-    )
+    (folder / "run.py").write_text(program)
+    # -S and -E: of what is installed here, Python sees these packages alone
+    place = packages_alone(tmp_path / "packages", "onnxruntime", "numpy", "pillow")
+    command = [sys.executable, "-S", "-E", "-c", f"import sys; sys.path.append({str(place)!r}); exec(sys.argv.pop(1))"]
+    missing = "import importlib.util as i; print([n for n in ('torch', 'timm', 'slimcli') if i.find_spec(n)])"
+    assert subprocess.check_output([*command, missing], text=True, cwd=folder).strip() == "[]"
+    run = "import runpy; runpy.run_path('run.py', run_name='__main__')"
+    done = subprocess.run([*command, run, str(photograph)], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     predictor = predictor_of_export(folder)
     predictor.preprocessing = prepare
@@ -173,6 +176,24 @@ def test_the_cards_program_runs_without_torch_and_slim(exported, photograph, tmp
     printed = [line.split(" %  ") for line in done.stdout.splitlines()]
     assert [name for _, name in printed] == [predictor.name_of(number) for number, _ in found.top(5)]
     assert [float(chance) for chance, _ in printed] == pytest.approx([100 * c for _, c in found.top(5)], abs=0.02)
+
+
+def packages_alone(place, *names):
+    """A folder of these installed packages and of what they require, and of nothing else."""
+    place.mkdir()
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        found = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (place / top).exists():
+                (place / top).symlink_to(found.locate_file(top))
+        needed = map(Requirement, found.requires or ())
+        waiting += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return place
 
 
 class Wrong(Runtime):
@@ -251,6 +272,18 @@ def test_what_cannot_be_exported_is_refused_before_the_work(refused, tmp_path, p
     assert "is there already" in refused("export", "--to", "torch", "-o", photographs)
     assert "life head" in refused("export", "digits_vit", "--to", "torch", "-o", "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_machine_code_of_a_folder_runs_only_where_it_is_trusted(
+    exported, tmp_path, photograph, refused, slim, monkeypatch
+):
+    folder = tmp_path / "code"
+    shutil.copytree(exported, folder)
+    monkeypatch.setattr(type(find_runtime("onnx")), "runs_code", True)
+    assert "model.onnx: is machine code" in (line := refused("predict", photograph, "--model", folder))
+    assert "--trust-code" in line
+    assert str(photograph) in slim("predict", photograph, "--model", folder, "--trust-code").output
+    assert [runtime.name for runtime in runtimes().values() if runtime.runs_code] == ["aoti", "onnx"]
 
 
 def test_a_missing_package_is_named_with_its_extra(refused, monkeypatch):

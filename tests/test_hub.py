@@ -77,6 +77,15 @@ class Hub(BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest()
         return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit)
 
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = self.path.removeprefix("/lfs/")
+        assert hashlib.sha256(content).hexdigest() == oid
+        # what is stored elsewhere needs no token, and gets none
+        assert "Authorization" not in self.headers
+        self.server.large[oid] = content
+        self.answer(200)
+
     def do_POST(self):
         self.server.asked.append((self.command, self.path))
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -94,20 +103,31 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, {"url": f"{self.server.address}/{name}"})
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [{"oid": one["oid"], "size": one["size"], "actions": {
+                "upload": {"href": f"{self.server.address}/lfs/{one['oid']}"},
+                "verify": {"href": f"{self.server.address}/verify"}}}
+                for one in json.loads(body)["objects"]]  # fmt: skip
+            return self.answer(200, {"transfer": "basic", "objects": objects})
+        if path == "/verify":
+            return self.answer(200, {})
         name, action, branch = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", path).groups()
         repository = self.repository(name)
         if action == "branch":
             repository["branches"][branch] = repository["branches"]["main"]
             return self.answer(200, {})
         if action == "preupload":
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for file in json.loads(body)["files"]]  # fmt: skip
+            # weights go to the store for large files, as on the hub
+            files = [{"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                      "shouldIgnore": False} for file in json.loads(body)["files"]]  # fmt: skip
             return self.answer(200, {"files": files})
         files = dict(repository["commits"][repository["branches"][branch]])
         for line in body.splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "lfsFile":
+                files[entry["value"]["path"]] = self.server.large[entry["value"]["oid"]]
             elif entry["key"] == "deletedFile":
                 del files[entry["value"]["path"]]
         commit = hashlib.sha1(body).hexdigest()
@@ -120,6 +140,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address, server.repositories, server.asked = f"http://127.0.0.1:{server.server_port}", {}, []
+    server.large = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here(monkeypatch, server.address, tmp_path / "cache")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -156,6 +177,7 @@ def test_what_is_pushed_is_loaded_again_by_every_command(hub, slim, saved):
     files = repository["commits"][repository["branches"]["main"]]
     assert repository["private"]
     assert set(files) == {"README.md", "config.json", "model.safetensors", "slim.safetensors"}
+    assert {files["model.safetensors"], files["slim.safetensors"]} == set(hub.large.values())
     head = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert head["library_name"] == "slimcli" and "token-pruning" in head["tags"]
     assert 'slimcli.load("hf-hub:me/small")' in files["README.md"].decode()

@@ -31,6 +31,7 @@ def open_predictor(
     precision: str | None = None,
     runtime: str | None = None,
     overrides: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> Predictor:
     """What turns files or images into classes or embeddings: `predictor.predict(["photo.jpg"])`.
 
@@ -48,9 +49,11 @@ def open_predictor(
         precision: "float32", "bfloat16" or "float16"; by default the recipe's, or float32.
         runtime: "torch", "compile", "cuda-graph" or another; by default "cuda-graph" on CUDA, "torch" elsewhere.
         overrides: fields of the recipe, such as `["slimming.drop_layers=[3,6]"]`.
+        trust_code: run the machine code of an exported folder (`aoti`): only of a folder that you trust.
 
     Raises:
-        SlimError: where the target is not there or damaged, or an argument has no effect on it.
+        SlimError: where the target is not there or damaged, an argument has no effect on it, or it is machine code
+            that `trust_code` does not allow.
     """
     given: dict[str, Any] = {
         "weights": weights, "keep_rate": keep_rate, "dead": dead, "precision": precision,
@@ -67,7 +70,7 @@ def open_predictor(
         return predictor_of_model(target, transform.prepare, target.class_names, type(target).__name__, embeddings)
     if target is not None and is_export(Path(target)):
         _refuse(given, f"on an exported model ({target}): what it runs in was decided by `slim export`")
-        predictor = predictor_of_export(Path(target))
+        predictor = predictor_of_export(Path(target), trust_code)
         if embeddings and predictor.classifies:
             raise SlimError(f"{target}: was exported with its classifier, and gives no embeddings: name another model")
     else:

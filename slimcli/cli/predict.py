@@ -41,6 +41,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--shard", metavar="N/M", help="Of M equal shares of the images take the Nth: 3/16.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: 16]")
 @click.option("--runtime", metavar="NAME", help="What it runs in.  [default: cuda-graph on CUDA, torch elsewhere]")
+@click.option("--trust-code", is_flag=True, help="Run the machine code of an aoti folder: only of one that you trust.")
 @dead_option
 @threads_option
 @set_option

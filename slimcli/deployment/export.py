@@ -241,11 +241,12 @@ def is_export(folder: Path) -> bool:
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
-def open_export(folder: Path) -> tuple[ExportConfig, Program]:
-    """The artefact in a folder, ready to run.
+def open_export(folder: Path, trust_code: bool = False) -> tuple[ExportConfig, Program]:
+    """The artefact in a folder, ready to run; with `trust_code` also one that holds code of its own.
 
     Raises:
-        SlimError: if it is damaged, of another version, or its runtime is not installed.
+        SlimError: if it is damaged, of another version, its runtime is not installed, or it holds code that is not
+            trusted.
     """
     content = read_json(inside(folder, CONFIG))
     if content.get("format_version") != VERSION:
@@ -259,6 +260,11 @@ def open_export(folder: Path) -> tuple[ExportConfig, Program]:
     for name in runtime.files:
         if not inside(folder, name).is_file() or _digest(folder / name) != config.files.get(name):
             raise SlimError(f"{folder / name}: is damaged, or not what config.json was written for: export again")
+    if runtime.runs_code and not trust_code:
+        raise SlimError(
+            f"{folder / runtime.files[0]}: is machine code, which would run here with your rights: if you exported it "
+            f"yourself, or trust who did, give {parameter('trust_code')}"
+        )
     return config, runtime.open(folder, config.precision)
 
 

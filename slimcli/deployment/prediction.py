@@ -191,9 +191,9 @@ def predictor_of_model(
     return Predictor(label, program, preprocessing, classes, forward.classifies, identity=identity)
 
 
-def predictor_of_export(folder: Path) -> Predictor:
-    """The artefact that `slim export` wrote to a folder; `SlimError` where it is damaged."""
-    config, program = open_export(folder)
+def predictor_of_export(folder: Path, trust_code: bool = False) -> Predictor:
+    """The artefact that `slim export` wrote to a folder; `SlimError` where it is damaged, or holds code not trusted."""
+    config, program = open_export(folder, trust_code)
     classifies = config.output != EMBEDDINGS
     prepare = config.preprocessing.model_dump()
     kept = json_text([config.files, prepare, config.class_names])

@@ -21,6 +21,7 @@ class AotInductor(Runtime):
     name = "aoti"
     about = "torch.export and AOTInductor: machine code for this processor, run by torch without slim"
     files = (FILE,)
+    runs_code = True
 
     def write(self, model: Forward, folder: Path, conversion: Conversion) -> None:
         free = {"images": {0: torch.export.Dim("batch", min=1)}} if conversion.batch_size is None else None

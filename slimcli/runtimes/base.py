@@ -103,6 +103,8 @@ class Runtime(ABC):
     extra: ClassVar[str | None] = None
     #: the files of its artefact, the first one that which is opened; none where it cannot be exported
     files: ClassVar[tuple[str, ...]] = ()
+    #: whether opening its artefact runs code that the artefact holds
+    runs_code: ClassVar[bool] = False
 
     def missing(self) -> list[str]:
         """The packages that it needs and that are not installed."""
