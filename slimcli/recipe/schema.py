@@ -55,7 +55,11 @@ class ModelSection(Section):
 class DataSection(Section):
     """Images with classes: whatever timm.data.create_dataset takes, or `digits`."""
 
-    name: str = Field("", description="'' for a folder or .tar, 'digits', or timm's hfds/..., wds/..., torch/...")
+    name: str = Field(
+        "",
+        description="'' for a folder or .tar, 'digits', 'segmentation' for images beside label maps, or timm's "
+        "hfds/..., wds/..., torch/...",
+    )
     root: AnyPath | None = None
     train_split: Name = "train"
     val_split: Name = "validation"
@@ -63,6 +67,14 @@ class DataSection(Section):
     val_limit: PositiveInt | None = None
     class_map: dict[str, str] | None = Field(
         None, description="the model's class for classes of the data that have other names"
+    )
+    images: Name = Field("images", description="for name = 'segmentation': the folder of the images")
+    labels: Name = Field("labels", description="for name = 'segmentation': the folder of their label maps")
+    class_names: Annotated[list[Name], Field(min_length=2)] | None = Field(
+        None, description="for name = 'segmentation': the classes in the order of their numbers in the label maps"
+    )
+    ignore: Annotated[int, Field(ge=0, le=65535)] = Field(
+        255, description="for name = 'segmentation': the number of pixels that do not count"
     )
     batch_size: PositiveInt = 64
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
@@ -75,6 +87,22 @@ class DataSection(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
+
+    @model_validator(mode="after")
+    def label_maps_fit(self) -> DataSection:
+        """Scenes are resized whole, so that labels stay where they are; their classes have no folders to be named by."""
+        if self.name == "segmentation":
+            if self.class_names is None:
+                raise ValueError("class_names are missing: name the classes in the order of their numbers")
+            if len(set(self.class_names)) < len(self.class_names):
+                raise ValueError("class_names: a name comes twice")
+            if self.crop_pct not in (None, 1.0) or self.crop_mode not in (None, "squash"):
+                raise ValueError("crop_pct and crop_mode: images beside label maps are resized whole: leave them out")
+            if self.class_map is not None:
+                raise ValueError("class_map is for classes that are folders: label maps have numbers")
+        elif self.class_names is not None:
+            raise ValueError("class_names are for name = 'segmentation': classes are named by their folders")
+        return self
 
 
 class SlimmingSection(Section):
@@ -122,7 +150,9 @@ class StageSection(Section):
     """One stage of training: what learns, how the blocks run meanwhile, and for how long."""
 
     name: str | None = None
-    learns: Literal["life", "backbone", "both"]
+    learns: Literal["life", "backbone", "both", "head"] = Field(
+        description="the life head, the dense model, both, or its segmentation head alone, on features computed once"
+    )
     mode: Literal["none", "soft", "hard", "straight", "calibrate"] = Field(
         description="none: dense; soft: all patches stay, weighted by their lives; hard: patches are dropped; "
         "straight: dead patches count nothing, with the gradient of the soft weights; calibrate: no gradients and no "
@@ -173,6 +203,8 @@ class StageSection(Section):
         given = [name for name in CALIBRATION_FIELDS if self._differs(name)]
         if given:
             raise ValueError(f"{' and '.join(given)}: for mode = 'calibrate' only")
+        if self.learns == "head":
+            return self._teaches_head()
         if self.learns != "backbone" and self.mode not in ("soft", "straight"):
             raise ValueError(
                 f"mode = '{self.mode}' gives the life head no gradient: learns = '{self.learns}' needs mode = 'soft', "
@@ -192,6 +224,17 @@ class StageSection(Section):
             raise ValueError(f"distill_temperature is for loss = 'distill' and 'both', here loss = '{self.loss}'")
         return self
 
+    def _teaches_head(self) -> StageSection:
+        if self.mode != "none" or self.loss != "labels":
+            raise ValueError(
+                "learns = 'head' teaches by labels on the dense model's features: it needs mode = 'none' and "
+                "loss = 'labels'"
+            )
+        given = [name for name in ("features", "keep_rates", "ema", "backbone_lr") if self._differs(name)]
+        if given:
+            raise ValueError(f"{' and '.join(given)}: not for learns = 'head'")
+        return self
+
     def _calibrates(self) -> StageSection:
         if self.learns != "life":
             raise ValueError(f"mode = 'calibrate' teaches the life head: learns = 'life', not '{self.learns}'")
@@ -209,6 +252,16 @@ class StageSection(Section):
     def uses_labels(self) -> bool:
         """Whether the loss needs the classes of the images."""
         return self.loss in ("labels", "both")
+
+    @property
+    def teaches_life(self) -> bool:
+        """Whether the life head, or what another method learns in its place, is taught."""
+        return self.learns in ("life", "both")
+
+    @property
+    def teaches_backbone(self) -> bool:
+        """Whether the dense model is taught."""
+        return self.learns in ("backbone", "both")
 
     @property
     def uses_teacher(self) -> bool:
