@@ -52,8 +52,7 @@ def describe(model: SlimModel, schedule: Schedule | None, exact_savings: bool = 
     counts = model.patches_used(schedule) if schedule else None
     dense = sum(p.numel() for p in model.model.parameters())
     head = sum(p.numel() for p in model.selector.parameters()) if schedule else 0
-    # whole class maps need every patch after the last block
-    savings = model.savings(schedule) if exact_savings and not model.segments else 0
+    savings = model.savings(schedule) if exact_savings else 0
     cost = model.cost(schedule) + model.dense_cost(schedule) - savings
     return Row(
         dense=schedule is None,
@@ -76,7 +75,7 @@ def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Sche
 def variants_of(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Variant]:
     """The dense model and each keep rate, slimmed with the model's own `exact_savings`."""
     # the dense model runs as its library runs it, whatever the slimmed one leaves out
-    return [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
+    return [Variant(s, model.saves_exactly and s is not None) for s in schedules(model, keep_rates)]
 
 
 def check_classifier(model: SlimModel) -> None:
@@ -103,7 +102,8 @@ def evaluate(
     Likeness is to the dense model, or where the weights were trained since to `reference` run dense. Without a
     classifier, `similarity` to the dense model's features takes the place of accuracy; a backbone that
     `compares_embeddings` has both. With a segmentation head, `loader` gives label maps, and rows have mIoU, the share
-    of right pixels, and the mean cosine of patch features with the dense model's. With a `reference`, rows also have `right`, a bit an image.
+    of right pixels, and the mean cosine of patch features with the dense model's. With a `reference`, rows also have
+    `right`, a bit an image.
     Speed is measured afterwards, on one batch, when no process loads images any more: the variants run in turn, three
     rounds at least and for up to five seconds until the ratios are known narrowly. The speed-up is the median of the
     ratios within a round, and `timing_reliable` says whether to believe it.

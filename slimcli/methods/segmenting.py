@@ -58,6 +58,11 @@ class Segmenting(DenseSurface):
         """What the model is for, of images (B, 3, H, W): `segment` with a segmentation head, else `logits`."""
         return self.segment(images) if self.segments else self.logits(images)
 
+    @property
+    def saves_exactly(self) -> bool:
+        """Whether `exact_savings` leave anything out: not where every patch is read after the last block."""
+        return self.exact_savings and not self.segments
+
     def dense_cost(self, schedule: Schedule | None) -> int:
         """Multiply-adds of one image for its class map beside `cost`: the head, and a last block for all patches."""
         head = self.segmenter

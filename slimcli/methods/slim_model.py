@@ -259,7 +259,7 @@ class SlimModel(Described, Segmenting, ABC):
     def multiply_adds(self, schedule: Schedule | None = None) -> int:
         """Multiply-adds of one image under `schedule`, by default the present one; `exact_savings` are left out."""
         schedule = schedule or self.schedule
-        return self.cost(schedule) - (self.savings(schedule) if self.exact_savings else 0)
+        return self.cost(schedule) + self.dense_cost(schedule) - (self.savings(schedule) if self.saves_exactly else 0)
 
     @property
     def attention(self) -> str:

@@ -90,7 +90,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def label_maps_fit(self) -> DataSection:
-        """Scenes are resized whole, so that labels stay where they are; their classes have no folders to be named by."""
+        """Scenes are resized whole, so that labels stay in their places, and no folders name their classes."""
         if self.name == "segmentation":
             if self.class_names is None:
                 raise ValueError("class_names are missing: name the classes in the order of their numbers")

@@ -17,7 +17,8 @@ from slimcli.training.session import Session
 def validate(session: Session, model: SlimModel, mode: str, progress: Progress) -> Scores:
     """Accuracy of the model in `mode` on all images of all processes, in the precision of the training.
 
-    With a segmentation head mIoU and the share of right pixels. With a teacher also the cosine to its image embeddings; without a classifier that alone.
+    With a segmentation head mIoU and the share of right pixels. With a teacher also the cosine to its image
+    embeddings; without a classifier that alone.
     """
     accelerator, teacher = session.accelerator, session.teacher
     loader: DataLoader[Any] = session.check_on
