@@ -90,7 +90,8 @@ MEASURES = {
 }
 #: what tables of accuracy, cost and speed show, in this order, as far as it was measured
 TABLE = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error", "miou",
-         "miou_difference", "pixel_accuracy", "patch_similarity", "recall1", "recall10", "mean_average_precision", "neighbours", "gmacs",
+         "miou_difference", "pixel_accuracy", "patch_similarity", "recall1", "recall10",
+         "mean_average_precision", "neighbours", "gmacs",
          "params_millions", "images_per_second", "speedup")  # fmt: skip
 #: keys that stand in every row's JSON, also where there is nothing to say
 ALWAYS = ("dense", "method", "keep_rate", "exact_savings", "schedule", "gmacs", "params_millions")
