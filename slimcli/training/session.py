@@ -75,6 +75,11 @@ def set_up(
         for images in (train_set, val_set):
             datasets.keep_decoded(images, recipe.data, progress)
     target = from_recipe(recipe, recipe.name, train_set.class_names)
+    if target.model.segments and not isinstance(train_set, datasets.Scenes):
+        raise SlimError(
+            f"{recipe.data.root or recipe.data.name}: has no label maps beside its images, which a segmentation head "
+            "learns from: give data.name = 'segmentation'"
+        )
     train_set, val_set = match_classifier(target, train_set, val_set, log)
     for line in target.notes:
         log(line)
