@@ -47,7 +47,7 @@ def next_recipe(session: Session, keep_rates: Sequence[float] = ()) -> Recipe:
 
 def default_stages(model: SlimModel) -> list[StageSection]:
     """Stages for a target that comes without any."""
-    loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs else "cosine"
+    loss: Literal["labels", "cosine"] = "labels" if model.architecture().num_outputs or model.segments else "cosine"
     if model.has_heirs:
         return [StageSection(learns="backbone", mode="hard", loss=loss, lr=2e-5, epochs=2, ema=0.995)]
     return [

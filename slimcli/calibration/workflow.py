@@ -175,7 +175,8 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
         batch,
         comparison(untaught, taught),
         rows,
-        getattr(shown, "class_names", None),
+        # the classes of label maps are the head's, whatever the images are of
+        session.target.class_names if model.segments else getattr(shown, "class_names", None),
         smaller,
     )
 

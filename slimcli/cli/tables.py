@@ -184,7 +184,7 @@ def print_comparison(display: Display, found: Compared) -> None:
 
     display.line()
     lines = found.lines
-    shown = [MEASURES[key].short for key in ("agreement", "kl", "logit_error")]
+    shown = [MEASURES[key].short for key in lines[0].likeness]
     titles = ["Method", "Keep", "G MACs", lines[0].score_title, "Lost", *shown, "img/s", "Speed-up", "of ideal"]
     body = [[line.title, line.rate, MEASURES["gmacs"].text(line.row), *line.cells()] for line in lines]
     for title in ("img/s", "of ideal"):
@@ -194,9 +194,11 @@ def print_comparison(display: Display, found: Compared) -> None:
             titles, *body = ([*row[:place], *row[place + 1 :]] for row in (titles, *body))
     images = lines[0].row.images
     note = [f"{images} images, {how_trained(found.document)}; every method costs what life costs at the keep rate"]
-    errors = [line.row.top1_se for line in lines if line.row.top1_se is not None]
+    score = MEASURES["top1"] if lines[0].row.miou is None else MEASURES["miou"]
+    errors = [line.row.get(score.error) for line in lines if line.row.get(score.error) is not None]
     if errors:
-        note.append(f"standard error of top-1: {min(errors):.2f} to {max(errors):.2f} points")
+        named = "top-1" if score.key == "top1" else score.short
+        note.append(f"standard error of {named}: {min(errors):.2f} to {max(errors):.2f} points")
     note += explained(found.document)
     display.table(titles, body, "\n".join([*note, *doubts(lines)]))
     for pair in found.document["pairs"]:
@@ -274,11 +276,23 @@ def print_pictures(display: Display, album: Album) -> None:
     for line in album.notes:
         display.line(line)
     rows = [_picture_cells(entry) for entry in album.entries]
-    if rows:
+    if rows and "same_pixels" in album.entries[0]:
+        rows = [_map_cells(entry) for entry in album.entries]
+        display.table(["Image", "Dense right (%)", "Slim right (%)", "Same (%)", "Cosine"], rows, left=True)
+    elif rows:
         display.table(["Image", "Dense", "Slim", "Agree" if rows[0][3] in ("yes", "no") else "Cosine"], rows, left=True)
     for path in album.written:
         display.line(f"{path} written")
     display.warnings(f"skipped {error}" for error in album.broken)
+
+
+def _map_cells(entry: dict[str, Any]) -> list[str]:
+    """The line of an image with class maps: right pixels by both models, those alike, and the cosine of patches."""
+    from slimcli.pictures import fit_words, short_name
+
+    shares = [entry[key] for key in ("dense_pixels", "slim_pixels", "same_pixels")]
+    written = ["-" if share is None else f"{share:.1f}" for share in shares]
+    return [fit_words(short_name(entry["image"]), 26), *written, f"{entry['similarity']:.3f}"]
 
 
 def _picture_cells(entry: dict[str, Any]) -> list[str]:

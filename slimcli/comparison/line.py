@@ -11,7 +11,11 @@ from slimcli.measure.rows import MEASURES, Row
 from slimcli.measure.scores import paired_difference, unpacked
 
 #: what a score is multiplied by, so that all are in points
-SCALE = {"top1": 1.0, "similarity": 100.0}
+SCALE = {"top1": 1.0, "miou": 1.0, "similarity": 100.0, "patch_similarity": 100.0}
+#: how a table calls a score, and what likeness to the dense model stands beside it
+TITLES = {"top1": "Top-1 (%)", "miou": "mIoU (%)"}
+LIKENESS = {"miou": ("pixel_accuracy", "patch_similarity")}
+USUAL_LIKENESS = ("agreement", "kl", "logit_error")
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,18 @@ class Line:
 
     @property
     def score(self) -> float | None:
-        """Top-1 in percent, or 100 times the cosine of the features where there is no classifier."""
+        """Top-1 or mIoU in percent, or 100 times the cosine of the features where there is no classifier."""
         measure = self.row.score
         return None if measure is None else SCALE[measure.key] * self.row[measure.key]
 
     @property
     def score_title(self) -> str:
-        return "Cosine x 100" if self.row.score is MEASURES["similarity"] else "Top-1 (%)"
+        return TITLES["top1"] if self.row.score is None else TITLES.get(self.row.score.key, "Cosine x 100")
+
+    @property
+    def likeness(self) -> tuple[str, ...]:
+        """The keys of what a table shows between what was lost and the speed."""
+        return USUAL_LIKENESS if self.row.score is None else LIKENESS.get(self.row.score.key, USUAL_LIKENESS)
 
     @property
     def summary(self) -> str:
@@ -71,10 +80,7 @@ class Line:
         return [
             _figure(self.score, None if deviation is None else scale * deviation, errors),
             _figure(self.lost, self.lost_se, errors),
-            *(
-                MEASURES[key].text(self.row)
-                for key in ("agreement", "kl", "logit_error", "images_per_second", "speedup")
-            ),
+            *(MEASURES[key].text(self.row) for key in (*self.likeness, "images_per_second", "speedup")),
             MEASURES["realised"].text(self.row, unit=True),
         ]
 
@@ -123,6 +129,9 @@ def against_dense(lines: Sequence[Line]) -> list[Line]:
         if dense.score is not None and line.score is not None:
             lost = round(dense.score - line.score, 3)
             lost_se = None if line is dense else _paired_error(dense.row, line.row)
+            if line.row.miou is not None and not line.dense and not line.trained:
+                # of the same weights, whose dense model the row was measured beside
+                lost_se = line.row.miou_difference_se
         gain = dense.row.gmacs / line.row.gmacs if dense.row.gmacs and line.row.gmacs else None
         realised = round(line.row.speedup / gain, 4) if gain and line.row.speedup is not None else None
         found.append(replace(line, lost=lost, lost_se=lost_se, row=line.row.also(realised=realised)))

@@ -13,7 +13,8 @@ import numpy
 from slimcli.comparison.line import Line, dense_of, right_of
 
 #: figures whose mean over the seeds is shown
-AVERAGED = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error")
+AVERAGED = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error",
+            "miou", "pixel_accuracy", "patch_similarity")  # fmt: skip
 #: a difference that chance makes more seldom than this is called one
 SURE = 0.05
 #: drawn signs, where they are too many to count

@@ -22,7 +22,7 @@ def slimming_section(recipe: Recipe, model: SlimModel) -> SlimmingSection:
 
 def backbone_stage(recipe: Recipe) -> StageSection:
     """The last stage that teaches the backbone: its learning rate and losses are every method's."""
-    stages = [stage for stage in recipe.stages if stage.learns != "life"]
+    stages = [stage for stage in recipe.stages if stage.teaches_backbone]
     if not stages:
         raise SlimError(f"{recipe.name} has no stage that teaches the backbone: there is nothing to compare trained")
     return stages[-1]
@@ -45,7 +45,7 @@ def stages_for(method: str, recipe: Recipe, epochs: int | None) -> list[StageSec
         return [stage.model_copy(update={**one, "learns": "backbone", "mode": "none", "keep_rates": None})]
     kind = find_method(method)
     if issubclass(kind, Method):
-        head_lr = next((s.lr for s in recipe.stages if s.learns != "backbone" and s.lr is not None), lr)
+        head_lr = next((s.lr for s in recipe.stages if s.teaches_life and s.lr is not None), lr)
         own = {"backbone": {}, "life": {"lr": head_lr}, "both": {"lr": head_lr, "backbone_lr": lr}}
         shares = shared_out(total, len(kind.taught_in()))
         return [

@@ -29,7 +29,7 @@ def doubts(lines: Sequence[Line]) -> list[str]:
 def markdown(document: dict[str, Any]) -> str:
     """The table, with what it was measured on."""
     lines: list[Line] = document["rows"]
-    shown = [MEASURES[key].short for key in ("agreement", "kl", "logit_error")]
+    shown = [MEASURES[key].short for key in lines[0].likeness]
     titles = ["Method", "Keep rate", "Setting", "G multiply-adds", lines[0].score_title, "Lost", *shown, "img/s",
               "Speed-up", "Of ideal"]  # fmt: skip
     text = [f"# {document['recipe']}: {document['model']}, {how_trained(document)}", "", *_head(titles)]
@@ -65,7 +65,13 @@ def _head(titles: Sequence[str]) -> list[str]:
 
 def explained(document: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures should know: what likeness is to, what ± is over, and what was chosen by."""
-    found = ["Agrees (%), KL (nats) and error of the logits are to the dense model as it came, before any training."]
+    lines: list[Line] = document["rows"]
+    if lines[0].row.miou is not None:
+        found = ["Patches: the mean cosine of all patch features with those of the dense model as it came."]
+    else:
+        found = [
+            "Agrees (%), KL (nats) and error of the logits are to the dense model as it came, before any training."
+        ]
     seeds = document["seeds"]
     if len(seeds) > 1:
         found.append(f"Means of the seeds {', '.join(map(str, seeds))}; after ± the standard error of the mean.")
@@ -87,11 +93,16 @@ def draw(document: dict[str, Any]) -> Figure:
     _points(right, lines, lambda row: 1 / row.speedup if row.speedup else None)
     left.set_xlabel("G multiply-adds an image")
     right.set_xlabel("time an image, dense = 1" + (" (measured on a busy machine)" if doubts(lines) else ""))
-    left.set_ylabel("cosine with dense x 100" if lines[0].row.score is MEASURES["similarity"] else "top-1 (%)")
+    left.set_ylabel({"Cosine x 100": "cosine with dense x 100"}.get(lines[0].score_title, lines[0].score_title))
     right.legend(frameon=False, fontsize=9)
     epochs = document["epochs"]
     figure.suptitle(f"{document['model']}: {f'{epochs} epochs each' if epochs else 'nothing trained'}", fontsize=11)
     return figure
+
+
+def _error(line: Line) -> float | None:
+    score = line.row.score
+    return None if score is None or score.key not in ("top1", "miou") else line.row.get(score.error)
 
 
 def _points(axes: Axes, lines: Sequence[Line], place: Callable[[Row], float | None]) -> None:
@@ -106,7 +117,7 @@ def _points(axes: Axes, lines: Sequence[Line], place: Callable[[Row], float | No
             style["markerfacecolor"] = "white"
         if not own[0].dense:
             style = {"color": next(colours), "marker": next(markers), "markersize": 6}
-        at = [(place(line.row), line.score, line.row.top1_se if line.seeds else None) for line in own]
+        at = [(place(line.row), line.score, _error(line) if line.seeds else None) for line in own]
         points = sorted((x, y, error or 0.0) for x, y, error in at if x is not None and y is not None)
         x, y, error = zip(*points, strict=True) if points else ((), (), ())
         axes.errorbar(x, y, yerr=error if any(error) else None, label=title, linewidth=1.2, **style)

@@ -81,14 +81,12 @@ def open_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:
 
     Raises `DataError` where a folder cannot be read, a class has no image, or it holds splits and not classes.
     """
-    folders, files, notes = _walk(root)
+    folders, files, notes = walk(root)
     found = by_class(str(root), folders, files)
     if len(found.class_names) == 1:
         inner = sorted({parts[1] for parts in files if len(parts) > 2})
         if inner:
-            notes.append(
-                f"{root}: holds one class, {found.class_names[0]}; the folders in it ({_some(inner)}) are none"
-            )
+            notes.append(f"{root}: holds one class, {found.class_names[0]}; the folders in it ({some(inner)}) are none")
     paths = [os.path.join(root, *files[place]) for place, _ in found.images]  # noqa: PTH118
     return ImageFiles(paths, [target for _, target in found.images]), found.class_names, found.notes + notes
 
@@ -97,7 +95,7 @@ def open_tar(path: Path) -> tuple[TarImages, list[str], list[str]]:
     """The images of a split's .tar, its class names, and notes of what was skipped. Raises `DataError`."""
     try:
         with tarfile.open(path, "r:") as tar:
-            members, folders, notes = _members(path, tar)
+            members, folders, notes = members_of(path, tar)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: cannot be read as a .tar of images ({error}): expected one that is whole and not compressed"
@@ -146,7 +144,7 @@ def by_class(where: str, folders: Collection[str], files: Sequence[Parts]) -> In
     for name in names:
         if not counts[name]:
             others = sorted(parts[-1] for parts in files if len(parts) > 1 and parts[0] == name)
-            held = f"none of its {len(others)} files ({_some(others)}) is one" if others else "it is empty"
+            held = f"none of its {len(others)} files ({some(others)}) is one" if others else "it is empty"
             raise DataError(
                 f"{where}/{name}: this class folder holds no image that Pillow reads ({held}): "
                 "add some or remove the folder"
@@ -158,7 +156,7 @@ def by_class(where: str, folders: Collection[str], files: Sequence[Parts]) -> In
         notes.append(f"{where}: skipped {_counted(other, 'not named as an image that Pillow reads')}")
     folded = Counter(name.casefold() for name in names)
     if alike := [name for name in names if folded[name.casefold()] > 1]:
-        notes.append(f"{where}: classes whose names differ only in upper and lower case: {_some(alike)}")
+        notes.append(f"{where}: classes whose names differ only in upper and lower case: {some(alike)}")
     return InClasses(names, [(place, number[files[place][0]]) for place in inside], notes)
 
 
@@ -175,7 +173,7 @@ def natural(text: str) -> list[str | int]:
 
 def find_images(folder: Path) -> list[Path]:
     """All images below a folder, without those of hidden folders, in order."""
-    _, files, _ = _walk(folder)
+    _, files, _ = walk(folder)
     return sorted(folder.joinpath(*parts) for parts in files if is_image_name(parts[-1]))
 
 
@@ -183,7 +181,7 @@ def _check_names(where: str, names: Sequence[str], nested: bool) -> None:
     splits = {word for group in SYNONYMS for word in group}
     if nested and all(name.lower() in splits for name in names):
         raise DataError(
-            f"{where}: its folders {_some(names)} are splits, not classes: name one of them as the split or the root"
+            f"{where}: its folders {some(names)} are splits, not classes: name one of them as the split or the root"
         )
     forms: dict[str, str] = {}
     for name in names:
@@ -204,7 +202,7 @@ def is_noise(name: str) -> bool:
     return name.lower() in SYSTEM_FILES or (name.startswith(".") and not is_image_name(name))
 
 
-def _walk(root: Path) -> tuple[set[str], list[Parts], list[str]]:
+def walk(root: Path) -> tuple[set[str], list[Parts], list[str]]:
     """First-level folders, files and notes of a folder. Links are followed, except those that lead back."""
     folders: set[str] = set()
     files: list[Parts] = []
@@ -231,7 +229,7 @@ def _walk(root: Path) -> tuple[set[str], list[Parts], list[str]]:
                 raise DataError(f"{entry.path}: is a link to {os.readlink(entry.path)}, which is not there")  # noqa: PTH115
             elif not is_noise(entry.name) and (_is(entry.is_file) or entry.is_symlink()):
                 files.append(parts)
-    return folders, files, [f"{root}: skipped links that lead back ({_some(loops)})"] if loops else []
+    return folders, files, [f"{root}: skipped links that lead back ({some(loops)})"] if loops else []
 
 
 def _is(kind: Callable[[], bool]) -> bool:
@@ -250,7 +248,7 @@ def _entries(path: str) -> Iterator[os.DirEntry[str]]:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 
 
-def _members(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, int]], set[Parts], list[str]]:
+def members_of(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, int]], set[Parts], list[str]]:
     """Of each file in a .tar where its bytes begin and how many they are, all folders, and notes.
 
     Of a name that comes twice the last counts, as for tar itself. Links are resolved within the .tar; a .tar in it is
@@ -273,7 +271,7 @@ def _members(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, i
         elif member.isfile() and parts[-1].lower().endswith(".tar"):
             inner = tar.extractfile(member)
             with tarfile.open(fileobj=inner, mode="r:") as child:
-                below, _, _ = _members(path / member.name, child)
+                below, _, _ = members_of(path / member.name, child)
             stem = (*parts[:-1], parts[-1][:-4])
             members |= {(*stem, *rest): (member.offset_data + at, size) for rest, (at, size) in below.items()}
         elif member.isfile():
@@ -322,9 +320,9 @@ def _leading(path: Path, files: Sequence[Parts]) -> Parts:
 
 
 def _counted(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} file{'s' if len(names) > 1 else ''} {what} ({_some(names)})"
+    return f"{len(names)} file{'s' if len(names) > 1 else ''} {what} ({some(names)})"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first few names, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

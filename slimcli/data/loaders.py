@@ -15,12 +15,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from slimcli.data.augmentation import keep_one_bit
 from slimcli.data.samples import DecodedImages, ImageSamples
+from slimcli.data.segmentation import Scenes
 from slimcli.errors import SlimError
 from slimcli.recipe import AugmentationSection, DataSection
 
 #: where Linux keeps memory that processes share, and the batches that each loader process has under way
 SHARED_MEMORY = Path("/dev/shm")
 AHEAD = 2
+#: how images beside label maps are resized, so that every pixel stays in its place
+WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}
 
 
 def preprocessing(model_default: dict[str, Any], data: DataSection) -> dict[str, Any]:
@@ -31,6 +34,8 @@ def preprocessing(model_default: dict[str, Any], data: DataSection) -> dict[str,
     for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode"):
         if getattr(data, key) is not None:
             chosen[key] = getattr(data, key)
+    if data.name == "segmentation":
+        chosen |= WHOLE
     return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
 
 
@@ -113,8 +118,13 @@ def train_loader(
     workers: int,
     device: torch.device,
 ) -> DataLoader[Any]:
-    """Shuffled batches (images, classes) with the recipe's augmentation; an incomplete last batch is left out."""
+    """Shuffled batches (images, classes) with the recipe's augmentation; an incomplete last batch is left out.
+
+    Of augmentation, images beside label maps are turned left to right alone.
+    """
     workers = workers_that_fit(dataset, workers, batch_size, prepare)
+    if isinstance(dataset, Scenes):
+        return _scenes_loader(dataset, prepare, augmentation, batch_size, workers, device)
     loader = create_loader(
         dataset,
         input_size=tuple(prepare["input_size"]),
@@ -140,6 +150,28 @@ def train_loader(
         persistent_workers=workers > 0,
     )
     keep_one_bit(dataset.transform)  # type: ignore[attr-defined]
+    _check_filled(dataset, loader)
+    return loader
+
+
+def _scenes_loader(
+    dataset: Scenes,
+    prepare: dict[str, Any],
+    augmentation: AugmentationSection,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> DataLoader[Any]:
+    dataset.transform = eval_transform(prepare)
+    dataset.flip = augmentation.hflip if augmentation.enabled else 0.0
+    loader: DataLoader[Any] = DataLoader(
+        dataset, batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda", drop_last=True,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    _check_filled(dataset, loader)
+    return loader
+
+
+def _check_filled(dataset: Dataset[Any], loader: DataLoader[Any]) -> None:
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:
         raise SlimError(f"{len(dataset)} training images do not fill one batch: make data.batch_size smaller")  # type: ignore[arg-type]
-    return loader

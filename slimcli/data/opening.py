@@ -18,6 +18,7 @@ from timm.data.dataset import ImageDataset, IterableImageDataset
 from slimcli.data.folders import SYNONYMS, open_folder, open_tar
 from slimcli.data.read import read_image
 from slimcli.data.samples import ImageSamples, Sample, StreamedImages, class_names
+from slimcli.data.segmentation import Scenes, open_scenes
 from slimcli.errors import DataError, parameter
 from slimcli.plugins import open_plugin_dataset
 from slimcli.progress import Progress, no_progress
@@ -37,6 +38,8 @@ def open_dataset(data: DataSection, train: bool, seed: int | None = None) -> Ima
     split = data.train_split if train else data.val_split
     if data.name == "digits":
         samples: ImageSamples | StreamedImages = _digits(train)
+    elif data.name == "segmentation":
+        samples = _scenes(data, split)
     elif data.name in ("", "folder", "tar"):
         samples = _local(data.root, split)
     else:
@@ -44,6 +47,8 @@ def open_dataset(data: DataSection, train: bool, seed: int | None = None) -> Ima
     if isinstance(samples, ImageSamples):
         samples.seed = seed
         samples.limit(data.train_limit if train else data.val_limit)
+    if isinstance(samples, Scenes):
+        samples.check()
     return samples
 
 
@@ -107,6 +112,17 @@ def _local(root: Path | None, split: str) -> ImageSamples:
     samples = ImageSamples(source.read, source.name, len(source.targets), names)
     samples.notes = notes
     return samples
+
+
+def _scenes(data: DataSection, split: str) -> Scenes:
+    """Images beside label maps: ROOT/SPLIT/images and ROOT/SPLIT/labels, or ROOT/images/SPLIT and ROOT/labels/SPLIT."""
+    root = data.root
+    if root is None:
+        raise DataError(
+            f"data.root is missing: give the folder of your scenes with {parameter('overrides')} data.root=PATH"
+        )
+    holds = root.is_dir() and (root / data.images).is_dir()
+    return open_scenes(root if holds else _split_root(root, split), split, data)
 
 
 def _split_root(root: Path, split: str) -> Path:

@@ -52,7 +52,8 @@ def describe(model: SlimModel, schedule: Schedule | None, exact_savings: bool = 
     counts = model.patches_used(schedule) if schedule else None
     dense = sum(p.numel() for p in model.model.parameters())
     head = sum(p.numel() for p in model.selector.parameters()) if schedule else 0
-    cost = model.cost(schedule) - (model.savings(schedule) if exact_savings else 0)
+    savings = model.savings(schedule) if exact_savings else 0
+    cost = model.cost(schedule) + model.dense_cost(schedule) - savings
     return Row(
         dense=schedule is None,
         method=model.method if schedule else None,
@@ -74,12 +75,12 @@ def schedules(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Sche
 def variants_of(model: SlimModel, keep_rates: Sequence[float] | None) -> list[Variant]:
     """The dense model and each keep rate, slimmed with the model's own `exact_savings`."""
     # the dense model runs as its library runs it, whatever the slimmed one leaves out
-    return [Variant(s, model.exact_savings and s is not None) for s in schedules(model, keep_rates)]
+    return [Variant(s, model.saves_exactly and s is not None) for s in schedules(model, keep_rates)]
 
 
 def check_classifier(model: SlimModel) -> None:
     """`SlimError` if the model has no classifier to train."""
-    if not model.architecture().num_outputs:
+    if not model.architecture().num_outputs and not model.segments:
         raise SlimError(
             "the model has no classifier (num_classes = 0): give model.num_classes to train one, or slim it as it is "
             "with `slim calibrate`, which needs no classes, or train with loss = 'cosine'"
@@ -100,7 +101,9 @@ def evaluate(
 
     Likeness is to the dense model, or where the weights were trained since to `reference` run dense. Without a
     classifier, `similarity` to the dense model's features takes the place of accuracy; a backbone that
-    `compares_embeddings` has both. With a `reference`, rows also have `right`, a bit an image.
+    `compares_embeddings` has both. With a segmentation head, `loader` gives label maps, and rows have mIoU, the share
+    of right pixels, and the mean cosine of patch features with the dense model's. With a `reference`, rows also have
+    `right`, a bit an image.
     Speed is measured afterwards, on one batch, when no process loads images any more: the variants run in turn, three
     rounds at least and for up to five seconds until the ratios are known narrowly. The speed-up is the median of the
     ratios within a round, and `timing_reliable` says whether to believe it.
@@ -118,7 +121,7 @@ def evaluate(
         describe(model, variant.schedule, variant.exact_savings).also(
             images=variant.scores.count,
             images_per_second=round(batch.shape[0] / statistics.median(timing.seconds[index]), 2),
-            **variant.scores.row(),
+            **variant.scores.row(None if index == 0 else variants[0].scores),
             **({"right": packed(variant.scores.accuracy.right)} if reference is not None else {}),
             **timing.figures(index),
         )
@@ -151,6 +154,10 @@ def _score(
             with reference.running(mode="none"):
                 dense = reference.logits(images) if has_classes else None
                 features = None if has_classes else pooled(reference.logits(images))
+        if model.segments:
+            _segmented(model, variants, images, targets, reference)
+            full = images if full is None else full
+            continue
         for variant in variants:
             variant.set(model)
             output = model.logits(images)
@@ -168,9 +175,24 @@ def _score(
     return full
 
 
+def _segmented(
+    model: SlimModel, variants: Sequence[Variant], images: Tensor, targets: Tensor, reference: SlimModel | None
+) -> None:
+    """Run every variant over images (B, 3, H, W) with label maps (B, H, W)."""
+    dense: Tensor | None = None
+    if reference is not None and reference.model is not model.model:
+        with reference.running(mode="none"):
+            dense = reference.patch_map(images)
+    for variant in variants:
+        variant.set(model)
+        patches = model.patch_map(images)
+        dense = patches if dense is None else dense
+        variant.scores.segmented(model.class_map(patches, images.shape[-2:]), targets, patches, dense)
+
+
 def _run(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
     variant.set(model)
-    return model.logits(images)
+    return model.output(images)
 
 
 @torch.inference_mode()

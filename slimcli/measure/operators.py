@@ -74,9 +74,9 @@ def operators(
 @torch.no_grad()
 def operators_of_a_pass(model: SlimModel, images: Tensor) -> int:
     """Operators of a forward pass on images (B, 3, H, W), views left out, in the model's present mode."""
-    model.logits(images)  # what is made once is made
+    model.output(images)  # what is made once is made
     with _Operators(model) as counter:
-        model.logits(images)
+        model.output(images)
     return sum(counter.count.values())
 
 

@@ -136,7 +136,7 @@ def attention(model: SlimModel, batch_size: int, device: torch.device, dtype: to
 def _forward(model: SlimModel, variant: Variant, images: Tensor) -> Tensor:
     model = variant.rival or model
     variant.set(model)
-    return model.logits(images)
+    return model.output(images)
 
 
 def rivals(

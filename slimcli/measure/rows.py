@@ -60,6 +60,10 @@ MEASURES = {
         Measure("agreement", "Agrees with dense (%)", "Agrees", 1, " %", "higher", "agreement_se"),
         Measure("kl", "KL from dense", "KL", 4, "", "lower", "kl_se"),
         Measure("logit_error", "Error of logits", "Error", 4, "", "lower", "logit_error_se"),
+        Measure("miou", "mIoU (%)", "mIoU", 2, " %", "higher", "miou_se"),
+        Measure("miou_difference", "mIoU less dense", "Less dense", 2, "", "higher", "miou_difference_se"),
+        Measure("pixel_accuracy", "Right pixels (%)", "Pixels", 2, " %", "higher", "pixel_accuracy_se"),
+        Measure("patch_similarity", "Cosine of patches", "Patches", 4, "", "higher", "patch_similarity_se"),
         Measure("recall1", "Recall at 1 (%)", "R@1", 2, " %", "higher", "recall1_se"),
         Measure("recall10", "Recall at 10 (%)", "R@10", 2, " %", "higher", "recall10_se"),
         Measure(
@@ -85,8 +89,9 @@ MEASURES = {
     )
 }
 #: what tables of accuracy, cost and speed show, in this order, as far as it was measured
-TABLE = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error", "recall1",
-         "recall10", "mean_average_precision", "neighbours", "gmacs",
+TABLE = ("top1", "top5", "loss", "similarity", "top1_difference", "agreement", "kl", "logit_error", "miou",
+         "miou_difference", "pixel_accuracy", "patch_similarity", "recall1", "recall10",
+         "mean_average_precision", "neighbours", "gmacs",
          "params_millions", "images_per_second", "speedup")  # fmt: skip
 #: keys that stand in every row's JSON, also where there is nothing to say
 ALWAYS = ("dense", "method", "keep_rate", "exact_savings", "schedule", "gmacs", "params_millions")
@@ -131,6 +136,14 @@ class Row:
     kl_se: float | None = None
     logit_error: float | None = None
     logit_error_se: float | None = None
+    miou: float | None = None
+    miou_se: float | None = None
+    miou_difference: float | None = None
+    miou_difference_se: float | None = None
+    pixel_accuracy: float | None = None
+    pixel_accuracy_se: float | None = None
+    patch_similarity: float | None = None
+    patch_similarity_se: float | None = None
     recall1: float | None = None
     recall1_se: float | None = None
     recall10: float | None = None
@@ -166,7 +179,11 @@ class Row:
     def score(self) -> Measure | None:
         """What stands for accuracy: top-1, or without a classifier the cosine with the dense model's features."""
         return next(
-            (MEASURES[key] for key in ("top1", "similarity", "neighbours") if MEASURES[key].value(self) is not None),
+            (
+                MEASURES[key]
+                for key in ("top1", "miou", "similarity", "patch_similarity", "neighbours")
+                if MEASURES[key].value(self) is not None
+            ),
             None,
         )
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slimcli.measure.segments import Segments
+
 
 @dataclass
 class Accuracy:
@@ -145,8 +147,14 @@ class Similarity:
 
     def add(self, features: Tensor, reference: Tensor) -> None:
         """Add a batch: features (B, D) and those of the dense model."""
-        cosines = F.cosine_similarity(features, reference).double()
-        self.count += features.shape[0]
+        self._add(F.cosine_similarity(features, reference).double())
+
+    def add_patches(self, patches: Tensor, reference: Tensor) -> None:
+        """Add the mean over the patches of each image: patches (B, D, rows, columns) and those of the dense model."""
+        self._add(F.cosine_similarity(patches, reference).mean(dim=(1, 2)).double())
+
+    def _add(self, cosines: Tensor) -> None:
+        self.count += len(cosines)
         self.cosine += float(cosines.sum())
         self.squares += float(cosines.square().sum())
 
@@ -169,12 +177,24 @@ class Scores:
     accuracy: Accuracy = field(default_factory=Accuracy)
     likeness: Likeness = field(default_factory=Likeness)
     similarity: Similarity = field(default_factory=Similarity)
+    #: of a model with a segmentation head: its class maps, and its patches beside the dense model's
+    segments: Segments = field(default_factory=Segments)
+    patches: Similarity = field(default_factory=Similarity)
 
     def classified(self, logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> None:
         """Add a batch: logits (B, C), classes (B,), and the dense model's logits, if there are any."""
         self.accuracy.add(logits, targets, None if dense is None else predictions(dense))
         if dense is not None:
             self.likeness.add(logits, dense)
+
+    def segmented(self, logits: Tensor, targets: Tensor, patches: Tensor, dense: Tensor) -> None:
+        """Add a batch: logits (B, C, H, W), targets (B, H, W), and patches (B, D, rows, columns) of both models.
+
+        Images without label maps have targets (B,), which tell nothing.
+        """
+        if targets.dim() == 3:
+            self.segments.add(logits, targets)
+        self.patches.add_patches(patches.float(), dense.float())
 
     def compare(self, output: Tensor, dense: Tensor, classifies: bool) -> None:
         """Add a batch of outputs (B, C), logits or features, and the dense model's; no classes are needed."""
@@ -185,17 +205,19 @@ class Scores:
 
     @property
     def count(self) -> int:
-        return max(self.accuracy.count, self.similarity.count)
+        return max(self.accuracy.count, self.similarity.count, self.patches.count, self.segments.count)
 
     @property
     def score(self) -> float:
-        """What is to be high: top-1 in percent, or without a classifier the similarity."""
+        """What is to be high: top-1 or mIoU in percent, or without a classifier the similarity."""
         row = self.row()
-        return row.get("top1", row.get("similarity", 0.0))
+        return next((row[key] for key in ("top1", "miou", "similarity", "patch_similarity") if key in row), 0.0)
 
-    def row(self) -> dict[str, float]:
-        """The rows of all three, as far as they were measured."""
-        return {**self.accuracy.row(), **self.likeness.row(), **self.similarity.row()}
+    def row(self, dense: Scores | None = None) -> dict[str, float]:
+        """The rows of all, as far as they were measured; `dense` is what a difference in mIoU is from."""
+        patches = {f"patch_{key}": value for key, value in self.patches.row().items()}
+        segments = self.segments.row(None if dense is None else dense.segments)
+        return {**self.accuracy.row(), **self.likeness.row(), **self.similarity.row(), **segments, **patches}
 
 
 def binomial_error(hits: int, count: int) -> float:

@@ -119,7 +119,7 @@ def _serve(model: SlimModel, variants: list[Variant], threads: int, seconds: flo
 
 def _passes(model: SlimModel, image: Tensor, count: int) -> None:
     for _ in range(count):
-        model.logits(image)
+        model.output(image)
 
 
 def advice(found: Sequence[Streams]) -> str:

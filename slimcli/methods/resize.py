@@ -103,6 +103,16 @@ class Resize(ByCost):
             tokens = self._block(layer, tokens, positions, None, keep)
         return tokens, None
 
+    def patch_map(self, images: Tensor) -> Tensor:
+        """As of every method; the features of a smaller image's fewer patches, bilinear between them."""
+        if self.mode == "none" or not self.schedule.drops_patches():
+            return super().patch_map(images)
+        with self.running(exact_savings=False):
+            tokens, _ = self._tokens(images)
+        patches = self.backbone.features(tokens)[:, self.backbone.num_prefix_tokens :]
+        patches = patches.transpose(1, 2).reshape(len(images), -1, *self.grid_of(self.schedule))
+        return F.interpolate(patches, self.backbone.grid_size, mode="bilinear", align_corners=False)
+
 
 def smaller(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Images (B, C, H, W) at another height and width, bicubic with antialiasing."""

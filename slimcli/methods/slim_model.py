@@ -13,7 +13,7 @@ from slimcli.attention import KERNELS
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
 from slimcli.methods.described import Described
-from slimcli.methods.surface import DenseSurface
+from slimcli.methods.segmenting import Segmenting
 from slimcli.schedule import (
     Architecture,
     Schedule,
@@ -34,7 +34,7 @@ MODES = ("none", "soft", "straight", "hard", "mask", "threshold")
 LIFE_SETTINGS: Mapping[str, Any] = {"dead": "discard", "redundancy": 0.0, "merge_importance": 0.0, "size_bias": 1.0}
 
 
-class SlimModel(Described, DenseSurface, ABC):
+class SlimModel(Described, Segmenting, ABC):
     """A Vision Transformer that drops patches. Call it like the model it was made from.
 
     `model` is the dense model, unchanged and shared. The keep rate and the mode can be set at any time. This class is
@@ -259,7 +259,7 @@ class SlimModel(Described, DenseSurface, ABC):
     def multiply_adds(self, schedule: Schedule | None = None) -> int:
         """Multiply-adds of one image under `schedule`, by default the present one; `exact_savings` are left out."""
         schedule = schedule or self.schedule
-        return self.cost(schedule) - (self.savings(schedule) if self.exact_savings else 0)
+        return self.cost(schedule) + self.dense_cost(schedule) - (self.savings(schedule) if self.saves_exactly else 0)
 
     @property
     def attention(self) -> str:
@@ -273,8 +273,11 @@ class SlimModel(Described, DenseSurface, ABC):
         self.backbone.attention = kernel
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C); called as it is called."""
-        return self.backbone.call(self.logits, *args, **kwargs)
+        """Images (B, 3, H, W) to what the dense model returns, usually logits (B, C); called as it is called.
+
+        With a segmentation head: the logits (B, C, H, W) of `segment`.
+        """
+        return self.backbone.call(self.output, *args, **kwargs)
 
     def logits(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C), whatever the dense model's own call returns."""

@@ -139,6 +139,11 @@ def open_album(
 
 def _picked(session: Session, samples: Any, picking: Picking, limit: int, progress: Progress) -> list[Outcome]:
     """Outcomes of the validation images that are chosen."""
+    if session.model.segments and picking.how == "changed":
+        raise SlimError(
+            f"{parameter('pick', 'changed')}: is of classes of images; of class maps 'hardest' takes those that "
+            "slimming changed most"
+        )
     if picking.how == "random":
         samples = draw_at_random(samples, picking.count, picking.seed)
     batches = data_batches(samples, session.preprocessing, batch_size(session), session.device)

@@ -14,12 +14,14 @@ from PIL import Image
 
 from slimcli.pictures.geometry import Geometry, drop_stages
 from slimcli.pictures.outcome import Outcome
-from slimcli.pictures.pixels import COLOURS, Pixels, life_map, panels
+from slimcli.pictures.pixels import COLOURS, Pixels, class_colour, class_maps, life_map, panels
 from slimcli.pictures.words import class_name, short_name, verdict
 
 INK, QUIET, ALARM = "#1a1a1a", "#666666", "#b34700"
 #: inches
 PANEL, TILE, GAP, MARGIN = 2.7, 1.75, 0.1, 0.15
+#: the height of a line of the legend, and the width of its squares, in sizes of the letters
+LINE, SQUARE = 1.6, 1.2
 
 
 def draw(
@@ -40,7 +42,8 @@ def draw(
     note = _stage_note(geometry, layers) if layer is None and columns == 1 else ""
     first = 0 if columns == 1 else 1
     titles = panel_titles(outcomes[0], geometry, layers)[first:]
-    sheet = _Sheet(len(outcomes), columns, outcomes[0].image.shape[1:], titles, geometry, note)
+    classes = () if outcomes[0].maps is None else class_names or ()
+    sheet = _Sheet(len(outcomes), columns, outcomes[0].image.shape[1:], titles, geometry, note, classes)
     for number, outcome in enumerate(outcomes):
         left, top = sheet.corner(number)
         sheet.caption(outcome, class_names, left, top)
@@ -64,6 +67,7 @@ class _Sheet:
         titles: Sequence[str],
         geometry: Geometry,
         note: str,
+        classes: Sequence[str] = (),
     ) -> None:
         self.columns, self.titles, self.geometry, self.note = columns, titles, geometry, note
         self.image_size = height, width = image_size
@@ -81,7 +85,9 @@ class _Sheet:
         self.foot_height = 0.0 if self.with_numbers else 0.55
         note_height = 1.6 * self.small / 72 if note else 0.0
         self.width = columns * self.row_width + (columns - 1) * 3 * GAP + 2 * MARGIN
+        self.legend = _legend(classes, self.width - 2 * MARGIN, self.small)
         self.height = self.end + self.foot_height + note_height + MARGIN
+        self.height += (len(self.legend) + 0.5) * LINE * self.small / 72 if self.legend else 0.0
         self.figure = Figure((self.width, self.height), facecolor="white")
 
     def corner(self, number: int) -> tuple[float, float]:
@@ -129,6 +135,14 @@ class _Sheet:
         if self.note:
             baseline = self.end + self.foot_height + 1.1 * small / 72
             self.write(fit(self.note, room, small), MARGIN, baseline, small, color=QUIET)
+        step = LINE * small / 72
+        for number, line in enumerate(reversed(self.legend), 1):
+            for left, index, name in line:
+                self.write(
+                    "■", MARGIN + left, self.height - MARGIN - (number - 1) * step, small, color=class_colour(index)
+                )
+                beside = MARGIN + left + SQUARE * small / 72
+                self.write(name, beside, self.height - MARGIN - (number - 1) * step, small, color=INK)
 
 
 def panel_titles(outcome: Outcome, geometry: Geometry, layers: Sequence[int]) -> list[str]:
@@ -136,7 +150,8 @@ def panel_titles(outcome: Outcome, geometry: Geometry, layers: Sequence[int]) ->
     height, width = outcome.image.shape[1:]
     total = geometry.counts[0]
     after = [f"after block {t}: {geometry.counts[min(t, geometry.depth - 1)]} of {total} left" for t in layers]
-    return [f"input {width} × {height}", f"life, {geometry.life_layer} to {geometry.depth}", *after]
+    maps = [] if outcome.maps is None else [title for title, _ in class_maps(outcome.maps)]
+    return [f"input {width} × {height}", f"life, {geometry.life_layer} to {geometry.depth}", *after, *maps]
 
 
 def draw_lives(outcome: Outcome, geometry: Geometry, prepare: dict[str, Any]) -> Figure:
@@ -151,6 +166,20 @@ def draw_lives(outcome: Outcome, geometry: Geometry, prepare: dict[str, Any]) ->
     if _numbers_fit(*inches, geometry):
         _write_lives(axes, outcome, geometry, pixels, *inches)
     return figure
+
+
+def _legend(names: Sequence[str], room: float, points: float) -> list[list[tuple[float, int, str]]]:
+    """The names of classes in lines that are `room` wide: of each its left, its number and its name."""
+    lines: list[list[tuple[float, int, str]]] = []
+    left = room
+    for index, name in enumerate(names):
+        wide = _width(name, points) + 2.5 * SQUARE * points / 72
+        if left + wide > room:
+            lines.append([])
+            left = 0.0
+        lines[-1].append((left, index, name))
+        left += wide
+    return lines
 
 
 def _stage_note(geometry: Geometry, layers: Sequence[int]) -> str:

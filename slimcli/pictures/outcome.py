@@ -30,6 +30,29 @@ class Guess:
     probability: float
 
 
+@dataclass(frozen=True)
+class ClassMaps:
+    """The class (H, W) of every pixel as the dense and the slimmed model see it, and where known as it is.
+
+    In `truth` pixels of no class are negative.
+    """
+
+    dense: Tensor
+    slim: Tensor
+    truth: Tensor | None = None
+
+    @property
+    def same(self) -> float:
+        """The share of pixels to which both models give the same class."""
+        return float((self.dense == self.slim).float().mean())
+
+    def right(self, found: Tensor) -> float | None:
+        """The share of pixels of a known class that `found`, one of the two, has right."""
+        if self.truth is None or not (known := self.truth >= 0).any():
+            return None
+        return float((found == self.truth)[known].float().mean())
+
+
 @dataclass
 class Outcome:
     """What the dense and the slimmed model made of one image.
@@ -47,6 +70,8 @@ class Outcome:
     similarity: float
     target: int | None = None
     loss: float | None = None
+    #: of a model with a segmentation head, the class (H, W) of every pixel
+    maps: ClassMaps | None = None
 
     @property
     def agree(self) -> bool | None:
@@ -62,12 +87,18 @@ class Outcome:
 @torch.inference_mode()
 def look(
     model: SlimModel,
-    batches: Iterable[tuple[Sequence[str], Tensor, Sequence[int] | None]],
+    batches: Iterable[tuple[Sequence[str], Tensor, Sequence[int] | Tensor | None]],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Outcome]:
-    """Run dense and slimmed model on batches (names, images (B, 3, H, W), classes or None), image by image."""
+    """Run dense and slimmed model on batches (names, images (B, 3, H, W), classes or None), image by image.
+
+    With a segmentation head, label maps (B, H, W) stand in the place of classes.
+    """
     model = optimize(predicts_lives(model).to(device, dtype).eval())
+    if model.segments:
+        yield from _class_maps(model, batches, device, dtype)
+        return
     has_classes = model.architecture().num_outputs > 0
     for names, images, targets in batches:
         batch = images.to(device, dtype)
@@ -75,9 +106,7 @@ def look(
             dense = pooled(model.logits(batch))
         with model.running(mode="hard"):
             slim = pooled(model.logits(batch))
-        life = model.life
-        if life is None:  # nothing leaves: every patch lives to the end
-            life = torch.full((len(names), model.num_patches), float(model.backbone.depth))
+        life = _lives(model, len(names))
         similarity = F.cosine_similarity(dense, slim).tolist()
         guesses = [_guesses(dense), _guesses(slim)] if has_classes else [[None] * len(names)] * 2
         losses: list[float] | None = None
@@ -94,6 +123,36 @@ def look(
                 None if targets is None else int(targets[i]),
                 None if losses is None else losses[i],
             )
+
+
+def _class_maps(
+    model: SlimModel,
+    batches: Iterable[tuple[Sequence[str], Tensor, Sequence[int] | Tensor | None]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[Outcome]:
+    for names, images, targets in batches:
+        batch = images.to(device, dtype)
+        found = []
+        for mode in ("none", "hard"):
+            with model.running(mode=mode):
+                found.append(model.patch_map(batch))
+        dense, slim = (model.class_map(patches, batch.shape[-2:]).argmax(dim=1).cpu() for patches in found)
+        similarity = F.cosine_similarity(found[0].float(), found[1].float()).mean(dim=(1, 2)).tolist()
+        life = _lives(model, len(names))
+        for i, name in enumerate(names):
+            truth = targets[i].cpu() if isinstance(targets, Tensor) and targets.dim() == 3 else None
+            maps = ClassMaps(dense[i], slim[i], truth)
+            image, own = images[i].float().cpu(), life[i].float().cpu()
+            yield Outcome(name, image, own, None, None, similarity[i], maps=maps)
+
+
+def _lives(model: Any, count: int) -> Tensor:
+    """The lives (B, N) of the last pass."""
+    life: Tensor | None = model.life
+    if life is None:  # nothing leaves: every patch lives to the end
+        return torch.full((count, model.num_patches), float(model.backbone.depth))
+    return life
 
 
 def _guesses(logits: Tensor) -> list[Guess]:
@@ -138,5 +197,12 @@ def describe(outcome: Outcome, geometry: Geometry, class_names: Sequence[str] | 
         "similarity": round(outcome.similarity, 5),
         "true_class": None if outcome.target is None else class_name(outcome.target, class_names),
         "loss": None if outcome.loss is None else round(outcome.loss, 5),
+        **({} if outcome.maps is None else _shares(outcome.maps)),
         "life": [[round(value, 3) for value in row] for row in outcome.life.reshape(geometry.grid).tolist()],
     }
+
+
+def _shares(maps: ClassMaps) -> dict[str, Any]:
+    """Percentages of pixels: of the same class by both models, and right by each where the truth is known."""
+    shares = {"same_pixels": maps.same, "dense_pixels": maps.right(maps.dense), "slim_pixels": maps.right(maps.slim)}
+    return {key: None if share is None else round(100 * share, 2) for key, share in shares.items()}

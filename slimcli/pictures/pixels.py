@@ -11,10 +11,11 @@ import torch
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from slimcli.life import life_rank
 from slimcli.pictures.geometry import Geometry, drop_stages
-from slimcli.pictures.outcome import Outcome
+from slimcli.pictures.outcome import ClassMaps, Outcome
 
 Pixels = NDArray[numpy.uint8]
 
@@ -22,6 +23,10 @@ COLOURS = matplotlib.colormaps["viridis"]
 #: how much of the colour covers the grey image; the stripes of a patch that has left, which no image is like
 OPACITY = 0.62
 GONE = ((236, 236, 236), (212, 212, 212))
+
+CLASS_COLOURS = matplotlib.colormaps["tab20"]
+#: how much of a class's colour covers the grey image
+CLASS_OPACITY = 0.75
 
 
 def picture(outcome: Outcome, prepare: dict[str, Any]) -> Pixels:
@@ -68,7 +73,32 @@ def panels(
     for layer in layers:
         left = kept(outcome, geometry, layer).reshape(-1)[cells][..., None] | ~covered
         found.append(numpy.where(left, large, gone))
+    if outcome.maps is not None:
+        found += [class_colours(pixels, large) for _, pixels in class_maps(outcome.maps)]
     return found
+
+
+def class_maps(maps: ClassMaps) -> list[tuple[str, Tensor]]:
+    """The class maps that a row shows, each with its title."""
+    labels = [] if maps.truth is None else [("labels", maps.truth)]
+    return [*labels, ("dense", maps.dense), ("slim", maps.slim)]
+
+
+def class_colour(index: int) -> tuple[float, float, float]:
+    """Red, green and blue, 0 to 1, of a class; every twentieth has the same."""
+    red, green, blue, _ = CLASS_COLOURS(index % CLASS_COLOURS.N)
+    return red, green, blue
+
+
+def class_colours(classes: Tensor, under: Pixels) -> Pixels:
+    """A class map (H, W) as colours over the grey picture (h, w, 3) that is `under` it; white where there is none."""
+    height, width = under.shape[:2]
+    large = Image.fromarray(classes.numpy().astype(numpy.int32)).resize((width, height), Image.Resampling.NEAREST)
+    found = numpy.array(large)
+    colours = numpy.array([class_colour(index) for index in range(CLASS_COLOURS.N)])
+    grey = numpy.asarray(Image.fromarray(under).convert("L"))[..., None]
+    covered = CLASS_OPACITY * 255 * colours[found % CLASS_COLOURS.N] + (1 - CLASS_OPACITY) * grey
+    return cast(Pixels, numpy.where(found[..., None] >= 0, covered, 255).round().astype(numpy.uint8))
 
 
 def strip(outcome: Outcome, geometry: Geometry, prepare: dict[str, Any], layer: int | None = None) -> Image.Image:

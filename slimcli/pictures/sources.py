@@ -72,7 +72,7 @@ def data_batches(
     batch_size: int,
     device: torch.device,
     workers: int = 0,
-) -> Iterator[tuple[list[str], Tensor, list[int]]]:
+) -> Iterator[tuple[list[str], Tensor, list[int] | Tensor]]:
     """Batches for `look` from a validation set, in order."""
     loader = datasets.eval_loader(images, prepare, batch_size, workers, device)
     place = 0
@@ -83,7 +83,7 @@ def data_batches(
             names = [images.name(images.indices[i]) for i in places]
         else:
             names = [f"sample {i}" for i in places]
-        yield names, batch, targets.tolist()
+        yield names, batch, targets if targets.dim() > 1 else targets.tolist()
 
 
 def draw_at_random(images: Any, count: int, seed: int = 0) -> Any:

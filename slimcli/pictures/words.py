@@ -31,6 +31,13 @@ def class_name(index: int, class_names: Sequence[str] | None) -> str:
 
 def verdict(outcome: Outcome, class_names: Sequence[str] | None) -> str:
     """One line: what dense and slim model chose, how surely, and whether they agree."""
+    if outcome.maps is not None:
+        maps = outcome.maps
+        dense_right, slim_right = maps.right(maps.dense), maps.right(maps.slim)
+        known = ""
+        if dense_right is not None and slim_right is not None:
+            known = f" · right pixels: dense {dense_right:.1%}, slim {slim_right:.1%}"
+        return f"the same class at {maps.same:.1%} of the pixels; cosine of patches {outcome.similarity:.3f}{known}"
     if outcome.dense is None or outcome.slim is None:
         return f"no classifier; cosine of dense and slim features {outcome.similarity:.3f}"
     dense, slim = (

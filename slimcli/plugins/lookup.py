@@ -49,7 +49,10 @@ def find_backbone(model: nn.Module, plugin: str | None = None) -> Backbone:
 
 
 def build_model(name: str, pretrained: bool = False, plugin: str | None = None, **args: Any) -> nn.Module:
-    """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it."""
+    """Build the dense model called `name` through the plugins; `SlimError` with the nearest names if none knows it.
+
+    `segments` among the arguments is a number of classes: the model gets a `SegmentationHead` for them.
+    """
     # the schema of recipes takes a while to import, which commands that only list plugins need not wait for
     from slimcli.recipe.values import constructor_arguments
 
@@ -57,6 +60,7 @@ def build_model(name: str, pretrained: bool = False, plugin: str | None = None, 
         constructor_arguments(args)
     except ValueError as error:
         raise SlimError(f"the arguments of the model {name!r}: {error}") from None
+    segments = args.pop("segments", 0)
     what, given = f"the model name {name!r}", {"name": name, "pretrained": pretrained, "args": args}
     model: nn.Module | None = _one("slim_build_model", what, plugin, **given) if plugin is not None else None
     if model is None:
@@ -74,6 +78,10 @@ def build_model(name: str, pretrained: bool = False, plugin: str | None = None, 
             f"did you mean {', '.join(near)}?" if near else "expected a timm model name such as deit_small_patch16_224"
         )
         raise SlimError(f"no model is called {name!r}: {hint}")
+    if segments:
+        from slimcli.backbones.segmenter import add_segmenter
+
+        add_segmenter(find_backbone(model, plugin), segments)
     return model
 
 

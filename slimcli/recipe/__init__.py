@@ -1,4 +1,4 @@
-"""Recipes: the `schema`, the `values` its fields take, how a file is read (`text`, `read`) and its `errors`."""
+"""Recipes: the `schema`, [data] in `data`, the `values` of fields, how a file is read (`text`, `read`) and `errors`."""
 
 from slimcli.recipe.read import FILES as FILES
 from slimcli.recipe.read import apply_override as apply_override

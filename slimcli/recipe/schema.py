@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from slimcli.recipe import values
+from slimcli.recipe.data import DataSection as DataSection
+from slimcli.recipe.data import Section as Section
 from slimcli.recipe.values import (
     Alpha,
     AnyPath,
-    Deviation,
     Fraction,
     ImageSize,
     KeepRate,
-    Mean,
     Name,
     Patches,
     PositiveInt,
@@ -27,10 +27,6 @@ from slimcli.recipe.values import (
 )
 
 Precision = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -50,31 +46,6 @@ class ModelSection(Section):
         default_factory=dict, description="more arguments for the model's constructor"
     )
     backbone: Name | None = Field(None, description="the plugin that runs the model, where two of them know it")
-
-
-class DataSection(Section):
-    """Images with classes: whatever timm.data.create_dataset takes, or `digits`."""
-
-    name: str = Field("", description="'' for a folder or .tar, 'digits', or timm's hfds/..., wds/..., torch/...")
-    root: AnyPath | None = None
-    train_split: Name = "train"
-    val_split: Name = "validation"
-    train_limit: PositiveInt | None = Field(None, description="train on this many images, spread over the classes")
-    val_limit: PositiveInt | None = None
-    class_map: dict[str, str] | None = Field(
-        None, description="the model's class for classes of the data that have other names"
-    )
-    batch_size: PositiveInt = 64
-    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
-    cache: bool = Field(False, description="decode every image once, before training, and keep it in memory")
-    cache_gib: Annotated[float, Field(gt=0)] = Field(
-        4.0, description="the most that cached images may take, each split"
-    )
-    mean: tuple[Mean, Mean, Mean] | None = None
-    std: tuple[Deviation, Deviation, Deviation] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
-    crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
-    crop_mode: Literal["center", "squash", "border"] | None = None
 
 
 class SlimmingSection(Section):
@@ -122,7 +93,9 @@ class StageSection(Section):
     """One stage of training: what learns, how the blocks run meanwhile, and for how long."""
 
     name: str | None = None
-    learns: Literal["life", "backbone", "both"]
+    learns: Literal["life", "backbone", "both", "head"] = Field(
+        description="the life head, the dense model, both, or its segmentation head alone, on features computed once"
+    )
     mode: Literal["none", "soft", "hard", "straight", "calibrate"] = Field(
         description="none: dense; soft: all patches stay, weighted by their lives; hard: patches are dropped; "
         "straight: dead patches count nothing, with the gradient of the soft weights; calibrate: no gradients and no "
@@ -173,6 +146,8 @@ class StageSection(Section):
         given = [name for name in CALIBRATION_FIELDS if self._differs(name)]
         if given:
             raise ValueError(f"{' and '.join(given)}: for mode = 'calibrate' only")
+        if self.learns == "head":
+            return self._teaches_head()
         if self.learns != "backbone" and self.mode not in ("soft", "straight"):
             raise ValueError(
                 f"mode = '{self.mode}' gives the life head no gradient: learns = '{self.learns}' needs mode = 'soft', "
@@ -192,6 +167,17 @@ class StageSection(Section):
             raise ValueError(f"distill_temperature is for loss = 'distill' and 'both', here loss = '{self.loss}'")
         return self
 
+    def _teaches_head(self) -> StageSection:
+        if self.mode != "none" or self.loss != "labels":
+            raise ValueError(
+                "learns = 'head' teaches by labels on the dense model's features: it needs mode = 'none' and "
+                "loss = 'labels'"
+            )
+        given = [name for name in ("features", "keep_rates", "ema", "backbone_lr") if self._differs(name)]
+        if given:
+            raise ValueError(f"{' and '.join(given)}: not for learns = 'head'")
+        return self
+
     def _calibrates(self) -> StageSection:
         if self.learns != "life":
             raise ValueError(f"mode = 'calibrate' teaches the life head: learns = 'life', not '{self.learns}'")
@@ -209,6 +195,16 @@ class StageSection(Section):
     def uses_labels(self) -> bool:
         """Whether the loss needs the classes of the images."""
         return self.loss in ("labels", "both")
+
+    @property
+    def teaches_life(self) -> bool:
+        """Whether the life head, or what another method learns in its place, is taught."""
+        return self.learns in ("life", "both")
+
+    @property
+    def teaches_backbone(self) -> bool:
+        """Whether the dense model is taught."""
+        return self.learns in ("backbone", "both")
 
     @property
     def uses_teacher(self) -> bool:

@@ -119,7 +119,7 @@ def training_loss(runs: Mapping[str, Metrics]) -> Markup | None:
 
 def validation(runs: Mapping[str, Metrics]) -> Markup | None:
     """Validation top-1 after each epoch, or without a classifier the cosine, of runs by their name."""
-    key = next((key for key in ("top1", "similarity") if _curves(runs, f"val_{key}", ("epoch",))), None)
+    key = next((key for key in ("top1", "miou", "similarity") if _curves(runs, f"val_{key}", ("epoch",))), None)
     if key is None:
         return None
     measure, curves = MEASURES[key], _curves(runs, f"val_{key}", ("epoch",))
@@ -134,7 +134,7 @@ def validation(runs: Mapping[str, Metrics]) -> Markup | None:
             axes.plot(places, scores, color=colour, marker=marker, linestyle=dash, linewidth=1.6, label=name)
             start = next((row.get(key) for row in runs[name] if row.get("event") == "start"), None)
             # the dense model's cosine with itself is 1
-            if start is not None and len(curves) == 1 and key == "top1":
+            if start is not None and len(curves) == 1 and key != "similarity":
                 axes.axhline(start, color=INK, linestyle=(0, (2, 2)), linewidth=1)
                 axes.annotate(
                     f"dense as given {text_of(start)}", (1, start), xycoords=("axes fraction", "data"), ha="right",
@@ -142,11 +142,13 @@ def validation(runs: Mapping[str, Metrics]) -> Markup | None:
                 )  # fmt: skip
             words.append(f"{name}: from {text_of(scores[0])} to {text_of(scores[-1])}, best {text_of(max(scores))}")
         axes.margins(y=0.25)
-        axes.set(xlabel="epoch", ylabel="top-1 (%)" if key == "top1" else "cosine")
+        axes.set(xlabel="epoch", ylabel={"top1": "top-1 (%)", "miou": "mIoU (%)"}.get(key, "cosine"))
         _mark_stages(axes, {name: runs[name] for name in curves})
         return f"{name_of(measure)} on the validation images after each epoch. " + "; ".join(words) + "."
 
-    return plot_of(draw, "Validation top-1" if key == "top1" else "Validation cosine with dense")
+    return plot_of(
+        draw, {"top1": "Validation top-1", "miou": "Validation mIoU"}.get(key, "Validation cosine with dense")
+    )
 
 
 def _curves(runs: Mapping[str, Metrics], key: str, events: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:

@@ -62,7 +62,7 @@ def trade_off(points: Sequence[Point], axis: str) -> Markup | None:
         speed = "speed-up over dense, " + ("not measured reliably" if doubted else "measured")
         axes.set(
             xlabel="multiply-adds an image (G)" if cost else speed,
-            ylabel="top-1 (%)" if score.key == "top1" else "cosine",
+            ylabel={"top1": "top-1 (%)", "miou": "mIoU (%)"}.get(score.key, "cosine"),
         )
         if len(names) > 1:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)

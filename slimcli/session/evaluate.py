@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from slimcli.data.segmentation import Scenes
 from slimcli.errors import SlimError, parameter
 from slimcli.measure.evaluation import evaluate
 from slimcli.measure.retrieval import retrieve
@@ -25,7 +26,28 @@ def open_images(session: Session, task: str, places: Sequence[Place]) -> Any:
     """
     if task == "retrieval" and places:
         raise SlimError(f"{parameter('task', task)}: runs in torch alone: leave {parameter('runtime')} out")
-    return session.images(matched=task != "retrieval")
+    images = session.images(matched=task != "retrieval")
+    if session.model.segments and task != "retrieval":
+        check_scenes(session, images, places)
+    return images
+
+
+def check_scenes(session: Session, images: Any, places: Sequence[Place]) -> None:
+    """`SlimError` for images that a model with a segmentation head cannot be measured on."""
+    if places:
+        raise SlimError(f"class maps are measured in torch alone: leave {parameter('runtime')} out")
+    model = session.model
+    if not isinstance(images, Scenes):
+        raise SlimError(
+            f"{session.data_label}: has no label maps beside its images, which a segmentation head is measured by: "
+            f"expected folders {session.data.images!r} and {session.data.labels!r}"
+        )
+    names, own = images.class_names or [], session.target.class_names
+    if len(names) != model.segments or (own is not None and list(own) != list(names)):
+        raise SlimError(
+            f"the label maps' classes ({', '.join(names[:5])}, ...: {len(names)}) are not those of the model "
+            f"({', '.join((own or [])[:5])}, ...: {model.segments}): data.class_names must be the same"
+        )
 
 
 def evaluate_session(

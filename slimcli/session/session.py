@@ -294,7 +294,9 @@ def named_data(
     root = None if path == "digits" else Path(path)
     if root is not None and not root.exists():
         raise SlimError(f"{parameter(name, path)}: no such folder or .tar of images")
-    update: dict[str, Any] = {"name": "digits" if root is None else "", "root": root}
+    # other scenes are of the same classes; a folder without label maps is one of images alone
+    scenes = root is not None and before.class_names is not None and datasets.has_pair(root, before)
+    update: dict[str, Any] = {"name": "digits" if root is None else "segmentation" if scenes else "", "root": root}
     update |= {key: None for key in ("train_limit", "val_limit", "class_map") if not is_given(f"data.{key}")}
     for key in ("train_split", "val_split"):
         if root is None:

@@ -168,7 +168,14 @@ def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None
     args = dict(recipe.model.args)
     if recipe.model.img_size is not None:
         args["img_size"] = recipe.model.img_size
-    if recipe.model.num_classes is not None:
+    segments = recipe.data.class_names if recipe.data.name == "segmentation" else None
+    if segments is not None:
+        if recipe.model.num_classes:
+            raise SlimError(
+                "model.num_classes is for images with classes: the head for label maps has those of data.class_names"
+            )
+        args |= {"num_classes": 0, "segments": args.get("segments", len(segments))}
+    elif recipe.model.num_classes is not None:
         args["num_classes"] = recipe.model.num_classes
     elif class_names is not None:
         args["num_classes"] = len(class_names)
@@ -188,7 +195,7 @@ def from_recipe(recipe: Recipe, label: str, class_names: list[str] | None = None
         target.has_life_head, target.has_classifier, notes = load_weights(model, recipe.model.weights, grid)
         target.notes += notes
     # what a training by this recipe will have taught when it saves the model
-    taught = target.has_life_head or any(stage.learns != "backbone" for stage in recipe.stages)
+    taught = target.has_life_head or any(stage.teaches_life for stage in recipe.stages)
     config["has_life_head"] = taught
     return target
 

@@ -123,8 +123,8 @@ def _trusted(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    keys = ("top1", "top5", "similarity", "top1_difference", "agreement", "kl", "logit_error", "gmacs",
-            "params_millions", "images_per_second", "speedup")  # fmt: skip
+    keys = ("top1", "top5", "similarity", "miou", "pixel_accuracy", "patch_similarity", "top1_difference", "agreement",
+            "kl", "logit_error", "gmacs", "params_millions", "images_per_second", "speedup")  # fmt: skip
     shown = measured_of(rows, keys)
     table = ["| model | " + " | ".join(measure.title for measure in shown) + " |", "|---|" + "---|" * len(shown)]
     for row in rows:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from slimcli.backbones.segmenter import SEGMENTER
 from slimcli.data.transform import default_transform
 from slimcli.documents import visible
 from slimcli.errors import SlimError
@@ -58,7 +59,7 @@ def load_weights(model: SlimModel, path: Path, grid: tuple[int, int] | None = No
     dense = {name: value for name, value in dense.items() if not name.startswith(LIFE_HEAD)}
     dense = fit_positions(dense, expected, model.backbone.grid_size, read, grid)
     dense = model.backbone.adapt_weights(dense)
-    has_classifier = _fit_classifier(dense, expected, model.backbone.classifier_names)
+    has_classifier = _fit_classifier(dense, expected, (*model.backbone.classifier_names, SEGMENTER))
     problems = _misfits(dense, expected)
     if problems:
         if sum(name in expected for name in dense) * 2 < len(expected):

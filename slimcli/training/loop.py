@@ -65,8 +65,12 @@ def begin(session: Session, run: Run, progress: Progress, log: Log) -> None:
             log(f"warning: {warning}")
         write_file(run.folder / RECIPE, session.recipe.to_toml().encode())
         write_json(run.folder / ENVIRONMENT, environment(session.device))
-    found = validate(session, session.model, "none", progress)
     run.tracker = Tracker(session.accelerator, session.recipe, run.folder, log)
+    if session.model.segments and not session.target.has_classifier:
+        # class maps of an untaught head say nothing, and a pass over them takes minutes
+        run.add({"event": "start"}, 0)
+        return
+    found = validate(session, session.model, "none", progress)
     run.add({"event": "start", **found.row()}, 0)
     log(f"dense model as given: {scores_text(found.row())} on {found.count} images")
 
@@ -107,7 +111,7 @@ def summarise(session: Session, run: Run, progress: Progress, log: Log) -> dict[
             "precision": recipe.precision,
             "batch_size": batch_size,
             "versions": facts["versions"],
-            "before": {key: start[key] for key in ("top1", "top5", "loss", "similarity") if key in start},
+            "before": {key: start[key] for key in ("top1", "top5", "loss", "miou", "similarity") if key in start},
             "best_epoch": best,
             "life_head_taught": life_head_taught(session),
             "rows": rows,
@@ -124,10 +128,10 @@ def best_epoch_line(run: Run, best: dict[str, int]) -> str:
     """Which stage and epoch the saved model is from, and how the last one compares."""
     epochs = [row for row in run.rows if row["event"] == "epoch"]
     row = next(row for row in epochs if (row["stage"], row["epoch"]) == (best["stage"], best["epoch"]))
-    values = {key: row.get(f"val_{key}") for key in ("top1", "similarity")}
+    values = {key: row.get(f"val_{key}") for key in ("top1", "miou", "similarity")}
     line = f"best epoch: stage {best['stage']} epoch {best['epoch']} ({scores_text(values)})"
     if row is epochs[-1]:
         return line
-    last = {key: epochs[-1].get(f"val_{key}") for key in ("top1", "similarity")}
+    last = {key: epochs[-1].get(f"val_{key}") for key in ("top1", "miou", "similarity")}
     place = f"stage {epochs[-1]['stage']} epoch {epochs[-1]['epoch']}"
     return f"{line}; it is the saved model, the last one ({place}, {scores_text(last)}) is in {run.folder / LAST}"

@@ -12,22 +12,38 @@ from timm.optim import (
 )
 from timm.scheduler import create_scheduler_v2
 
+from slimcli.backbones.segmenter import SegmentationHead
 from slimcli.errors import SlimError
 from slimcli.recipe import Recipe, StageSection
 from slimcli.slimming import SlimModel
 
 
 def choose_parameters(model: SlimModel, stage: StageSection) -> None:
-    """Let the life head, the backbone or both learn; freeze the rest."""
-    model.selector.requires_grad_(stage.learns in ("life", "both"))
-    model.model.requires_grad_(stage.learns in ("backbone", "both"))
+    """Let the life head, the backbone, both or the segmentation head learn; freeze the rest.
+
+    Raises:
+        SlimError: for a segmentation head that the model has not.
+    """
+    model.selector.requires_grad_(stage.teaches_life)
+    model.model.requires_grad_(stage.teaches_backbone)
+    if stage.learns == "head":
+        segmenter_that_learns(model).requires_grad_(True)
+
+
+def segmenter_that_learns(model: SlimModel) -> SegmentationHead:
+    """The segmentation head of a model; `SlimError` where it has none."""
+    if model.segmenter is None:
+        raise SlimError("learns = 'head': the model has no segmentation head: give data.name = 'segmentation'")
+    return model.segmenter
 
 
 def set_training(model: SlimModel, stage: StageSection) -> None:
     """Training mode for what learns; a frozen backbone runs without dropout and stochastic depth."""
     model.train()
-    if stage.learns == "life":
+    if not stage.teaches_backbone:
         model.model.eval()
+    if stage.learns == "head":
+        segmenter_that_learns(model).train()
 
 
 def make_optimizer(model: SlimModel, stage: StageSection, recipe: Recipe) -> torch.optim.Optimizer:
@@ -38,9 +54,11 @@ def make_optimizer(model: SlimModel, stage: StageSection, recipe: Recipe) -> tor
     assert stage.lr is not None
     section = recipe.optimizer
     groups: list[dict[str, Any]] = []
-    if stage.learns in ("life", "both"):
+    if stage.teaches_life:
         groups += param_groups_weight_decay(model.selector, stage.weight_decay)
-    if stage.learns in ("backbone", "both"):
+    if stage.learns == "head":
+        groups += param_groups_weight_decay(segmenter_that_learns(model), stage.weight_decay)
+    if stage.teaches_backbone:
         dense = model.model
         undecayed: set[str] = getattr(dense, "no_weight_decay", set)()
         if section.layer_decay is not None:

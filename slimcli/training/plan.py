@@ -11,18 +11,19 @@ from slimcli.measure.evaluation import describe
 from slimcli.progress import Progress
 from slimcli.recipe import Recipe
 from slimcli.training.calibration import CalibrationStage
+from slimcli.training.head import HeadStage
 from slimcli.training.optimizer import choose_parameters
 from slimcli.training.session import Session, life_head_taught, set_up
 from slimcli.training.stages import LearningStage, Stage
 
-#: kinds of stages by their `mode`; every other mode learns by gradients
-KINDS: dict[str, type[Stage]] = {"calibrate": CalibrationStage}
+#: kinds of stages by their `mode` or what learns; every other mode learns by gradients
+KINDS: dict[str, type[Stage]] = {"calibrate": CalibrationStage, "head": HeadStage}
 
 
 def stages_of(session: Session) -> list[Stage]:
     """The stages of the session's recipe, in order."""
-    modes = [stage.mode for stage in session.recipe.stages]
-    return [KINDS.get(mode, LearningStage)(session, number) for number, mode in enumerate(modes)]
+    kinds = ["head" if stage.learns == "head" else stage.mode for stage in session.recipe.stages]
+    return [KINDS.get(kind, LearningStage)(session, number) for number, kind in enumerate(kinds)]
 
 
 def plan(recipe: Recipe, device_name: str, progress: Progress) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def validation_seconds(session: Session) -> float:
     clock = time.perf_counter()
     for images, _targets in session.check_on:
         with session.accelerator.autocast(), model.running(mode="none"):
-            model.logits(images.to(session.device))
+            model.output(images.to(session.device))
         times.append(time.perf_counter() - clock)
         clock = time.perf_counter()
         if len(times) > 3:

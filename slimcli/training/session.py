@@ -75,6 +75,11 @@ def set_up(
         for images in (train_set, val_set):
             datasets.keep_decoded(images, recipe.data, progress)
     target = from_recipe(recipe, recipe.name, train_set.class_names)
+    if target.model.segments and not isinstance(train_set, datasets.Scenes):
+        raise SlimError(
+            f"{recipe.data.root or recipe.data.name}: has no label maps beside its images, which a segmentation head "
+            "learns from: give data.name = 'segmentation'"
+        )
     train_set, val_set = match_classifier(target, train_set, val_set, log)
     for line in target.notes:
         log(line)
@@ -101,6 +106,9 @@ def set_up(
 
 def check_stages(model: SlimModel, recipe: Recipe) -> None:
     """`SlimError` for a stage that could not begin: its mode, its optimizer, its keep rates."""
+    augmentation = recipe.augmentation
+    if model.segments and augmentation.enabled and (augmentation.mixup or augmentation.cutmix):
+        raise SlimError("augmentation.mixup and cutmix are for images with classes: label maps are not mixed")
     for stage in recipe.stages:
         if stage.mode == "calibrate":
             if model.method != "life":
@@ -108,6 +116,8 @@ def check_stages(model: SlimModel, recipe: Recipe) -> None:
             continue
         with model.running(mode=stage.mode):
             pass
+        if model.segments and stage.loss not in ("labels", "cosine"):
+            raise SlimError(f"loss = {stage.loss!r}: a segmentation head learns by loss = 'labels'")
         for keep_rate in stage.keep_rates or ():
             model.at_keep_rate(keep_rate)
         choose_parameters(model, stage)
@@ -120,7 +130,7 @@ def make_teacher(model: SlimModel, recipe: Recipe) -> SlimModel | None:
     """A copy of the dense model as it is before training, where a stage learns from it or it has no classifier."""
     if any(stage.mode != "calibrate" and stage.loss != "cosine" for stage in recipe.stages):
         check_classifier(model)
-    compares = model.backbone.compares_embeddings or not model.architecture().num_outputs
+    compares = model.backbone.compares_embeddings or not (model.architecture().num_outputs or model.segments)
     if not (compares or model.needs_teacher or any(stage.uses_teacher for stage in recipe.stages)):
         return None
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -144,4 +154,4 @@ def model_config(session: Session) -> dict[str, Any]:
 def life_head_taught(session: Session) -> bool:
     """Whether the life head came taught or a stage teaches it: if not, `slim calibrate` does."""
     stages = session.recipe.stages
-    return session.target.has_life_head or any(stage.learns != "backbone" for stage in stages)
+    return session.target.has_life_head or any(stage.teaches_life for stage in stages)

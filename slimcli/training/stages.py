@@ -211,11 +211,12 @@ class LearningStage(Stage):
     def _row(self, epoch: int, batch: int, sums: EpochSums, lr: float) -> dict[str, Any]:
         loss, share = sums.mean_loss, sums.share
         cosine = self.section.loss == "cosine"
+        hits = "pixel_accuracy" if self.session.model.segments else "top1"
         return {
             **self.row(epoch),
             "batch": batch,
             **({} if loss is None else {"loss": round(loss, 5)}),
-            **({"similarity": round(share, 5)} if cosine else {"top1": round(100 * share, 3)}),
+            **({"similarity": round(share, 5)} if cosine else {hits: round(100 * share, 3)}),
             "lr": lr,
             "images_per_second": round(sums.speed(1), 2),
             "seconds": round(sums.seconds, 2),

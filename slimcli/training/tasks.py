@@ -11,6 +11,7 @@ from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from slimcli.data.segmentation import IGNORED
 from slimcli.recipe import AugmentationSection, StageSection
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
@@ -146,6 +147,15 @@ class LabelAndDistillTask(DistillTask):
         return (by_labels + super().loss(logits, batch)) / 2
 
 
+class SegmentTask(Task):
+    """Cross-entropy of every pixel whose class is known."""
+
+    measure = "right pixels"
+
+    def compare(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return segment_loss(self.model.segment(batch.images).float(), batch.targets)
+
+
 class CosineTask(Task):
     """1 - cosine to the dense model's image embedding, for models without a classifier."""
 
@@ -176,7 +186,19 @@ def make_task(
     model: SlimModel, stage: StageSection, teacher: SlimModel | None, augmentation: AugmentationSection
 ) -> Task:
     """The task that a stage's `loss` names."""
-    return TASKS[stage.loss](model, stage, teacher, augmentation)
+    kind = SegmentTask if model.segments and stage.loss == "labels" else TASKS[stage.loss]
+    return kind(model, stage, teacher, augmentation)
+
+
+def segment_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits (B, C, H, W) with targets (B, H, W), and the sum over the images of right pixels' share.
+
+    Both are of the pixels that count; 0 where none does.
+    """
+    known = targets != IGNORED
+    count = known.sum().clamp(min=1)
+    loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count
+    return loss, ((logits.argmax(dim=1) == targets) & known).sum() / count * len(targets)
 
 
 class PairMixup(Mixup):  # type: ignore[misc]

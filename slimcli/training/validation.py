@@ -17,7 +17,8 @@ from slimcli.training.session import Session
 def validate(session: Session, model: SlimModel, mode: str, progress: Progress) -> Scores:
     """Accuracy of the model in `mode` on all images of all processes, in the precision of the training.
 
-    With a teacher also the cosine to its image embeddings; without a classifier that alone.
+    With a segmentation head mIoU and the share of right pixels. With a teacher also the cosine to its image
+    embeddings; without a classifier that alone.
     """
     accelerator, teacher = session.accelerator, session.teacher
     loader: DataLoader[Any] = session.check_on
@@ -26,6 +27,9 @@ def validate(session: Session, model: SlimModel, mode: str, progress: Progress) 
     for batch, (images, targets) in enumerate(loader):
         images = images.to(accelerator.device)
         with accelerator.autocast(), model.running(mode=mode):
+            if model.segments:
+                logits = model.segment(images).float()
+                found.segments.add(*accelerator.gather_for_metrics((logits, targets.to(accelerator.device))))
             if model.architecture().num_outputs:
                 logits = model.logits(images).float()
                 found.accuracy.add(*accelerator.gather_for_metrics((logits, targets.to(accelerator.device))))
@@ -37,6 +41,11 @@ def validate(session: Session, model: SlimModel, mode: str, progress: Progress) 
 
 
 def scores_text(row: dict[str, Any]) -> str:
-    """Top-1 and cosine of a row in words, for the log."""
-    words = [f"top-1 {row['top1']:.2f} %"] if row.get("top1") is not None else []
-    return ", ".join([*words, *([f"cosine {row['similarity']:.4f}"] if row.get("similarity") is not None else [])])
+    """Top-1, mIoU, right pixels and cosine of a row in words, for the log."""
+    words = {
+        "top1": "top-1 {:.2f} %",
+        "miou": "mIoU {:.2f} %",
+        "pixel_accuracy": "right pixels {:.2f} %",
+        "similarity": "cosine {:.4f}",
+    }
+    return ", ".join(text.format(row[key]) for key, text in words.items() if row.get(key) is not None)
