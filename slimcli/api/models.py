@@ -108,6 +108,7 @@ def calibrate_model(
     target_flops: float | None = None,
     target_speedup: float | None = None,
     keep_schedule: bool = False,
+    purpose: str = "class",
     num_images: int = 1024,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
@@ -117,18 +118,18 @@ def calibrate_model(
 ) -> Calibration:
     """Make a slimmed model good without training or labels, in place: teach its life head, choose its schedule.
 
-    The dense weights stay as they are. Without a goal the cost is that of the present schedule. The first `num_images`
-    images are fitted on, and a quarter as many after them compared on; of fewer, a fifth is kept for that. They should
-    come in random order. A model of `slim(..., dead="heir")` loses least.
+    The dense weights stay. Without a goal the cost is that of the present schedule. The first `num_images` images, in
+    random order, are fitted on, a quarter as many compared on; of fewer, a fifth. `slim(..., dead="heir")` loses least.
 
     Args:
         model: a model of life regression, from `slim` or `load`.
-        images: any iterable of batches: a tensor (B, 3, H, W) as `model.transform()` makes it, `(images, labels)`, or a
-            mapping with `pixel_values`; on any device. Or a folder or .tar of images in class folders.
+        images: batches: a tensor (B, 3, H, W) as `model.transform()` makes it, `(images, labels)`, or a mapping with
+            `pixel_values`; on any device. Or a folder or .tar of images in class folders.
         keep_rate: the cost to reach: that of this keep rate at three layers; several: what serves all of them.
         target_flops: the cost to reach instead, in G multiply-adds an image.
         target_speedup: the speed-up to reach instead, measured on this device with batches of the images' size.
         keep_schedule: keep where patches leave and only teach the life head.
+        purpose: what is to stay as the dense model has it: "class", its output; "patches", all patch features; "both".
         num_images: how many images to fit on, as far as memory holds them.
         batch_size: images in a batch, where `images` is a path; 32 by default.
         device: where to run; by default where the model is.
@@ -136,13 +137,12 @@ def calibrate_model(
         seed: of what is random in teaching the life head.
         progress: called with (label, done, total).
 
-    Raises:
-        SlimError: where the goal cannot be reached, or for images that the model does not take.
+    Raises `SlimError` where the goal cannot be reached, or for images that the model does not take.
     """
     if not isinstance(model, LifeModel):
         raise SlimError(f"model: {_kind(model)} has no life head to calibrate: expected a model of slim() or load()")
     rates = keep_rates_of(keep_rate)
-    goal = workflow.Goal(target_flops, target_speedup, rates or (), keep_schedule)
+    goal = workflow.Goal(target_flops, target_speedup, rates or (), keep_schedule, purpose)
     if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < FEWEST_IMAGES:
         raise SlimError(f"num_images = {num_images!r}: expected a whole number of at least {FEWEST_IMAGES}")
     where, precision = place_of(model, device, precision)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from slimcli.measure.evaluation import Scores, pooled
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
+
+#: what is to stay as the dense model has it: its output, the features of all patches, or both
+PURPOSES = ("class", "patches", "both")
 
 
 @dataclass
@@ -23,13 +27,15 @@ class CheckSet:
     tokens: dict[int, list[Tensor]]
     positions: list[Tensor | None]
     outputs: list[Tensor]
+    #: the features of all patches (B, N, D), where they are to stay as they are
+    features: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Ranking:
     """Who leaves first, and how patches are added to their heirs, as the life head and the slimmed model have it."""
 
-    # where the search starts: one of `REDUNDANCIES` and one of `MERGES`
+    # where the search starts: the class's `slimcli.calibration.search.Space`
     redundancy: float = 3.5
     merge_importance: float = 0.7
     size_bias: float = 0.7
@@ -51,6 +57,7 @@ class Candidate:
     `apart` is `Likeness.error` of its logits, or without a classifier 1 - cosine of the features: on images that the
     model was trained with, predictions are too sure to tell candidates apart, and rank them worse for other images
     than logits do. `agreement` is how often it predicts the same class, in percent, or 100 cosine.
+    For patches they are `PatchError.error` and 100 times its cosine; for both purposes, means of the two.
     """
 
     schedule: Schedule
@@ -58,6 +65,8 @@ class Candidate:
     gmacs: float
     apart: float
     agreement: float
+    #: how far the features of all patches are from the dense model's, where they were looked at
+    patches: PatchError | None = None
 
 
 @torch.no_grad()
@@ -67,6 +76,7 @@ def observe_checks(
     layers: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
+    purpose: str = "class",
 ) -> CheckSet:
     """Run the dense model over the check images and remember where candidates go on from."""
     backbone = model.backbone
@@ -79,7 +89,40 @@ def observe_checks(
                 found.tokens[layer].append(x)
         found.positions.append(positions)
         found.outputs.append(pooled(backbone.head(x)))
+        if purpose != "class":
+            found.features.append(backbone.features(x)[:, backbone.num_prefix_tokens :])
     return found
+
+
+@dataclass(frozen=True)
+class PatchError:
+    """The features of all patches beside the dense model's, patches that left put back `way`.
+
+    `error` is the squared error over the squared dense features, in the mean of the images; `cosine` the mean cosine.
+    """
+
+    way: str
+    error: float
+    cosine: float
+
+
+@torch.no_grad()
+def patch_error(model: SlimModel, check_set: CheckSet, way: str) -> PatchError:
+    """How far the features of all patches are from the dense model's, under the model's schedule."""
+    backbone = model.backbone
+    errors: list[Tensor] = []
+    cosines: list[Tensor] = []
+    starts = check_set.tokens[model.schedule.life_layer]
+    for tokens, positions, dense in zip(starts, check_set.positions, check_set.features, strict=True):
+        counts = model.schedule.resolve(dense.shape[1])
+        with model.following([backbone.depth], way=way) as trail:
+            trail.begin(tokens, positions)
+            model.slimmed(tokens, positions, counts)
+            found = backbone.features(trail.restored(backbone.depth))[:, backbone.num_prefix_tokens :]
+        found, dense = found.float(), dense.float()
+        errors.append((found - dense).square().sum(dim=(1, 2)) / dense.square().sum(dim=(1, 2)).clamp(min=1e-12))
+        cosines.append(F.cosine_similarity(found, dense, dim=-1).mean(dim=1))
+    return PatchError(way, torch.cat(errors).mean().item(), torch.cat(cosines).mean().item())
 
 
 @torch.no_grad()

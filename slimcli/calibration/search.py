@@ -12,20 +12,45 @@ from torch import Tensor
 from slimcli.calibration.by_time import choose_by_time
 from slimcli.calibration.fit import Fitted, fit, head_widths
 from slimcli.calibration.goal import Cost, check_cost, falling_schedule, paper_schedule
-from slimcli.calibration.judge import PLAIN, Candidate, CheckSet, Ranking, distance, observe_checks
+from slimcli.calibration.judge import (
+    PLAIN,
+    Candidate,
+    CheckSet,
+    PatchError,
+    Ranking,
+    distance,
+    observe_checks,
+    patch_error,
+)
 from slimcli.calibration.observe import candidate_life_layers, observe
+from slimcli.calibration.patches import choose_way
 from slimcli.errors import SlimError
 from slimcli.layout import packed
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
 
-#: how the number of patches may fall: exponents of `falling_counts`
-POWERS = (0.5, 0.7, 1.0)
-#: weights of what no other patch says already, beside a patch's importance
-REDUNDANCIES = (2.0, 3.5, 6.0)
-#: how patches may be added to their heirs: `merge_importance` and `size_bias` of the slimmed model
-MERGES = ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7))
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched, and where it starts."""
+
+    #: how the number of patches may fall: exponents of `falling_counts`; the one in the middle is tried first
+    powers: tuple[float, float, float]
+    #: weights of what no other patch says already, beside a patch's importance
+    redundancies: tuple[float, ...]
+    #: how patches may be added to their heirs: `merge_importance` and `size_bias` of the slimmed model
+    merges: tuple[tuple[float, float], ...]
+    start: Ranking
+
+
+#: of each purpose. For its feature, a patch counts as much as any other: it is seldom attended to, but looked at; those
+#: that are most like others leave first, and many early, while they are alike
+SPACES = {
+    "class": Space((0.5, 0.7, 1.0), (2.0, 3.5, 6.0), ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7)), Ranking()),
+    "patches": Space((0.35, 0.5, 0.7), (6.0, 20.0, 100.0), ((0.0, 1.0), (0.0, 0.7)), Ranking(100.0, 0.0, 1.0)),
+    "both": Space((0.35, 0.5, 0.7), (3.5, 6.0, 100.0), ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7)), Ranking(6.0, 0.0, 1.0)),
+}
 #: batches of 32 images that the life head is taught with: as many as there are images, within these bounds
 STEPS = (200, 1000)
 #: what an image that is observed, and one that a search is made with, takes beside one of these batches
@@ -46,12 +71,22 @@ class Calibration:
     paper: Candidate | None = None
     #: what a user should know of the time that was measured
     notes: list[str] = field(default_factory=list)
+    #: every way of putting patches back that was looked at, the chosen one first
+    ways: list[PatchError] = field(default_factory=list)
+
+    def restore(self, model: LifeModel, ways: list[PatchError]) -> None:
+        """Patches come back by the first of `ways`: put what it learnt beside the head as it was fitted, in float32."""
+        self.ways = ways
+        learnt = {} if model.correction is None else model.correction.state_dict()
+        self.fitted[model.schedule.life_layer].state |= {
+            f"correction.{name}": value.detach().clone() for name, value in learnt.items()
+        }
 
 
 def fit_and_search(
     model: SlimModel,
     goal: Cost | Schedule,
-    fit_on: Iterable[tuple[Tensor, Tensor]],
+    fit_on: Sequence[tuple[Tensor, Tensor]],
     check_on: Sequence[tuple[Tensor, Tensor]],
     num_images: int,
     device: torch.device,
@@ -59,25 +94,29 @@ def fit_and_search(
     progress: Progress = no_progress,
     others: Sequence[Cost] = (),
     timed_with: int = 0,
+    purpose: str = "class",
 ) -> Calibration:
     """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
     For a cost, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept. A form of the
     fall that is to serve `others`, lower costs, too is judged at all of them.
     With `timed_with` images a batch, fewer drops are taken for one cost where they are faster here.
+    `purpose`, one of `PURPOSES`, is what candidates are judged by; for patches, how they come back is chosen too.
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
     if not isinstance(model, LifeModel):
         raise SlimError(f"the method {model.method} has no life head to calibrate")
     model = model.to(device, dtype).eval()
     with packed(model.model):
-        return _calibrated(model, goal, fit_on, check_on, num_images, device, dtype, progress, others, timed_with)
+        return _calibrated(
+            model, goal, fit_on, check_on, num_images, device, dtype, progress, others, timed_with, purpose
+        )
 
 
 def _calibrated(
     model: LifeModel,
     goal: Schedule | Cost,
-    fit_on: Iterable[tuple[Tensor, Tensor]],
+    fit_on: Sequence[tuple[Tensor, Tensor]],
     check_on: Iterable[tuple[Tensor, Tensor]],
     num_images: int,
     device: torch.device,
@@ -85,44 +124,43 @@ def _calibrated(
     progress: Progress,
     others: Sequence[Cost],
     timed_with: int,
+    purpose: str,
 ) -> Calibration:
     model.mode = "hard"
+    model.life_head.correct(None)
     model.life_head.extend(*head_widths(model))
     if not isinstance(goal, Schedule):
         # costs are those of patches compared with each other
-        Ranking().set(model)
-        # at a given cost, what it saves keeps more patches
-        model.exact_savings = True
+        SPACES[purpose].start.set(model)
+        # at a given cost, what it saves keeps more patches; nothing of it is saved where all patches are asked for
+        model.exact_savings = purpose == "class"
         layers = candidate_life_layers(model.backbone.depth)
         check_cost(model, min(cost.multiply_adds for cost in (goal, *others)), layers)
         if goal.multiply_adds >= model.cost(None):
             goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
-    layers = (goal.life_layer,) if isinstance(goal, Schedule) else layers
-    work = Steps(progress, plan(layers, isinstance(goal, Schedule), num_images), numbered=True)
+    layers, steps = (goal.life_layer,) if isinstance(goal, Schedule) else layers, fit_steps(num_images)
+    work, fitted = Steps(progress, plan(layers, isinstance(goal, Schedule), num_images, purpose), numbered=True), {}
     with work.step() as part:
         observed = observe(model, fit_on, layers, device, dtype, part, num_images)
-    steps = fit_steps(num_images)
     brief = round(BRIEF * steps) if len(layers) > 1 else steps
-    fitted = {}
     for layer in layers:
         with work.step() as part:
             fitted[layer] = fit(model, observed, layer, brief, device, part)
-    attempt = Attempt(model, fitted, observe_checks(model, check_on, layers, device, dtype), others)
+    attempt = Attempt(model, fitted, observe_checks(model, check_on, layers, device, dtype, purpose), others, purpose)
     compared: list[Candidate] = []
     if isinstance(goal, Schedule):
         chosen = goal
     else:
         with work.step() as part:
-            compared = search(model, goal, layers, attempt, part)
+            compared = search(model, goal, layers, attempt, part, purpose)
         chosen = compared[0].schedule
         with work.step() as part:
             fitted[chosen.life_layer] = fit(model, observed, chosen.life_layer, steps, device, part)
     del observed
     with work.step() as part:
-        tried = choose_ranking(chosen, model.dead, attempt, part)
-    plain = attempt(goal, PLAIN) if isinstance(goal, Schedule) else None
-    if plain is not None:
-        tried.append(plain)
+        tried = choose_ranking(chosen, model.dead, attempt, part, purpose)
+    if isinstance(goal, Schedule):
+        tried += _attempt_all(attempt, [(goal, PLAIN)])
     tried = [*sorted(tried, key=_apart), *compared]
     notes: list[str] = []
     if timed_with and not isinstance(goal, Schedule) and not others and tried[0].schedule.drops_patches():
@@ -130,7 +168,11 @@ def _calibrated(
         tried = tried if best is tried[0] else [best, *tried]
     paper = None if isinstance(goal, Schedule) else _paper(attempt, goal)
     attempt(tried[0].schedule, tried[0].ranking)
-    return Calibration(fitted, tried, paper, notes)
+    found = Calibration(fitted, tried, paper, notes)
+    if purpose != "class":
+        with work.step() as part:
+            found.restore(model, choose_way(model, attempt.check_set, fit_on, device, dtype, part))
+    return found
 
 
 @dataclass
@@ -142,6 +184,7 @@ class Attempt:
     check_set: CheckSet
     #: lower costs that the form of the schedule is to serve too
     others: Sequence[Cost] = ()
+    purpose: str = "class"
 
     def __call__(self, schedule: Schedule, ranking: Ranking) -> Candidate | None:
         """How far the candidate is from dense; None where the form comes to none of `others`."""
@@ -149,16 +192,25 @@ class Attempt:
         model.life_head.load_state_dict(self.fitted[schedule.life_layer].state)
         ranking.set(model)
         found: list[tuple[float, float]] = []
+        errors: list[PatchError] = []
         for scaled in (schedule, *(model.at_cost(schedule, cost.multiply_adds) for cost in self.others)):
             if scaled is None:
                 return None
             model.schedule = scaled
-            found.append(distance(model, self.check_set) if scaled.drops_patches() else (0.0, 100.0))
+            if not scaled.drops_patches():
+                found.append((0.0, 100.0))
+                continue
+            if self.purpose != "patches":
+                found.append(distance(model, self.check_set))
+            if self.purpose != "class":
+                errors.append(patch_error(model, self.check_set, "heir" if model.has_heirs else "own"))
+                found.append((errors[-1].error, 100 * errors[-1].cosine))
         model.schedule = schedule
         # in shares, so that the lowest cost, which is the farthest apart, does not decide alone
         apart = math.prod(value for value, _ in found) ** (1 / len(found))
         agreement = sum(value for _, value in found) / len(found)
-        return Candidate(schedule, ranking, model.multiply_adds(schedule) / 1e9, apart, agreement)
+        patches = errors[0] if errors else None
+        return Candidate(schedule, ranking, model.multiply_adds(schedule) / 1e9, apart, agreement, patches)
 
 
 def _paper(attempt: Attempt, goal: Cost) -> Candidate | None:
@@ -179,7 +231,7 @@ def fit_steps(num_images: int) -> int:
     return min(max(num_images, STEPS[0]), STEPS[1])
 
 
-def plan(layers: Sequence[int], keeps_schedule: bool, num_images: int) -> list[Step]:
+def plan(layers: Sequence[int], keeps_schedule: bool, num_images: int, purpose: str = "class") -> list[Step]:
     """The steps of a calibration, and about how long each takes beside a batch that the life head is taught with."""
     steps = fit_steps(num_images)
     searched = not keeps_schedule
@@ -190,6 +242,7 @@ def plan(layers: Sequence[int], keeps_schedule: bool, num_images: int) -> list[S
         *([Step("searching how patches should leave", SEARCHING * num_images)] if searched else []),
         *([Step("fitting the life head that was chosen", steps)] if searched else []),
         Step("searching who should leave first", SEARCHING * num_images),
+        *([Step("choosing how patches come back", OBSERVING * num_images)] if purpose != "class" else []),
     ]
 
 
@@ -198,36 +251,43 @@ def _apart(candidate: Candidate) -> float:
 
 
 def search(
-    model: SlimModel, goal: Cost, layers: Sequence[int], attempt: Attempt, progress: Progress = no_progress
+    model: SlimModel,
+    goal: Cost,
+    layers: Sequence[int],
+    attempt: Attempt,
+    progress: Progress = no_progress,
+    purpose: str = "class",
 ) -> list[Candidate]:
     """Try life layers first, then forms of the fall for the two best of them; all of them, the best first.
 
     What `attempt` gives None for cannot be had.
     """
-    power = POWERS[1]
+    space = SPACES[purpose]
+    powers, power, start = space.powers, space.powers[1], space.start
     first = [falling_schedule(model, goal, layer, power) for layer in layers]
-    total = len(layers) + 2 * (len(POWERS) - 1)
+    total = len(layers) + 2 * (len(powers) - 1)
     label = "searching how patches should leave"
-    tried = _attempt_all(attempt, [(found, Ranking()) for found in first], progress, label, 0, total)
+    tried = _attempt_all(attempt, [(found, start) for found in first], progress, label, 0, total)
     if not tried:
         raise SlimError(f"{goal}: no schedule of this model comes to that: try a higher one")
     chosen = [candidate.schedule.life_layer for candidate in sorted(tried, key=_apart)[:2]]
-    second = [falling_schedule(model, goal, layer, p) for layer in chosen for p in POWERS if p != power]
-    tried += _attempt_all(attempt, [(found, Ranking()) for found in second], progress, label, len(layers), total)
+    second = [falling_schedule(model, goal, layer, p) for layer in chosen for p in powers if p != power]
+    tried += _attempt_all(attempt, [(found, start) for found in second], progress, label, len(layers), total)
     return sorted(tried, key=_apart)
 
 
 def choose_ranking(
-    schedule: Schedule, dead: str, attempt: Attempt, progress: Progress = no_progress
+    schedule: Schedule, dead: str, attempt: Attempt, progress: Progress = no_progress, purpose: str = "class"
 ) -> list[Candidate]:
     """Try who leaves first, then how patches are added to their heirs, where they have any."""
-    total = len(REDUNDANCIES) + len(MERGES) - 1
+    space = SPACES[purpose]
+    total = len(space.redundancies) + len(space.merges) - 1
     label = "searching who should leave first"
-    rankings = [Ranking(redundancy) for redundancy in REDUNDANCIES]
+    rankings = [replace(space.start, redundancy=redundancy) for redundancy in space.redundancies]
     tried = _attempt_all(attempt, [(schedule, ranking) for ranking in rankings], progress, label, 0, total)
     if tried and dead == "heir":
         ranking = min(tried, key=_apart).ranking
-        others = [replace(ranking, merge_importance=weight, size_bias=bias) for weight, bias in MERGES]
+        others = [replace(ranking, merge_importance=weight, size_bias=bias) for weight, bias in space.merges]
         candidates = [(schedule, other) for other in others if other != ranking]
         tried += _attempt_all(attempt, candidates, progress, label, len(rankings), total)
     progress(label, total, total)
@@ -237,10 +297,10 @@ def choose_ranking(
 def _attempt_all(
     attempt: Attempt,
     candidates: Sequence[tuple[Schedule | None, Ranking]],
-    progress: Progress,
-    label: str,
-    done: int,
-    total: int,
+    progress: Progress = no_progress,
+    label: str = "",
+    done: int = 0,
+    total: int = 1,
 ) -> list[Candidate]:
     found = []
     for number, (schedule, ranking) in enumerate(candidates):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimcli import data as datasets
 from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
-from slimcli.calibration.judge import Agreement, Candidate, comparison
+from slimcli.calibration.judge import PURPOSES, Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
 from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
 from slimcli.calibration.search import Calibration, fit_and_search, plan
@@ -41,15 +41,19 @@ class Goal:
     """What a calibration is to reach: at most one of a cost, a speed-up and keep rates; none: the present cost.
 
     `flops` is in G multiply-adds an image; `speedup` is measured on the device; `keep_rates` stand for their cost at
-    three layers. With `keep_schedule` patches leave where they do, and only the life head is taught.
+    three layers. With `keep_schedule` patches leave where they do, and only the life head is taught. `purpose`, one of
+    `PURPOSES`, is what is to stay as the dense model has it.
     """
 
     flops: float | None = None
     speedup: float | None = None
     keep_rates: Sequence[float] = ()
     keep_schedule: bool = False
+    purpose: str = "class"
 
     def __post_init__(self) -> None:
+        if self.purpose not in PURPOSES:
+            raise SlimError(f"{parameter('purpose', self.purpose)}: expected one of {', '.join(PURPOSES)}")
         check_target("target_flops", self.flops)
         check_target("target_speedup", self.speedup)
         goals = {"target_flops": self.flops, "target_speedup": self.speedup, "keep_rate": self.keep_rates or None}
@@ -240,7 +244,7 @@ def fit_to_goal(
     count = sum(len(images) for images, _ in fit_on)
     with work.step() as part, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fit_and_search(model, sought, fit_on, check_on, count, device, dtype, part, others, timed)
+        return fit_and_search(model, sought, fit_on, check_on, count, device, dtype, part, others, timed, goal.purpose)
 
 
 def aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None = None) -> tuple[Cost | Schedule, list[Cost]]:

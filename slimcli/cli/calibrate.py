@@ -33,6 +33,14 @@ from slimcli.cli.options import (
     help="Cost to reach: that of this keep rate at three layers; several: what serves all of them.",
 )
 @click.option("--keep-schedule", is_flag=True, help="Keep the layers where patches leave; only teach the life head.")
+@click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(["class", "patches", "both"]),
+    default="class",
+    show_default=True,
+    help="What is to stay as the dense model has it: its output, the features of all patches, or both.",
+)
 @click.option("--images", type=click.IntRange(min=8), default=1024, show_default=True, help="Images to fit on.")
 @limit_option("Validation images to report on.  [default: the recipe's, or 1000]")
 @click.option(
@@ -53,6 +61,7 @@ def command(
     target_speedup: float | None,
     keep_rates: list[float] | None,
     keep_schedule: bool,
+    purpose: str,
     images: int,
     output: Path | None,
     overrides: tuple[str, ...],
@@ -74,7 +83,7 @@ def command(
     from slimcli.store.run_folder import RECIPE, point_latest
 
     display = Display(as_json)
-    goal = Goal(target_flops, target_speedup, keep_rates or (), keep_schedule)
+    goal = Goal(target_flops, target_speedup, keep_rates or (), keep_schedule, purpose)
     embedded = target is None and asked["model"] is None
     request = Request("calibrate", target, overrides, embedded=embedded, default_dead="heir", **asked)
     if output is not None:

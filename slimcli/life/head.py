@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimcli.layout import is_plain_linear
+from slimcli.life.correction import Correction
 from slimcli.life.lives import normalise_life
 
 #: channels of an attention head in the life head's own transformer block
@@ -113,6 +114,13 @@ class LifeHead(nn.Module):
             nn.init.trunc_normal_(projection.weight, std=0.02)
         self.similarity: Similarity | None = None
         self.context: Context | None = None
+        #: what the features of patches that left lack, where that was learnt
+        self.correction: Correction | None = None
+
+    def correct(self, correction: Correction | None) -> None:
+        """Take a correction of the features of patches that left, on the head's own device; None: none."""
+        weight = self.query.weight
+        self.correction = None if correction is None else correction.to(weight.device, weight.dtype)
 
     @property
     def similarity_dim(self) -> int:
@@ -141,10 +149,16 @@ class LifeHead(nn.Module):
             self.similarity = None if projection is None else projection.to(weight.device, weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # weights say whether there is a projection or a block, and how wide they are
+        # weights say whether there is a projection, a block or a correction, and how wide they are
         names = ("similarity.projection.weight", "context.reduce.weight")
         widths = [state_dict[prefix + name].shape[0] if prefix + name in state_dict else 0 for name in names]
         self.extend(*widths) if widths[0] else self.extend()
+        found = state_dict.get(prefix + "correction.up")
+        known = None if self.correction is None else self.correction.up.shape
+        if found is None or found.dim() != 3 or found.shape[1] != self.query.in_features:
+            self.correct(None)
+        elif found.shape != known:
+            self.correct(Correction(*found.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def read(self, tokens: Tensor, num_prefix_tokens: int, compare: bool = True) -> tuple[Tensor, Tensor | None]:

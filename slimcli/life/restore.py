@@ -5,18 +5,19 @@ Shapes: B images, P prefix tokens, N patches, n and m patches before and after s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slimcli.life.lives import sort_patches
+from slimcli.life.lives import sort_patches, take_rows
 
 #: how a patch that left gets a feature back. `heir`: that of the token that stands for it. `own`: the one that it had
-#: when it left. `last`: its own goes through the last block again, beside the living.
-WAYS = ("heir", "own", "last")
+#: when it left. `mix`: its heir's, plus a correction that was learnt from both. `last`: its own, or the mix where
+#: that was learnt, goes through the last block again, beside the living.
+WAYS = ("heir", "own", "mix", "last")
 
 
 @dataclass(frozen=True)
@@ -94,27 +95,87 @@ def stand_ins(drops: Sequence[Drop], batch: int, count: int, device: torch.devic
     return list(found.items())
 
 
-def restore(tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int, way: str) -> Tensor:
+class _Places(NamedTuple):
+    """Where to find what each of N patches is made of again, all (B, N) in raster order.
+
+    `now`: the place among the living of what stands for it. `left`: where it was when it left, and `beside`: where what
+    stands for it was then, in the rows of all patches before each drop, one drop after the other. `drop`: the number of
+    the drop that it left with; that of all drops where it never did.
+    """
+
+    now: Tensor
+    left: Tensor
+    beside: Tensor
+    drop: Tensor
+
+
+def _places(drops: Sequence[Drop], with_beside: bool) -> _Places:
+    batch, count = drops[0].patches.shape[:2]
+    place = torch.arange(count, device=drops[0].stay.device).expand(batch, -1)
+    left, gone = place, torch.full_like(place, len(drops))
+    alive, first = torch.ones_like(place, dtype=torch.bool), 0
+    for number, drop in enumerate(drops):
+        leaves = drop.leaves().gather(1, place) & alive
+        left = torch.where(leaves, first + place, left)
+        gone = gone.masked_fill(leaves, number)
+        alive, place, first = alive & ~leaves, drop.afterwards().gather(1, place), first + drop.patches.shape[1]
+    beside = there = place
+    for number, drop in reversed(list(enumerate(drops)) if with_beside else []):
+        first -= drop.patches.shape[1]
+        there = drop.stay.gather(1, there)
+        beside = torch.where(gone == number, first + there, beside)
+    return _Places(place, left, beside, gone)
+
+
+def restore(
+    tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int, way: str, correct: Correct | None = None
+) -> Tensor:
     """Tokens (B, P + n, D) after `drops` to (B, P + N, D): the prefix tokens, and all patches in raster order.
 
-    `way` is one of `WAYS`; "last" is as "own" here.
+    `way` is one of `WAYS`; "last" is as "own" here. "mix" needs `correct`.
     """
     if not drops:
         return tokens
-    batch, count = drops[0].patches.shape[:2]
-    place = torch.arange(count, device=tokens.device).expand(batch, -1)
-    own, alive, first = place, torch.ones_like(place, dtype=torch.bool), 0
-    for drop in drops:
-        leaves = drop.leaves().gather(1, place) & alive
-        # a row of all patches before each drop, one drop after the other
-        own = torch.where(leaves, first + place, own)
-        alive, place, first = alive & ~leaves, drop.afterwards().gather(1, place), first + drop.patches.shape[1]
-    now = sort_patches(tokens, place, num_prefix_tokens)
+    if way == "mix":
+        assert correct is not None
+        found = mixture(tokens, drops, num_prefix_tokens)
+        return torch.cat((tokens[:, :num_prefix_tokens], correct(found)), dim=1)
+    places = _places(drops, with_beside=False)
+    now = sort_patches(tokens, places.now, num_prefix_tokens)
     if way == "heir":
         return now
-    left = sort_patches(torch.cat([drop.patches for drop in drops], dim=1), own, 0)
+    left = sort_patches(torch.cat([drop.patches for drop in drops], dim=1), places.left, 0)
+    alive = places.drop == len(drops)
     patches = torch.where(alive.unsqueeze(-1), now[:, num_prefix_tokens:], left)
     return torch.cat((now[:, :num_prefix_tokens], patches), dim=1)
+
+
+class Mixture(NamedTuple):
+    """What a patch is mixed of, in raster order.
+
+    `own` (B, N, D): its feature when it left. `then` (B, N, D): that of what stands for it now, at the same time. `now`
+    (B, N, D): that of what stands for it, now; for a living patch its own. `gone` (B, N): whether it left; where it did
+    not, the first two mean nothing.
+    """
+
+    own: Tensor
+    then: Tensor
+    now: Tensor
+    gone: Tensor
+
+
+#: a mixture to features (B, N, D) of all patches
+Correct = Callable[[Mixture], Tensor]
+
+
+def mixture(tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int) -> Mixture:
+    """Of tokens (B, P + n, D) after `drops`, one at least: what each patch is mixed of, in one gather."""
+    places = _places(drops, with_beside=True)
+    rows = torch.cat([*(drop.patches for drop in drops), tokens[:, num_prefix_tokens:]], dim=1)
+    last = sum(drop.patches.shape[1] for drop in drops)
+    taken = take_rows(rows, torch.cat((places.left, places.beside, last + places.now), dim=1))
+    own, then, now = taken.chunk(3, dim=1)
+    return Mixture(own, then, now, places.drop < len(drops))
 
 
 def _placed(stay: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from slimcli import life as lives
 from slimcli.attention import NEVER
 from slimcli.backbones.base import Backbone
 from slimcli.errors import SlimError
+from slimcli.life.correction import Correction
 from slimcli.methods.slim_model import LIFE_SETTINGS, MODES, SlimModel
 from slimcli.schedule import Architecture, Planning, Schedule, check_keep_rate, highest_keep_rate, life_moments
 
@@ -31,6 +32,7 @@ class LifeModel(SlimModel):
     modes = MODES
     selector_name = "life_head"
     settings: ClassVar[tuple[str, ...]] = tuple(LIFE_SETTINGS)
+    corrects = True
     life_head: lives.LifeHead
 
     def __init__(self, backbone: Backbone, schedule: Schedule, temperature: float = 1.5, dead: str = "discard") -> None:
@@ -80,6 +82,10 @@ class LifeModel(SlimModel):
     @property
     def has_heirs(self) -> bool:
         return self.dead == "heir"
+
+    @property
+    def correction(self) -> Correction | None:
+        return self.life_head.correction
 
     def rule(self) -> str:
         return f"life regression, with lives predicted after block {self.schedule.life_layer}"

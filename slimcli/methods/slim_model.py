@@ -188,6 +188,7 @@ class SlimModel(Described, Segmenting, ABC):
             "method": self.method,
             "temperature": self.temperature,
             "exact_savings": self.exact_savings,
+            **({} if self._restoring is None else {"restore": self._restoring}),
             **{name: getattr(self, name) for name in self.settings},
         }
 
@@ -204,6 +205,8 @@ class SlimModel(Described, Segmenting, ABC):
                 raise SlimError(
                     f"{name} = {config[name]!r} is for life regression: the method {self.method} has a rule of its own"
                 )
+        if "restore" in config:
+            self.restoring = config["restore"]
 
     def with_schedule(self, schedule: Schedule) -> Self:
         """This model under another schedule: the same modules, none of them copied."""

@@ -10,6 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from slimcli.errors import SlimError
+from slimcli.life.correction import Correction
 from slimcli.life.restore import WAYS, Whereabouts, stand_ins, whereabouts
 from slimcli.methods.block_runner import BlockRunner
 from slimcli.methods.trail import Reached, Trail
@@ -33,6 +34,8 @@ class DenseSurface(BlockRunner):
     follows: ClassVar[bool] = False
     #: whether a token may stand for several patches, though the method has no heirs
     merges: ClassVar[bool] = False
+    #: whether it can learn the correction of "mix"
+    corrects: ClassVar[bool] = False
     #: `restoring` as it was set; None: by what the method does with patches that leave
     _restoring: str | None = None
     _last_trail: Trail | None = None
@@ -72,8 +75,10 @@ class DenseSurface(BlockRunner):
     def restoring(self, way: str | None) -> None:
         if way is not None and way not in WAYS:
             raise SlimError(f"restoring = {way!r} is not possible: expected one of {', '.join(WAYS)}")
-        if way == "heir" and not (self.has_heirs or self.merges):
-            raise SlimError("restoring = 'heir' needs heirs: here nothing stands for a patch that left; take 'own'")
+        if way in ("heir", "mix") and not (self.has_heirs or self.merges):
+            raise SlimError(f"restoring = {way!r} needs heirs: here nothing stands for a patch that left; take 'own'")
+        if way == "mix" and not self.corrects:
+            raise SlimError(f"restoring = 'mix' is for life regression: the method {self.method} learns no correction")
         self._restoring = way
 
     @property
@@ -86,19 +91,36 @@ class DenseSurface(BlockRunner):
         return whereabouts(trail.drops, batch, count, self.backbone.depth, device)
 
     @contextmanager
-    def _following(self, layers: Collection[int], stop_after: int | None = None) -> Iterator[Trail]:
+    def following(
+        self, layers: Collection[int], stop_after: int | None = None, way: str | None = None
+    ) -> Iterator[Trail]:
+        """A pass inside it can be asked for all patches after each of `layers` (from 1), put back `way`.
+
+        That is `restoring` where nothing is said. Ends the pass after block `stop_after`, by `Reached`.
+        """
+        way = way or self.restoring
         if self._drops_unseen():
             raise SlimError(
                 f"the method {self.method} does not say where its patches go: it cannot give all of them back"
             )
         backbone = self.backbone
-        trail = Trail(backbone.num_prefix_tokens, backbone.depth, layers, self.restoring, stop_after)
+        correction = self.correction if way in ("mix", "last") else None
+        if way == "mix" and (correction is None or len(correction.up) != backbone.depth):
+            raise SlimError(
+                "restoring = 'mix' needs a correction, and this model has none: calibrate for patches, or take 'heir'"
+            )
+        trail = Trail(backbone.num_prefix_tokens, backbone.depth, layers, way, stop_after, correction)
         self._trail = trail
         try:
             yield trail
         finally:
             trail.release()
             self._trail, self._last_trail = None, trail
+
+    @property
+    def correction(self) -> Correction | None:
+        """What `restoring` "mix" adds to the features of heirs; None where none was learnt."""
+        return None
 
     def _drops_unseen(self) -> bool:
         owner = next(kind for kind in type(self).__mro__ if {"slimmed", "follows"} & set(vars(kind)))
@@ -107,14 +129,14 @@ class DenseSurface(BlockRunner):
     def _all_tokens(self, images: Tensor, layers: Sequence[int], stop_early: bool = False) -> list[Tensor]:
         """Tokens (B, P + N, D) after each of `layers` (from 1), patches in raster order."""
         stop_after = max(layers) if stop_early else None
-        with self._following(layers, stop_after) as trail:
+        with self.following(layers, stop_after) as trail:
             with suppress(Reached):
                 self._tokens(images)
             return [trail.restored(layer) for layer in layers]
 
     def logits_and_stand_ins(self, images: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
         """Logits (B, C) of images (B, 3, H, W), and who stands for each patch: see `slimcli.life.restore.stand_ins`."""
-        with self._following([]) as trail:
+        with self.following([]) as trail:
             logits = self.logits(images)
         assert trail.shape is not None
         batch, count, device = trail.shape

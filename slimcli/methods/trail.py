@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from slimcli.life.restore import Drop, restore
+from slimcli.life.correction import Correction
+from slimcli.life.restore import Drop, Mixture, mixture, restore
 
 
 class Reached(Exception):
@@ -25,9 +27,10 @@ class Trail:
         layers: Collection[int],
         way: str,
         stop_after: int | None = None,
+        correction: Correction | None = None,
     ) -> None:
         self.prefix, self.layers, self.way = num_prefix_tokens, frozenset(layers), way
-        self.depth, self.stop_after = depth, stop_after
+        self.depth, self.stop_after, self.correction = depth, stop_after, correction
         self.drops: list[Drop] = []
         #: images, patches, and where they are
         self.shape: tuple[int, int, torch.device] | None = None
@@ -55,7 +58,7 @@ class Trail:
 
     def revived(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, P + N, D) that enter the last block with all patches back in raster order, and their positions."""
-        return restore(tokens, self.drops, self.prefix, self.way), self._positions
+        return self._all(self.depth - 1, tokens, self.drops), self._positions
 
     def drop(self, layer: int, tokens: Tensor, stay: Tensor, into: Tensor | None = None) -> None:
         """Of `tokens` (B, P + n, D) after block `layer`, the patches at `stay` (B, m) go on; see `Drop`."""
@@ -77,4 +80,14 @@ class Trail:
     def restored(self, layer: int) -> Tensor:
         """All tokens (B, P + N, D) after block `layer`, patches in raster order."""
         tokens, number = self._after[layer]
-        return restore(tokens, self.drops[:number], self.prefix, self.way)
+        return self._all(layer, tokens, self.drops[:number])
+
+    def _all(self, layer: int, tokens: Tensor, drops: Sequence[Drop]) -> Tensor:
+        if self.correction is None:
+            return restore(tokens, drops, self.prefix, self.way)
+        return restore(tokens, drops, self.prefix, "mix", partial(self.correction, layer=layer))
+
+    def mixture(self, layer: int) -> Mixture | None:
+        """What the patches after block `layer` are mixed of; None where none has left."""
+        tokens, number = self._after[layer]
+        return mixture(tokens, self.drops[:number], self.prefix) if number else None

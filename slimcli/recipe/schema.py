@@ -70,6 +70,11 @@ class SlimmingSection(Section):
     size_bias: Weight = Field(
         1.0, description="a token that stands for n patches counts as n to this power in attention"
     )
+    restore: Literal["heir", "own", "mix", "last"] | None = Field(
+        None,
+        description="the feature of a patch that left, where all are asked for: its heir's; its own when it left; its "
+        "heir's with a learnt correction; its own after the last block. By default its heir's, without heirs its own",
+    )
     exact_savings: bool = Field(False, description="no queries, projection and MLP for tokens that nothing reads after")
     attention: Literal["auto", "reference", "mask", "channel", "flex"] = Field(
         "auto", description="the kernel where keys have a bias, in training"
@@ -86,7 +91,7 @@ class SlimmingSection(Section):
 
 
 #: fields of a stage that are for mode = 'calibrate' alone
-CALIBRATION_FIELDS = ("images", "keep_schedule")
+CALIBRATION_FIELDS = ("images", "keep_schedule", "purpose")
 
 
 class StageSection(Section):
@@ -104,6 +109,11 @@ class StageSection(Section):
     images: Annotated[int, Field(ge=8)] = Field(1024, description="for mode = 'calibrate': images to fit on")
     keep_schedule: bool = Field(
         False, description="for mode = 'calibrate': keep where patches leave, only teach the life head"
+    )
+    purpose: Literal["class", "patches", "both"] = Field(
+        "class",
+        description="for mode = 'calibrate': what is to stay as the dense model has it: its output, the features of "
+        "all patches, or both",
     )
     loss: Literal["labels", "distill", "both", "cosine"] = Field(
         "labels",

@@ -212,7 +212,7 @@ def slimmed(dense: Any, recipe: Recipe) -> SlimModel:
     kind = find_method(recipe.slimming.method)
     model = kind(backbone, schedule, recipe.slimming.temperature)
     model.attention = recipe.slimming.attention
-    model.configure(recipe.slimming.model_dump(include={"exact_savings", *kind.settings}))
+    model.configure(recipe.slimming.model_dump(include={"exact_savings", "restore", *kind.settings}, exclude_none=True))
     return model
 
 

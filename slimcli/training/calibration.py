@@ -108,8 +108,11 @@ class CalibrationStage(Stage):
         fit_on, check_on = split(self._images(count + checked), count)
         found = copy.deepcopy(model).requires_grad_(False)
         dtype = find_dtype(session.recipe.precision, session.device)
-        goal, _ = aim(model, Goal(keep_schedule=self.section.keep_schedule))
-        done = fit_and_search(found, goal, fit_on, check_on, count, session.device, dtype, progress=progress)
+        asked = Goal(keep_schedule=self.section.keep_schedule, purpose=self.section.purpose)
+        goal, _ = aim(model, asked)
+        done = fit_and_search(
+            found, goal, fit_on, check_on, count, session.device, dtype, progress, purpose=asked.purpose
+        )
         best = done.tried[0]
         adopt_slimming(model, slimming_config(found))
         # as fitted, in float32
