@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
@@ -244,8 +245,14 @@ def test_without_network_one_line_says_so(refused, tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     here(monkeypatch, address, tmp_path / "cache")
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     line = refused("eval", "hf-hub:me/small")
     assert "hf-hub:me/small" in line and "connect to the network" in line
+    line = refused("eval", "vit_tiny_patch16_224", "--set", "model.pretrained=true")
+    assert "vit_tiny_patch16_224" in line and "connect to the network" in line
+    # the hub's library would try again for half a minute
+    assert sum(waits) < 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE forbids" in refused("eval", "hf-hub:me/small")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from torch.nn import functional as F
 from slimcli.attention import attend, biased_attention
 from slimcli.backbones.base import pool_mean
 from slimcli.backbones.timm_folder import plain_architecture, timm_config
+from slimcli.backbones.timm_names import is_fetched, plain_name
 from slimcli.backbones.timm_sizes import Resizable
 from slimcli.errors import SlimError
+from slimcli.hub import cached_where_unreached
 from slimcli.layout import rows
 
 DIGITS_VIT = Path(__file__).parent.parent / "assets" / "digits_vit"
@@ -76,7 +77,8 @@ def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module 
         height, width = (size, size) if isinstance(size, int) else size
         args = {**args, "pretrained_cfg_overlay": {"input_size": (args.get("in_chans", 3), height, width)}}
     try:
-        return timm.create_model(name, pretrained=pretrained, **args)
+        with cached_where_unreached() if is_fetched(name, pretrained) else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, **args)
     except Exception as error:  # what constructors make of odd arguments, and hubs of a broken network, is anything
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
@@ -90,18 +92,6 @@ def build_model(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module 
             raise SlimError(f"timm cannot load {name!r}: {reason}") from error
         given = ", ".join(f"{key}={value!r}"[:80] for key, value in args.items())[:300] or "no arguments"
         raise SlimError(f"timm cannot build {name!r} with {given}: {reason}") from error
-
-
-def plain_name(name: str) -> str:
-    """timm's own name of a model that is named as on the Hub: `timm/NAME` and `hf-hub:timm/NAME` are NAME."""
-    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    plain = plain.removeprefix("timm/") if plain.startswith("timm/") else name
-    return plain if timm.is_model(plain) else name
-
-
-def similar_names(name: str) -> list[str]:
-    """timm's model names that come nearest to `name`."""
-    return difflib.get_close_matches(name.removeprefix("timm/"), timm.list_models(), n=3)
 
 
 class TimmViT(Resizable):

@@ -44,9 +44,9 @@ def slim_check_models() -> dict[str, Callable[[], nn.Module]]:
 
 @hookimpl
 def slim_similar_names(name: str) -> list[str]:
-    from slimcli.backbones import timm_vit
+    from slimcli.backbones import timm_names
 
-    return timm_vit.similar_names(name)
+    return timm_names.similar_names(name)
 
 
 @hookimpl

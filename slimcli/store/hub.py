@@ -14,6 +14,7 @@ from typing import Any
 
 from slimcli.documents import visible
 from slimcli.errors import SlimError, parameter
+from slimcli.hub import cached_where_unreached, is_offline, why_not_fetched
 from slimcli.store.run_folder import CONFIG, SLIM_WEIGHTS, WEIGHTS
 from slimcli.store.schema import LARGEST_JSON, check_config, read_json
 
@@ -46,9 +47,14 @@ def find_on_hub(text: str) -> Path | None:
     named = _NAME.fullmatch(text)
     if named is None:
         return None
+    with cached_where_unreached():
+        return _model_folder(text, named[1], named[2])
+
+
+def _model_folder(text: str, repository: str, revision: str | None) -> Path | None:
+    """The folder in the cache with all files of a model; None where the repository is not slim's."""
     from slimcli.store.model_folder import check_architecture, open_folder
 
-    repository, revision = named[1], named[2]
     path = _fetch(text, repository, CONFIG, revision, LARGEST_JSON)
     config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != "slim":
@@ -160,26 +166,6 @@ def _refuse_foreign(repository: str, there: Sequence[str] | set[str], revision: 
     raise SlimError(f"{repository}: holds something else than a model of slim's ({held}): choose another name")
 
 
-def is_offline() -> bool:
-    """Whether the hub is not to be asked (`HF_HUB_OFFLINE`)."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Inside it, the hub's library fetches nothing."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 @contextmanager
 def _told(what: str) -> Iterator[None]:
     """Errors of the hub and the network as one line, without a token and without the traceback that may hold one."""
@@ -204,9 +190,7 @@ def _told(what: str) -> Iterator[None]:
     except RevisionNotFoundError:
         reason = "has no such revision"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        reason = "is not in the cache, and the hub cannot be reached: connect to the network"
-        if is_offline():
-            reason = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        reason = f"is not in the cache, and {why_not_fetched()}"
     except HFValidationError as error:
         reason = _plain(error)
     except HfHubHTTPError as error:

@@ -19,10 +19,11 @@ from slimcli.data.transform import default_transform
 from slimcli.documents import visible
 from slimcli.errors import SlimError
 from slimcli.files import write_file, write_json
+from slimcli.hub import offline
 from slimcli.plugins import build_model, find_backbone, find_method
 from slimcli.schedule import Schedule
 from slimcli.slimming import SlimModel
-from slimcli.store.hub import hub_folder, offline
+from slimcli.store.hub import hub_folder
 from slimcli.store.run_folder import CONFIG, SLIM_WEIGHTS, WEIGHTS
 from slimcli.store.schema import VERSION, check_config, inside, read_json
 from slimcli.store.weights import WeightsFile, fit_positions, foreign_names, read_weights, without_prefix
