@@ -112,7 +112,7 @@ def _both_splits(section: DataSection, path: str) -> DataSection:
     train = section.train_split if section.train_split != "." else "train"
     if val == "." or not has_split(root, train):
         raise SlimError(
-            f"{parameter('data', path)}: needs images to train on and others to measure on: expected folders train/ and "
+            f"{parameter('data', path)}: needs images to train on and others to measure on: expected train/ and "
             "val/ in it, each with a folder for every class"
         )
     return section.model_copy(update={"train_split": train, "val_split": val})
