@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         evaluate_model,
         profile_model,
     )
+    from slimcli.api.paper import reproduce_paper
     from slimcli.api.prediction import open_predictor
     from slimcli.api.recipes import (
         Report,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from slimcli.methods.base import Method
     from slimcli.methods.life import LifeModel
     from slimcli.methods.slim_model import SlimModel
+    from slimcli.paper.workflow import Reproduced
     from slimcli.slimming import slim
     from slimcli.store.model_folder import load
 
@@ -72,6 +74,7 @@ __all__ = [
     "Predictor",
     "Profile",
     "Report",
+    "Reproduced",
     "Row",
     "Schedule",
     "SlimError",
@@ -94,6 +97,7 @@ __all__ = [
     "plan_training",
     "pool_mean",
     "profile_model",
+    "reproduce_paper",
     "save",
     "slim",
     "train_model",
@@ -118,6 +122,7 @@ _LAZY = {
     "Predictor": "slimcli.deployment.prediction",
     "Profile": "slimcli.api.models",
     "Report": "slimcli.api.recipes",
+    "Reproduced": "slimcli.paper.workflow",
     "Row": "slimcli.measure.rows",
     "SlimModel": "slimcli.methods.slim_model",
     "StagePlan": "slimcli.api.recipes",
@@ -137,6 +142,7 @@ _LAZY = {
     "plan_training": "slimcli.api.recipes",
     "pool_mean": "slimcli.backbones.base",
     "profile_model": "slimcli.api.models",
+    "reproduce_paper": "slimcli.api.paper",
     "save": "slimcli.api.folders",
     "slim": "slimcli.slimming",
     "train_model": "slimcli.api.recipes",

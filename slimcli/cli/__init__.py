@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": "Life regression beside other methods: one table, one plot.",
     "eval": "Accuracy, cost and speed, dense against slimmed, on real images.",
     "export": "A model for ONNX Runtime, OpenVINO, AOTInductor or torch, checked.",
+    "paper": "The paper's tables and figure 4, measured on your data.",
     "plugins": "What is installed, and which models each plugin serves.",
     "predict": "Classes, or embeddings, of images: files, folders, names on stdin.",
     "profile": "Cost, speed and memory of a model, without any data.",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slimcli.cli.display import Display
     from slimcli.comparison.workflow import Compared
     from slimcli.conformance.kit import Check
+    from slimcli.paper.workflow import Reproduced
     from slimcli.pictures import Album
     from slimcli.plugins.inventory import Plugin
     from slimcli.recipe import Recipe
@@ -203,6 +204,26 @@ def print_comparison(display: Display, found: Compared) -> None:
     display.table(titles, body, "\n".join([*note, *doubts(lines)]))
     for pair in found.document["pairs"]:
         display.line(pair.verdict)
+
+
+def print_paper(display: Display, found: Reproduced) -> None:
+    """The paper's tables, as far as there is room; what is left out stands in the files."""
+    from slimcli.paper.layout import PAPER, explained
+
+    for table in found.tables:
+        display.line()
+        display.line(table.title)
+        titles, body = table.cells()
+        for title in ("Epochs", "Top-5 (%)"):
+            if title in titles and display.too_wide(titles, body):
+                place = titles.index(title)
+                titles, *body = ([*row[:place], *row[place + 2 :]] for row in (titles, *body))
+        display.table(titles, body)
+    display.line()
+    display.line(f"{PAPER}: the paper's figure")
+    for line in explained(found.document, found.tables):
+        display.line(line)
+    display.line(f"{found.folder} holds paper.md, paper.json{f' and {found.figure.name}' if found.figure else ''}")
 
 
 def print_plan(display: Display, plan: dict[str, Any]) -> None:

@@ -157,7 +157,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         path = folder / "cells" / f"{cell.name}.json"
         kept = read_cell(path)
         if kept is None:
-            progress = _labelled(comparison.progress, f"{number}/{len(cells)} {cell.name}")
+            progress = labelled(comparison.progress, f"{number}/{len(cells)} {cell.name}")
             line = _measured(cell, plan, comparison, session, images, progress)
             write_json(path, line)
             comparison.log(f"{cell.name}: {line.summary}")
@@ -277,18 +277,19 @@ def _train(cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, prog
         }
     )
     log = comparison.log
-    run, _ = train.train(
-        own, comparison.device.type, _unfinished(own), progress, lambda line: log(f"{cell.name}: {line}")
-    )
+    return train_or_go_on(own, comparison.device, progress, lambda line: log(f"{cell.name}: {line}"))
+
+
+def train_or_go_on(recipe: Recipe, device: torch.device, progress: Progress, log: Callable[[str], None]) -> Path:
+    """Train by a recipe; a training of it that was interrupted goes on. Returns the run's folder."""
+    try:
+        begun = train.unfinished_run(recipe)
+    except SlimError:
+        begun = None
+    run, _ = train.train(recipe, device.type, begun, progress, log)
     return run
 
 
-def _unfinished(recipe: Recipe) -> Path | None:
-    try:
-        return train.unfinished_run(recipe)
-    except SlimError:
-        return None
-
-
-def _labelled(progress: Progress, name: str) -> Progress:
+def labelled(progress: Progress, name: str) -> Progress:
+    """The progress of a part called `name`."""
     return lambda label, done, total: progress(f"{name} {label}", done, total)
