@@ -1,6 +1,7 @@
 """A slimmed model in the place of its dense model: the same calls, and patches in raster order."""
 
 import pytest
+import timm
 import torch
 
 import slimcli
@@ -45,7 +46,11 @@ def test_a_model_that_keeps_all_patches_answers_every_call_as_its_dense_model(na
     same(model.forward_features(images), features)
     same(model.forward_head(features), dense.forward_head(features))
     same(model.forward_head(features, pre_logits=True), dense.forward_head(features, pre_logits=True))
-    for how in ({}, {"indices": [0, 2], "output_fmt": "NLC"}, {"indices": 1, "norm": True, "intermediates_only": True}):
+    for how in (
+        {},
+        {"indices": [2, 0, 2], "output_fmt": "NLC"},
+        {"indices": 1, "norm": True, "intermediates_only": True},
+    ):
         same(model.forward_intermediates(images, **how), dense.forward_intermediates(images, **how))
     if hasattr(dense, "get_intermediate_layers"):
         how = {"n": 2, "reshape": True, "return_prefix_tokens": True, "norm": True}
@@ -144,6 +149,52 @@ def test_with_last_the_patches_that_left_run_the_last_block_again(tiny):
         tiny.restoring = None
     tokens = torch.cat((entering[1], entering[0]), dim=1)
     same(found, tiny.model.norm(tiny.model.blocks[2](tokens)))
+
+
+@torch.no_grad()
+def test_one_pass_gives_logits_and_the_tokens_of_all_or_of_the_living_patches(tiny):
+    images = images_for(tiny)
+    logits, (entering, first, last) = tiny.logits_and_tokens(images, [0, 1, 3])
+    same(logits, tiny(images))
+    same(entering, tiny.backbone.embed(images)[0])
+    expected = tiny.forward_intermediates(images, [0, 2], True, output_fmt="NLC", intermediates_only=True)
+    same([first, last], [torch.cat((prefix, patches), dim=1) for patches, prefix in expected])
+    embedding, (living,) = tiny.logits_and_tokens(images, [3], "living", embedding=True)
+    same(embedding, tiny.embedding(images))
+    places = tiny.living_patches
+    assert places.shape == (2, tiny.patches_per_layer[-1]) and (places.diff(dim=1) > 0).all()
+    assert torch.equal((tiny.patches.left_after == 3).nonzero()[:, 1].reshape(2, -1), places)
+    same(living[:, 1:], last[:, 1:].gather(1, places.unsqueeze(-1).expand(-1, -1, 32)))
+    for wrong in ({"layers": [4]}, {"layers": [1], "patches": "dead"}):
+        with pytest.raises(SlimError, match="blocks 1 to 3|expected one of all, living"):
+            tiny.logits_and_tokens(images, **wrong)
+
+
+@torch.no_grad()
+def test_how_patches_come_back_changes_no_logits_of_who_stands_for_whom(tiny):
+    """With "last", all patches run the last block, where somebody asks for their features alone."""
+    images = images_for(tiny)
+    tiny.restoring = "last"
+    try:
+        same(tiny.logits_and_stand_ins(images)[0], tiny(images))
+        logits, (tokens,) = tiny.logits_and_tokens(images, [3])
+        same(logits, tiny.backbone.head(tokens))
+    finally:
+        tiny.restoring = None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{"dead": "heir"}, {"method": "tome"}], ids=str)
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_what_pools_patches_sees_each_as_often_as_it_stands_for_some(pool, how):
+    """The dense head on all patches, those that left being what they are part of."""
+    dense = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=5, global_pool=pool, class_token=False
+    )
+    torch.manual_seed(0)
+    model = slimcli.slim(dense.eval(), 0.5, **how).eval()
+    images = images_for(model)
+    same(model(images), model.forward_head(model.forward_features(images)))
 
 
 @torch.no_grad()

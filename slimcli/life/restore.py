@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slimcli.errors import SlimError
 from slimcli.life.lives import sort_patches, take_rows
 
 #: how a patch that left gets a feature back. `heir`: that of the token that stands for it. `own`: the one that it had
@@ -70,6 +71,20 @@ def whereabouts(drops: Sequence[Drop], batch: int, count: int, depth: int, devic
         token = drop.afterwards().gather(1, token)
     size = torch.zeros_like(token, dtype=torch.float32).scatter_add(1, token, joined.float())
     return Whereabouts(token, left_after, joined / size.gather(1, token).clamp(min=1))
+
+
+def living(drops: Sequence[Drop], batch: int, count: int, device: torch.device) -> Tensor:
+    """Places (B, n), ascending, of those of `count` patches that are there after `drops`.
+
+    Raises:
+        SlimError: where patches were fused into tokens that may live longer: how many patches live then differs.
+    """
+    places = torch.arange(count, device=device).expand(batch, -1)
+    for drop in drops:
+        if drop.patches.shape[1] != places.shape[1]:
+            raise SlimError("patches were fused into a token that is none: how many live differs from image to image")
+        places = places.gather(1, drop.stay)
+    return places.sort(dim=1).values
 
 
 def stand_ins(drops: Sequence[Drop], batch: int, count: int, device: torch.device) -> list[tuple[int, Tensor]]:

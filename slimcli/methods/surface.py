@@ -10,8 +10,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from slimcli.errors import SlimError
+from slimcli.life import sort_patches
 from slimcli.life.correction import Correction
-from slimcli.life.restore import WAYS, Whereabouts, stand_ins, whereabouts
+from slimcli.life.restore import WAYS, Whereabouts, living, stand_ins, whereabouts
 from slimcli.methods.block_runner import BlockRunner
 from slimcli.methods.trail import Reached, Trail
 from slimcli.schedule import Schedule
@@ -21,6 +22,9 @@ FACTS = (
     "num_classes", "num_features", "head_hidden_size", "embed_dim", "num_prefix_tokens", "pretrained_cfg",
     "default_cfg", "feature_info", "patch_embed",
 )  # fmt: skip
+
+#: which patches `logits_and_tokens` gives
+PATCHES = ("all", "living")
 
 
 class DenseSurface(BlockRunner):
@@ -90,6 +94,15 @@ class DenseSurface(BlockRunner):
         batch, count, device = trail.shape
         return whereabouts(trail.drops, batch, count, self.backbone.depth, device)
 
+    @property
+    def living_patches(self) -> Tensor | None:
+        """Places (B, n) in raster order, ascending, of the patches that lived to the end of the last call for features.
+
+        None before any. Raises `SlimError` where a method fuses patches, and how many live is no fixed number.
+        """
+        trail = self._last_trail
+        return None if trail is None or trail.shape is None else living(trail.drops, *trail.shape)
+
     @contextmanager
     def following(
         self, layers: Collection[int], stop_after: int | None = None, way: str | None = None
@@ -136,11 +149,46 @@ class DenseSurface(BlockRunner):
 
     def logits_and_stand_ins(self, images: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
         """Logits (B, C) of images (B, 3, H, W), and who stands for each patch: see `slimcli.life.restore.stand_ins`."""
-        with self.following([]) as trail:
+        # nobody asks for features: no patch comes back for the last block
+        with self.following([], way="own") as trail:
             logits = self.logits(images)
         assert trail.shape is not None
         batch, count, device = trail.shape
         return logits, stand_ins(trail.drops, batch, count, device)
+
+    def logits_and_tokens(
+        self, images: Tensor, layers: Sequence[int], patches: str = "all", embedding: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, C) of images (B, 3, H, W), and the tokens after each of `layers`, in one pass.
+
+        Args:
+            images: images (B, 3, H, W).
+            layers: blocks, from 1; 0: the tokens that enter the first. The tokens after the last block are not
+                normalised: `backbone.features` does it.
+            patches: "all": (B, P + N, D), those that left put back as `restoring` says; "living": (B, P + n, D), those
+                alone that live to the end, whose places are then `living_patches`. Both in raster order.
+            embedding: give image embeddings (B, E) in the place of logits.
+
+        Raises:
+            SlimError: for blocks that the model has not, other `patches`, and a method that does not say where its
+                patches go.
+        """
+        depth, prefix = self.backbone.depth, self.backbone.num_prefix_tokens
+        if patches not in PATCHES:
+            raise SlimError(f"patches = {patches!r} is not possible: expected one of {', '.join(PATCHES)}")
+        if wrong := [layer for layer in layers if not 0 <= layer <= depth]:
+            raise SlimError(f"layers = {wrong[0]}: the model has blocks 1 to {depth}, and 0 for what enters them")
+        with self.following(layers) as trail:
+            tokens, bias = self._tokens(images)
+            # patches that came back for the last block are there once each
+            head = self.backbone.embedding if embedding else self.backbone.head
+            logits = head(tokens, None if trail.revives else bias)
+            found = [trail.restored(layer) for layer in layers]
+            if patches == "living":
+                assert trail.shape is not None
+                places = living(trail.drops, *trail.shape)
+                found = [sort_patches(tokens, places, prefix) for tokens in found]
+        return logits, found
 
     # The calls.
 
@@ -185,7 +233,8 @@ class DenseSurface(BlockRunner):
         except AssertionError as error:
             raise SlimError(f"indices = {indices!r}: the model has blocks 0 to {depth - 1} ({error})") from None
         final = last + 1 if stop_early else depth
-        layers = [index + 1 for index in taken]
+        # in the order of the blocks, each once, whatever the order of `indices`
+        layers = [index + 1 for index in sorted(set(taken))]
         found = self._all_tokens(x, [*layers, final], stop_early)
         outputs: list[Any] = []
         for tokens in found[:-1]:

@@ -18,7 +18,7 @@ class Reached(Exception):
 
 
 class Trail:
-    """A record of one pass: the tokens after the blocks in `layers` (from 1), and every drop, in order."""
+    """A record of one pass: the tokens after the blocks in `layers` (0: before the first), and every drop, in order."""
 
     def __init__(
         self,
@@ -41,6 +41,8 @@ class Trail:
         """A pass begins with all tokens (B, P + N, D)."""
         self.shape = tokens.shape[0], tokens.shape[1] - self.prefix, tokens.device
         self._positions = positions
+        if 0 in self.layers:
+            self._after[0] = tokens, 0
 
     def after(self, layer: int, tokens: Tensor) -> None:
         """Block `layer` gave `tokens` (B, P + n, D)."""

@@ -36,3 +36,23 @@ def slim_check_models():
     from slim_openclip.tower import small_models
 
     return small_models()
+
+
+def as_openclip(slimmed, *, patches="all"):
+    """A slimmed tower in the place of its dense one: `clip.visual = as_openclip(slimmed)`.
+
+    `encode_image` and `forward_intermediates` of the model then answer as they did, in the dense tower's shapes, with
+    all N patches in raster order: those that left are put back as `slimmed.restoring` says.
+
+    Args:
+        slimmed: what `slimcli.slim` made of a vision tower of open_clip's, or a run of one that `slimcli.load` opened.
+        patches: "all", or "living": intermediates are (B, n, D), of the n patches that live to the end alone, and
+            their places in raster order are "image_positions" (B, n).
+
+    Raises:
+        SlimError: for a model that is not open_clip's, and, when it is asked for features, a method that does not say
+            where its patches go.
+    """
+    from slim_openclip.surface import OpenClipTower
+
+    return OpenClipTower(slimmed, patches)

@@ -133,6 +133,15 @@ class OpenClipViT(Tower):
         out = out.transpose(1, 2).flatten(2)
         return attn.out_drop(attn.out_proj(attn.ln_inner(out))) if custom else attn.out_proj(out)
 
+    def final_norm(self, tokens):
+        norm = self.visual.ln_post
+        # an attentional pooling of another width is normalised, not the tokens
+        return norm(tokens) if self.visual.attn_pool is None else tokens
+
+    def pooled_tokens(self, tokens):
+        """What the tower returns beside its embedding where it is asked for tokens, of all tokens (B, P + N, D)."""
+        return self.visual._pool(tokens)[1]
+
     def embedding(self, tokens, key_bias=None):
         visual = self.visual
         if visual.attn_pool is not None and key_bias is not None:
@@ -204,6 +213,9 @@ class TimmTower(Tower):
     def narrow_block(self, layer, tokens, positions, keep, key_bias=None, reading=None):
         self.trunk.attention = self.attention
         return self.trunk.narrow_block(layer, tokens, positions, keep, key_bias, reading)
+
+    def final_norm(self, tokens):
+        return self.trunk.final_norm(tokens)
 
     def embedding(self, tokens, key_bias=None):
         return self.visual.head(self.trunk.head(tokens, key_bias))

@@ -1,5 +1,6 @@
 """How slim runs transformers' Vision Transformers."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import slimcli
 import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.models.beit.modeling_beit import BeitModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacherOutput
 
@@ -33,11 +35,20 @@ def find_backbone(model):
     return adapter(model)
 
 
+def is_feature_backbone(model):
+    """Whether `model` is one of those that transformers' `AutoBackbone` builds: they return feature maps alone."""
+    return hasattr(model, "forward_with_filtered_kwargs")
+
+
 class TransformersViT(slimcli.Backbone):
     """What the models have in common: their calling convention, and blocks of attention and MLP."""
 
     classifier_names = ("classifier", "cls_classifier", "distillation_classifier")
     normalisation = IMAGENET
+    #: what the dense model's call returns, and the field of it that `head` gives
+    output_kind, output_field = ImageClassifierOutput, "logits"
+    #: whether the dense model gives what `head` does
+    pools = True
 
     @property
     def body(self):
@@ -79,6 +90,9 @@ class TransformersViT(slimcli.Backbone):
     def block(self, layer, tokens, positions=None):
         return self.blocks[layer - 1](tokens, None)
 
+    def final_norm(self, tokens):
+        return self.body.layernorm(tokens)
+
     def narrows(self, layer):
         return plain_parts(self.blocks[layer - 1]) is not None
 
@@ -98,35 +112,45 @@ class TransformersViT(slimcli.Backbone):
             chosen["interpolation"] = RESAMPLE.get(config.get("resample"), "bicubic")
         return chosen
 
-    def call(
-        self,
-        run,
-        pixel_values=None,
-        labels=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        return_dict=None,
-        **others,
-    ):
-        config = self.model.config
-        for name, asked in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
-            if asked or (asked is None and getattr(config, name, False)):
-                raise slimcli.SlimError(f"{name}: the layers of a slimmed model have different numbers of patches")
+    def call(self, run, pixel_values=None, labels=None, output_hidden_states=None, return_dict=None, **others):
+        self.check_call(pixel_values, others)
+        if output_hidden_states or (output_hidden_states is None and self.model.config.output_hidden_states):
+            raise slimcli.SlimError(
+                "output_hidden_states: a slimmed model alone gives no features of its patches; "
+                "slim_transformers.as_transformers(model) does"
+            )
         unknown = [name for name, value in others.items() if value not in (None, False)]
         if unknown:
             raise slimcli.SlimError(f"{', '.join(unknown)}: not possible with a slimmed {type(self.model).__name__}")
-        if pixel_values is None:
-            raise slimcli.SlimError("pixel_values are missing")
-        logits = run(pixel_values)
-        loss = None if labels is None else self.model.loss_function(labels, logits, config)
-        output = self.output(logits, loss)
+        output = self.output(run(pixel_values), labels)
         return output.to_tuple() if return_dict is False else output
 
-    def output(self, logits, loss):
-        return ImageClassifierOutput(loss=loss, logits=logits)
+    def check_call(self, pixel_values, others):
+        """Raise where a call asks for what no slimmed model has: `others` are its arguments by name."""
+        asked = others.get("output_attentions")
+        if asked or (asked is None and self.model.config.output_attentions):
+            raise slimcli.SlimError(
+                "output_attentions: the layers of a slimmed model attend to different numbers of patches"
+            )
+        if pixel_values is None:
+            raise slimcli.SlimError("pixel_values are missing")
+
+    def output(self, logits, labels=None, **features):
+        """What the dense model returns, of `logits` (B, C) and those of `features` that it has."""
+        known = {field.name for field in dataclasses.fields(self.output_kind)}
+        found = {name: value for name, value in features.items() if name in known}
+        if "loss" in known and labels is not None:
+            found["loss"] = self.model.loss_function(labels, logits, self.model.config)
+        return self.output_kind(**{self.output_field: logits if self.pools else None, **found})
+
+    def heads(self, tokens):
+        """What the dense model returns beside its logits, of tokens (B, P + N, D) after the last block, by name."""
+        return {}
 
     def logits(self, output):
-        return output.logits
+        if not self.pools:
+            raise slimcli.SlimError(f"this {type(self.model).__name__} pools nothing: its output has no embedding")
+        return output[self.output_field]
 
 
 class ViT(TransformersViT):
@@ -152,15 +176,20 @@ class DeiT(ViT):
 class DeiTWithTeacher(DeiT):
     """DeiTForImageClassificationWithTeacher: the mean of two classifiers."""
 
+    output_kind = DeiTForImageClassificationWithTeacherOutput
+
     def head(self, tokens, key_bias=None):
-        tokens = self.body.layernorm(tokens)
-        return (self.model.cls_classifier(tokens[:, 0]) + self.model.distillation_classifier(tokens[:, 1])) / 2
+        return sum(self.heads(tokens).values()) / 2
+
+    def heads(self, tokens):
+        tokens, model = self.body.layernorm(tokens), self.model
+        return {
+            "cls_logits": model.cls_classifier(tokens[:, 0]),
+            "distillation_logits": model.distillation_classifier(tokens[:, 1]),
+        }
 
     def embedding(self, tokens, key_bias=None):
         return self.body.layernorm(tokens)[:, :2].mean(dim=1)
-
-    def output(self, logits, loss):
-        return DeiTForImageClassificationWithTeacherOutput(logits=logits)
 
 
 class Dinov2(TransformersViT):
@@ -234,14 +263,61 @@ class Beit(TransformersViT):
         return self.model.classifier(self.embedding(tokens, key_bias))
 
     def embedding(self, tokens, key_bias=None):
-        tokens, norm = self.body.layernorm(tokens), self.body.pooler.layernorm
+        tokens, norm = self.body.layernorm(tokens), getattr(self.body.pooler, "layernorm", None)
         if norm is None:
             return tokens[:, 0]
         return norm(slimcli.pool_mean(tokens[:, 1:], None if key_bias is None else key_bias[:, 1:]))
 
 
+class Body:
+    """A model without a classifier: what it pools is an image embedding."""
+
+    compares_embeddings = True
+    output_kind, output_field = BaseModelOutputWithPooling, "pooler_output"
+
+    @property
+    def pools(self):
+        return self.body.pooler is not None
+
+    def head(self, tokens, key_bias=None):
+        return self.embedding(tokens, key_bias)
+
+
+class ViTBody(Body, ViT):
+    """ViTModel."""
+
+    def embedding(self, tokens, key_bias=None):
+        tokens = self.body.layernorm(tokens)
+        return self.body.pooler(tokens) if self.pools else tokens[:, 0]
+
+
+class DeiTBody(ViTBody, DeiT):
+    """DeiTModel."""
+
+
+class Dinov2Body(Body, Dinov2):
+    """Dinov2Model, and Dinov2Backbone, whose own call gives feature maps alone."""
+
+    head_reads_prefix_only = True
+
+    @property
+    def pools(self):
+        return not is_feature_backbone(self.model)
+
+    def embedding(self, tokens, key_bias=None):
+        return self.body.layernorm(tokens)[:, 0]
+
+
+class BeitBody(Body, Beit):
+    """BeitModel."""
+
+    output_kind = BeitModelOutputWithPooling
+
+
 class _Vision(TransformersViT):
     """CLIP and SigLIP: an encoder under `vision_model`, or the model itself."""
+
+    output_kind, output_field = BaseModelOutputWithPooling, "pooler_output"
 
     @property
     def body(self):
@@ -251,13 +327,8 @@ class _Vision(TransformersViT):
     def blocks(self):
         return self.body.encoder.layers
 
-    def output(self, logits, loss):
-        if self.has_classifier:
-            return ImageClassifierOutput(loss=loss, logits=logits)
-        return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=logits)
-
-    def logits(self, output):
-        return output.logits if self.has_classifier else output.pooler_output
+    def final_norm(self, tokens):
+        return self.body.post_layernorm(tokens)
 
     @property
     def compares_embeddings(self):
@@ -273,6 +344,9 @@ class ClipVision(_Vision):
     def embed(self, images):
         return self.body.pre_layrnorm(self.body.embeddings(images)), None
 
+    def features(self, tokens):
+        return tokens
+
     def head(self, tokens, key_bias=None):
         return self.body.post_layernorm(tokens[:, 0])
 
@@ -280,19 +354,16 @@ class ClipVision(_Vision):
 class ClipProjected(ClipVision):
     """CLIPVisionModelWithProjection: in the space that texts share."""
 
+    output_kind, output_field = CLIPVisionModelOutput, "image_embeds"
+
     def head(self, tokens, key_bias=None):
         return self.model.visual_projection(super().head(tokens))
-
-    def output(self, logits, loss):
-        return CLIPVisionModelOutput(image_embeds=logits)
-
-    def logits(self, output):
-        return output.image_embeds
 
 
 class ClipClassifier(ClipVision):
     """CLIPForImageClassification: the mean of the patches, not normalised."""
 
+    output_kind, output_field = ImageClassifierOutput, "logits"
     head_reads_prefix_only = False
 
     def head(self, tokens, key_bias=None):
@@ -303,14 +374,20 @@ class ClipClassifier(ClipVision):
 
 
 class SiglipVision(_Vision):
-    """SiglipVisionModel: attention pooling."""
+    """SiglipVisionModel: attention pooling; the mean of the patches where the model has no such head."""
 
     normalisation = HALF, HALF
     num_prefix_tokens = 0
     global_token = "mean"
 
+    @property
+    def pools(self):
+        return self.config.vision_use_head
+
     def head(self, tokens, key_bias=None):
         tokens = self.body.post_layernorm(tokens)
+        if not self.pools:
+            return slimcli.pool_mean(tokens, key_bias)
         if key_bias is None:
             return self.body.head(tokens)
         with slimcli.biased_attention(key_bias, kernel=self.attention, where="the attention pooling"):
@@ -319,6 +396,9 @@ class SiglipVision(_Vision):
 
 class SiglipClassifier(SiglipVision):
     """SiglipForImageClassification: the mean of the patches."""
+
+    output_kind, output_field = ImageClassifierOutput, "logits"
+    pools = True
 
     def head(self, tokens, key_bias=None):
         return self.model.classifier(self.embedding(tokens, key_bias))
@@ -334,6 +414,13 @@ BACKBONES = {
     transformers.Dinov2ForImageClassification: Dinov2,
     transformers.Dinov2WithRegistersForImageClassification: Dinov2WithRegisters,
     transformers.BeitForImageClassification: Beit,
+    transformers.ViTModel: ViTBody,
+    transformers.DeiTModel: DeiTBody,
+    transformers.Dinov2Model: Dinov2Body,
+    transformers.Dinov2Backbone: Dinov2Body,
+    transformers.Dinov2WithRegistersModel: Dinov2Body,
+    transformers.Dinov2WithRegistersBackbone: Dinov2Body,
+    transformers.BeitModel: BeitBody,
     transformers.CLIPVisionModel: ClipVision,
     transformers.CLIPVisionModelWithProjection: ClipProjected,
     transformers.CLIPForImageClassification: ClipClassifier,

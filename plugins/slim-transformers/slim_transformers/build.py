@@ -7,7 +7,7 @@ import slimcli
 import torch
 import transformers
 
-from slim_transformers.backbone import BACKBONES
+from slim_transformers.backbone import BACKBONES, Body
 
 #: which class a model type has where its configuration names none
 CLASSES = {
@@ -39,7 +39,8 @@ def build_model(name, pretrained, args):
         raise slimcli.SlimError(
             f"hf:{name}: {first}; expected a folder with a config.json, a name on the hub, or {', '.join(CLASSES)}"
         ) from error
-    kind = _model_class(config, name)
+    # a body in a folder is loaded with a classifier, to be trained; one that slim saved says itself what it is
+    kind = _model_class(config, name, bodies=by_type)
     if by_type:
         if pretrained:
             raise slimcli.SlimError(f"hf:{name} is a model type and has no weights: give a folder or a hub name")
@@ -60,11 +61,11 @@ def build_model(name, pretrained, args):
     return model.eval()
 
 
-def _model_class(config, name):
+def _model_class(config, name, bodies):
     names = [*(config.architectures or []), CLASSES.get(config.model_type, "")]
     for found in names:
         kind = getattr(transformers, found, None) if found else None
-        if kind in BACKBONES:
+        if kind in BACKBONES and (bodies or not issubclass(BACKBONES[kind], Body)):
             return kind
     served = ", ".join(sorted(kind.__name__ for kind in BACKBONES))
     raise slimcli.SlimError(f"hf:{name} is a {names[0] or config.model_type}: served are {served}")
@@ -112,6 +113,17 @@ def small_models():
             use_shared_relative_position_bias=True,
             use_mean_pooling=False,
         ),
+        "ViTModel": partial(plain, transformers.ViTModel, transformers.ViTConfig),
+        "DeiTModel": partial(plain, transformers.DeiTModel, transformers.DeiTConfig),
+        "Dinov2Model": partial(plain, transformers.Dinov2Model, transformers.Dinov2Config, mlp_ratio=2),
+        "Dinov2Backbone": partial(plain, transformers.Dinov2Backbone, transformers.Dinov2Config, mlp_ratio=2),
+        "Dinov2WithRegistersModel": partial(
+            plain, transformers.Dinov2WithRegistersModel, transformers.Dinov2WithRegistersConfig, mlp_ratio=2
+        ),
+        "Dinov2WithRegistersBackbone": partial(
+            plain, transformers.Dinov2WithRegistersBackbone, transformers.Dinov2WithRegistersConfig, mlp_ratio=2
+        ),
+        "BeitModel": partial(plain, transformers.BeitModel, transformers.BeitConfig, **beit),
         "CLIPVisionModel": partial(plain, transformers.CLIPVisionModel, transformers.CLIPVisionConfig),
         "CLIPVisionModelWithProjection": partial(
             plain, transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig, projection_dim=16
