@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 
 from slimcli.calibration.judge import CheckSet, PatchError, patch_error
 from slimcli.life.correction import Correction, mixed
+from slimcli.life.restore import Mixture
 from slimcli.progress import Progress, no_progress
+from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel
 
 #: the rank of the correction, as far as features are that wide
@@ -30,37 +33,43 @@ class _Sums(NamedTuple):
 @torch.no_grad()
 def _observed(
     model: LifeModel,
+    schedules: Sequence[Schedule],
     batches: Sequence[tuple[Tensor, Tensor]],
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
 ) -> dict[int, _Sums]:
-    """What the correction follows from, for each block after which patches are gone, under the model's schedule.
+    """What the correction follows from, for each block after which patches are gone under any of the schedules.
 
     A patch weighs by one over the variance of its dense feature, as in the feature after a LayerNorm.
     """
     backbone, first = model.backbone, model.schedule.life_layer
-    later, prefix = range(first + 1, backbone.depth + 1), backbone.num_prefix_tokens
+    prefix = backbone.num_prefix_tokens
     sums: dict[int, _Sums] = {}
     for number, (images, _targets) in enumerate(batches):
         tokens, positions = backbone.embed(images.to(device, dtype))
-        for layer in range(1, first + 1):
+        after = {}
+        for layer in range(1, backbone.depth + 1):
             tokens = backbone.block(layer, tokens, positions)
-        with model.following(later, way="heir") as trail:
-            trail.begin(tokens, positions)
-            model.slimmed(tokens, positions, model.schedule.resolve(tokens.shape[1] - prefix))
-            for layer in later:
-                tokens = backbone.block(layer, tokens, positions)
-                found = trail.mixture(layer)
-                if found is None:
-                    continue
-                dense = tokens[:, prefix:][found.gone].float()
-                given = F.pad(mixed(found)[found.gone].float(), (0, 1), value=1.0)
-                weighted = given / dense.var(dim=1, keepdim=True).clamp(min=1e-6)
-                more = _Sums(weighted.T @ given, weighted.T @ (dense - found.now[found.gone].float()))
-                sums[layer] = _Sums(*map(torch.add, sums[layer], more)) if layer in sums else more
+            after[layer] = tokens
+        for schedule in schedules:
+            with model.following(range(first + 1, backbone.depth + 1), way="heir") as trail:
+                trail.begin(after[first], positions)
+                model.slimmed(after[first], positions, schedule.resolve(tokens.shape[1] - prefix))
+                for layer in range(first + 1, backbone.depth + 1):
+                    found = trail.mixture(layer)
+                    if found is not None:
+                        more = _sums_of(found, after[layer][:, prefix:])
+                        sums[layer] = _Sums(*map(torch.add, sums[layer], more)) if layer in sums else more
         progress("fitting the correction", number + 1, len(batches))
     return {layer: _Sums(*(part.double().cpu() for part in found)) for layer, found in sums.items()}
+
+
+def _sums_of(found: Mixture, dense: Tensor) -> _Sums:
+    wanted = dense[found.gone].float()
+    given = F.pad(mixed(found)[found.gone].float(), (0, 1), value=1.0)
+    weighted = given / wanted.var(dim=1, keepdim=True).clamp(min=1e-6)
+    return _Sums(weighted.T @ given, weighted.T @ (wanted - found.now[found.gone].float()))
 
 
 def solved(sums: _Sums, rank: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,6 +98,7 @@ def _correction(model: LifeModel, sums: dict[int, _Sums], ridge: float) -> Corre
 def choose_way(
     model: LifeModel,
     check_set: CheckSet,
+    schedules: Sequence[Schedule],
     fit_on: Sequence[tuple[Tensor, Tensor]],
     device: torch.device,
     dtype: torch.dtype,
@@ -96,19 +106,29 @@ def choose_way(
 ) -> list[PatchError]:
     """Leave the model with the way of putting patches back that is nearest to dense; every way, the nearest first.
 
-    With it, where it is the nearest, a correction fitted to `fit_on`. `last` is not tried: it costs a block more.
+    With "mix", a correction fitted to `fit_on` for all of `schedules` alike. "last" is not tried:
+    it costs a block more.
     """
-    if not model.schedule.drops_patches():
+    schedules = [schedule for schedule in schedules if schedule.drops_patches()]
+    if not schedules:
         return []
-    tried: list[tuple[PatchError, Correction | None]] = [(patch_error(model, check_set, "own"), None)]
+
+    def error(way: str) -> PatchError:
+        found = []
+        for schedule in schedules:
+            with model.running(schedule=schedule):
+                found.append(patch_error(model, check_set, way))
+        return PatchError(way, fmean(one.error for one in found), fmean(one.cosine for one in found))
+
+    tried: list[tuple[PatchError, Correction | None]] = [(error("own"), None)]
     if model.has_heirs:
-        tried.append((patch_error(model, check_set, "heir"), None))
-        sums = _observed(model, fit_on, device, dtype, progress)
+        tried.append((error("heir"), None))
+        sums = _observed(model, schedules, fit_on, device, dtype, progress)
         corrected = []
         for ridge in RIDGES:
             correction = _correction(model, sums, ridge)
             model.life_head.correct(correction)
-            corrected.append((patch_error(model, check_set, "mix"), correction))
+            corrected.append((error("mix"), correction))
         tried.append(min(corrected, key=lambda one: one[0].error))
     tried.sort(key=lambda one: one[0].error)
     model.life_head.correct(tried[0][1])

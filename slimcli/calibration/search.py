@@ -171,7 +171,7 @@ def _calibrated(
     found = Calibration(fitted, tried, paper, notes)
     if purpose != "class":
         with work.step() as part:
-            found.restore(model, choose_way(model, attempt.check_set, fit_on, device, dtype, part))
+            found.restore(model, choose_way(model, attempt.check_set, attempt.served(), fit_on, device, dtype, part))
     return found
 
 
@@ -185,6 +185,11 @@ class Attempt:
     #: lower costs that the form of the schedule is to serve too
     others: Sequence[Cost] = ()
     purpose: str = "class"
+
+    def served(self) -> list[Schedule]:
+        """The model's own schedule, and those that its form comes to at `others`."""
+        scaled = (self.model.at_cost(self.model.schedule, cost.multiply_adds) for cost in self.others)
+        return [self.model.schedule, *(schedule for schedule in scaled if schedule is not None)]
 
     def __call__(self, schedule: Schedule, ranking: Ranking) -> Candidate | None:
         """How far the candidate is from dense; None where the form comes to none of `others`."""

@@ -97,6 +97,8 @@ class Calibrated:
     class_names: list[str] | None
     #: the dense model on smaller images of the same costs
     smaller: list[SmallerImage] = field(default_factory=list)
+    #: what it was for: one of `PURPOSES`
+    purpose: str = "class"
 
     @property
     def notes(self) -> list[str]:
@@ -112,6 +114,8 @@ class Calibrated:
             "images": self.images,
             "chosen": describe(found, model, found.tried[0]),
             "paper": describe(found, model, found.paper) if found.paper else None,
+            "purpose": self.purpose,
+            "restoring": [vars(way) for way in self.found.ways],
             "tried": [describe(found, model, candidate) for candidate in found.tried],
             "before": self.report["before"],
             "after": self.report["after"],
@@ -167,7 +171,9 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
     rates = goal.several if len(goal.several) > 1 else None
     with work.step() as part:
         rows = evaluate(model, session.loader(shown, batch), rates, device, dtype, part)
-    smaller = smaller_images(model, check_on, rates, device, dtype) if model.method == "life" else []
+    # a smaller image has other patches
+    classifies = model.method == "life" and goal.purpose != "patches"
+    smaller = smaller_images(model, check_on, rates, device, dtype) if classifies else []
     model.float()
     model.model.load_state_dict(weights)
     session.target.has_life_head = True
@@ -182,6 +188,7 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
         # the classes of label maps are the head's, whatever the images are of
         session.target.class_names if model.segments else getattr(shown, "class_names", None),
         smaller,
+        goal.purpose,
     )
 
 
@@ -274,5 +281,6 @@ def describe(found: Calibration, model: SlimModel, candidate: Candidate) -> dict
         "fit_error": round(fitted.life_error, 4),
         "similarity_error": round(fitted.similarity_error, 4),
         "apart": round(candidate.apart, 5),
+        **({} if candidate.patches is None else {"patches": vars(candidate.patches)}),
         "agreement": round(candidate.agreement, 2),
     }

@@ -158,9 +158,15 @@ def print_candidates(display: Display, done: Calibrated) -> None:
         )
     titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
     rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].ranking).items())
-    note = f"Chosen with {rule}.\nApart: squared error of the dense model's logits, over their variance; "
-    note += f"Agrees: same class; {len(tried)} tried"
-    display.table(titles, body, note)
+    meaning = "squared error of the dense model's logits, over their variance; Agrees: same class"
+    if done.purpose == "patches":
+        meaning = "squared error of the features of all patches, over their squares; Agrees: 100 times the cosine"
+    elif done.purpose == "both":
+        meaning = "geometric mean of the errors of logits and of the features of all patches; Agrees: mean of both"
+    display.table(titles, body, f"Chosen with {rule}.\nApart: {meaning}; {len(tried)} tried")
+    if done.found.ways:
+        first, *others = [f"{found.way} {found.error:.4f}, cosine {found.cosine:.4f}" for found in done.found.ways]
+        display.line(f"patches that left come back as {first} ({'; '.join(others) or 'the only way'})")
 
 
 def print_agreement(display: Display, done: Calibrated) -> None:

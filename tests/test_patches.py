@@ -1,0 +1,231 @@
+"""Features of all patches: a correction learnt at calibration, and a calibration that is judged by them."""
+
+import collections
+import itertools
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import slimcli
+from slimcli.backbones.timm_families import small_models
+from slimcli.calibration import search
+from slimcli.calibration.patches import _Sums, solved
+from slimcli.errors import SlimError
+from slimcli.life.correction import Correction
+from slimcli.life.restore import Drop, mixture
+from slimcli.recipe import Recipe
+
+SIZE = (48, 80)
+
+
+def pictures(count, seed=0):
+    """Pictures of large flat areas, a few colours each: their patches are alike where they touch."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 3, 4, generator=generator)
+    return F.interpolate(coarse, size=SIZE) + 0.1 * torch.randn(count, 3, *SIZE, generator=generator)
+
+
+def built(dead="heir"):
+    """A model without a classifier, for images that are not square."""
+    torch.manual_seed(0)
+    dense = small_models()["vit_small_patch16_224"]()
+    dense.set_input_size(img_size=SIZE, patch_size=(8, 8))
+    dense.reset_classifier(0)
+    with torch.no_grad():
+        for name, value in dense.blocks.named_parameters():
+            if "norm" not in name:
+                value.mul_(6)  # blocks that change what they are given
+    return slimcli.slim(dense.eval(), 0.5, dead=dead).eval()
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "STEPS", (20, 20))
+        model = built()
+        found = slimcli.calibrate_model(model, pictures(40).split(8), keep_rate=0.5, purpose="patches")
+    return model, found
+
+
+@pytest.fixture
+def mixing(calibrated):
+    """The calibrated model, which may be told other ways."""
+    model, _ = calibrated
+    yield model
+    model.restoring = "mix"
+
+
+def apart(model, images):
+    dense = model.model.forward_features(images)
+    return ((model.forward_features(images) - dense).square().sum() / dense.square().sum()).item()
+
+
+@torch.no_grad()
+def test_calibrated_for_patches_a_model_mixes_and_is_nearer_to_the_dense_features(calibrated, mixing):
+    _, found = calibrated
+    assert mixing.restoring == "mix" and mixing.num_patches == 60 and not mixing.exact_savings
+    error = found.chosen.patches
+    assert error.way == "heir" and 0 < error.error == found.chosen.apart
+    assert found.chosen.agreement == pytest.approx(100 * error.cosine)
+    images, errors = pictures(16, seed=1), {}
+    for way in ("heir", "own", "mix"):
+        mixing.restoring = way
+        errors[way] = apart(mixing, images)
+    assert errors["mix"] < 0.95 * min(errors["heir"], errors["own"])
+
+
+@torch.no_grad()
+def test_a_correction_is_saved_with_the_model_and_loaded_again(mixing, tmp_path):
+    slimcli.save(mixing, tmp_path / "model", model_name="vit_small_patch16_224", model_args=arguments(mixing))
+    assert json.loads((tmp_path / "model/config.json").read_text())["slimming"]["restore"] == "mix"
+    loaded, images = slimcli.load(tmp_path / "model"), pictures(2, seed=2)
+    assert loaded.restoring == "mix"
+    torch.testing.assert_close(loaded.forward_features(images), mixing.forward_features(images))
+    other = mixing.with_schedule(mixing.schedule)
+    assert other.restoring == "mix" and other.correction is mixing.correction
+
+
+def arguments(model):
+    dense = model.model
+    depth, width = len(dense.blocks), dense.embed_dim
+    heads = dense.blocks[0].attn.num_heads
+    return {"img_size": SIZE, "patch_size": 8, "num_classes": 0, "depth": depth, "embed_dim": width, "num_heads": heads}
+
+
+@torch.no_grad()
+def test_a_correction_of_zeros_leaves_patches_with_the_features_of_their_heirs(mixing):
+    images, learnt = pictures(2), mixing.correction
+    mixing.life_head.correct(Correction(3, mixing.backbone.embed_dim, 4))
+    found = mixing.forward_intermediates(images, [1, 2])
+    mixing.restoring = "heir"
+    expected = mixing.forward_intermediates(images, [1, 2])
+    mixing.life_head.correct(learnt)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_a_patch_is_mixed_of_as_a_slow_rule_says():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(1, 6, 2, generator=generator), torch.randn(1, 4, 2, generator=generator)
+    # of 0..5, [4, 1, 0, 5] stay in this order, 2 joins 4 and 3 joins 0; then [2, 0] of those stay: 1 and 5 join 0 and 4
+    drops = [
+        Drop(1, first, torch.tensor([[4, 1, 0, 5]]), torch.tensor([[2, 1, 0, 2, 0, 3]])),
+        Drop(2, second, torch.tensor([[2, 0]]), torch.tensor([[1, 0, 0, 1]])),
+    ]
+    final = torch.randn(1, 2, 2, generator=generator)
+    found = mixture(final, drops, 0)
+    assert found.gone.tolist() == [[False, True, True, True, False, True]]
+    torch.testing.assert_close(found.now, final[:, [0, 0, 1, 0, 1, 1]])
+    gone = [1, 2, 3, 5]
+    own = torch.stack([second[0, 1], first[0, 2], first[0, 3], second[0, 3]])
+    then = torch.stack([second[0, 2], first[0, 4], first[0, 0], second[0, 0]])
+    torch.testing.assert_close(found.own[0, gone], own)
+    torch.testing.assert_close(found.then[0, gone], then)
+
+
+def test_a_map_of_low_rank_is_found_again():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(12, 2, generator=generator).double() @ torch.randn(2, 4, generator=generator).double()
+    given = F.pad(torch.randn(500, 12, generator=generator).double(), (0, 1), value=1.0)
+    wanted = given[:, :12] @ true
+    down, up, bias = solved(_Sums(given.T @ given, given.T @ wanted), 2, 1e-9)
+    torch.testing.assert_close((up @ down).T, true, atol=1e-5, rtol=1e-5)
+    assert bias.abs().max() < 1e-5
+
+
+class _Counts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.of = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.of[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["heir", "mix"])
+def test_each_layer_that_is_asked_for_takes_one_gather_of_features(mixing, way):
+    mixing.restoring = way
+    images, gathers, all_of = pictures(1), [], []
+    for layers in ([0], [1, 0], [1, 2, 0]):
+        mixing.forward_intermediates(images, layers, intermediates_only=True)
+        with _Counts() as counts:
+            mixing.forward_intermediates(images, layers, intermediates_only=True)
+        gathers.append(counts.of["index_select"])
+        all_of.append(sum(counts.of.values()))
+    assert [after - before for before, after in itertools.pairwise(gathers)] == [1, 1]
+    assert max(after - before for before, after in itertools.pairwise(all_of)) < 90
+
+
+class _Features(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.slimmed = model
+
+    def forward(self, images):
+        return self.slimmed.forward_intermediates(images, [1, 2], output_fmt="NLC", norm=True, intermediates_only=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["mix", "last"])
+def test_patch_features_are_exported(mixing, way):
+    mixing.restoring = way
+    images, features = pictures(2, seed=3), _Features(mixing)
+    expected = features(images)
+    program = torch.export.export(features, (images,))
+    torch.testing.assert_close(program.module()(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_patch_features_are_exported_to_onnx(mixing, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images, features = pictures(2, seed=3), _Features(mixing)
+    file = tmp_path / "features.onnx"
+    torch.onnx.export(features, (images,), str(file), dynamo=False, verbose=False)
+    session = onnxruntime.InferenceSession(str(file))
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    for one, expected in zip(found, features(images), strict=True):
+        torch.testing.assert_close(torch.from_numpy(one), expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_with_last_what_was_learnt_goes_through_the_last_block(mixing):
+    images = pictures(2)
+    entering = mixing.forward_intermediates(images, [1], True, output_fmt="NLC", intermediates_only=True)[0]
+    mixing.restoring = "last"
+    tokens = torch.cat((entering[1], entering[0]), dim=1)
+    expected = mixing.model.norm(mixing.model.blocks[2](tokens))
+    torch.testing.assert_close(mixing.forward_features(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mix_that_cannot_be_is_refused_in_one_line():
+    with pytest.raises(SlimError, match="restoring = 'mix' needs heirs"):
+        built("discard").restoring = "mix"
+    model = built()
+    model.restoring = "mix"
+    with pytest.raises(SlimError, match=r"needs a correction.*calibrate for patches, or take 'heir'"):
+        model.forward_features(pictures(1))
+    with pytest.raises(SlimError, match="tome learns no correction"):
+        slimcli.slim(small_models()["deit_small_patch16_224"](), 0.5, method="tome").restoring = "mix"
+    with pytest.raises(SlimError, match="purpose=depth: expected one of class, patches, both"):
+        slimcli.calibrate_model(model, pictures(16).split(8), purpose="depth")
+
+
+def test_without_heirs_patches_come_back_as_they_left(monkeypatch):
+    monkeypatch.setattr(search, "STEPS", (5, 5))
+    model = built("discard")
+    found = slimcli.calibrate_model(model, pictures(16).split(8), keep_rate=0.7, purpose="both", keep_schedule=True)
+    assert model.restoring == "own" and model.correction is None and found.chosen.patches.way == "own"
+
+
+def test_a_recipe_says_how_patches_come_back_and_what_a_stage_calibrates_for():
+    stage = {"learns": "life", "mode": "calibrate", "purpose": "patches"}
+    content = {"name": "x", "model": {"name": "digits_vit"}, "data": {"name": "digits"}}
+    recipe = Recipe.model_validate({**content, "slimming": {"restore": "mix"}, "stages": [stage]})
+    assert recipe.slimming.restore == "mix" and recipe.stages[0].purpose == "patches"
+    with pytest.raises(ValueError, match="purpose: for mode = 'calibrate' only"):
+        Recipe.model_validate({**content, "stages": [{**stage, "mode": "soft", "lr": 1e-3}]})
