@@ -15,6 +15,7 @@ from slimcli.cli.options import (
     data_option,
     dead_option,
     limit_option,
+    purpose_option,
     set_option,
     split_option,
     target_options,
@@ -33,14 +34,7 @@ from slimcli.cli.options import (
     help="Cost to reach: that of this keep rate at three layers; several: what serves all of them.",
 )
 @click.option("--keep-schedule", is_flag=True, help="Keep the layers where patches leave; only teach the life head.")
-@click.option(
-    "--for",
-    "purpose",
-    type=click.Choice(["class", "patches", "both"]),
-    default="class",
-    show_default=True,
-    help="What is to stay as the dense model has it: its output, the features of all patches, or both.",
-)
+@purpose_option
 @click.option("--images", type=click.IntRange(min=8), default=1024, show_default=True, help="Images to fit on.")
 @limit_option("Validation images to report on.  [default: the recipe's, or 1000]")
 @click.option(

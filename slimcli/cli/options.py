@@ -194,6 +194,14 @@ class_map_option = click.option(
     help="The model's class for classes of the data that have other names: puppy=dog, or a .json, .toml or .csv file.",
 )
 split_option = click.option("--split", help="Folder or .tar inside --data.  [default: the recipe's val_split]")
+purpose_option = click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(["class", "patches", "both"]),
+    default="class",
+    show_default=True,
+    help="What is to stay as the dense model has it: its output, the features of all patches, or both.",
+)
 dead_option = click.option(
     "--dead",
     type=click.Choice(["discard", "heir"]),
