@@ -44,7 +44,7 @@ class Segmenting(DenseSurface):
         return self.class_map(self.patch_map(images), images.shape[-2:])
 
     def class_map(self, patches: Tensor, size: Sequence[int]) -> Tensor:
-        """What `patch_map` gave to logits (B, C, H, W) of `size`, bilinear between patches."""
+        """What `patch_map` gave to logits (B, C, H, W) of `size`, float32, bilinear between patches."""
         head = self.segmenter
         if head is None:
             raise SlimError(
@@ -52,7 +52,8 @@ class Segmenting(DenseSurface):
                 "data.name = 'segmentation'"
             )
         logits: Tensor = head(patches)
-        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        # in bfloat16 the logits of neighbouring pixels would be the same number
+        return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
 
     def output(self, images: Tensor) -> Tensor:
         """What the model is for, of images (B, 3, H, W): `segment` with a segmentation head, else `logits`."""
