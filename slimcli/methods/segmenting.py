@@ -65,14 +65,19 @@ class Segmenting(DenseSurface):
         return self.exact_savings and not self.segments
 
     def dense_cost(self, schedule: Schedule | None) -> int:
-        """Multiply-adds of one image for its class map beside `cost`: the head, and a last block for all patches."""
+        """Multiply-adds of one image for its class map beside `cost`: the head, and what gives patches back: a last block
+        for all of them, or a learnt correction."""
         head = self.segmenter
         if head is None:
             return 0
         architecture = self.backbone.architecture()
         count, depth = architecture.num_patches, architecture.depth
         found = count * self.backbone.embed_dim * head.num_classes
-        if schedule is not None and self.restoring == "last" and schedule.drops_patches():
+        if schedule is None or not schedule.drops_patches():
+            return found
+        if self.restoring == "last":
             left = schedule.resolve(count)[-1]
             found += architecture.block(depth, count) - architecture.block(depth, left)
+        elif self.restoring == "mix" and self.correction is not None:
+            found += count * (self.correction.down[0].numel() + self.correction.up[0].numel())
         return found
