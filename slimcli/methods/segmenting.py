@@ -65,8 +65,10 @@ class Segmenting(DenseSurface):
         return self.exact_savings and not self.segments
 
     def dense_cost(self, schedule: Schedule | None) -> int:
-        """Multiply-adds of one image for its class map beside `cost`: the head, and what gives patches back: a last block
-        for all of them, or a learnt correction."""
+        """Multiply-adds of one image for its class map beside `cost`: the head, and what gives patches back.
+
+        That is a last block for all of them, or a learnt correction.
+        """
         head = self.segmenter
         if head is None:
             return 0
