@@ -219,6 +219,16 @@ def test_labels_stay_with_their_pixels(rooms, tmp_path):
         assert len(others) == 12 and torch.equal(others[3][1], open_dataset(data(rooms), train=True)[3][1])
 
 
+def test_splits_below_the_two_folders_are_told_apart(rooms, tmp_path):
+    for folder in ("images", "labels"):
+        for split in ("train", "val"):
+            shutil.copytree(rooms / split / folder, tmp_path / folder / split)
+    assert len(open_dataset(data(tmp_path).model_copy(update={"val_split": "validation"}), train=False)) == 6
+    with pytest.raises(slimcli.SlimError, match="has no folder 'night': found train, val"):
+        open_dataset(data(tmp_path).model_copy(update={"val_split": "night"}), train=False)
+    assert len(open_dataset(data(tmp_path).model_copy(update={"val_split": "."}), train=False)) == 18
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -277,7 +287,7 @@ def test_figures_are_those_of_the_definitions():
     without = (values.sum() - values) / 19
     assert jackknife(without) == pytest.approx(float(values.std() / 20**0.5), rel=1e-4)
     # a class that nobody saw is no class
-    assert float(miou(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))) == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert float(miou(torch.tensor([[3, 4, 0], [4, 4, 0], [3, 5, 0]]))) == pytest.approx((3 / 4 + 4 / 5) / 2)
 
 
 def test_the_last_way_of_restoring_costs_what_it_runs():

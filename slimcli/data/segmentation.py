@@ -13,7 +13,7 @@ import numpy
 import torch
 from PIL import ExifTags, Image
 
-from slimcli.data.folders import Parts, members_of, natural, some, walk
+from slimcli.data.folders import SYNONYMS, Parts, members_of, natural, some, walk
 from slimcli.data.read import is_image_name, read_image
 from slimcli.data.samples import ImageSamples
 from slimcli.errors import DataError
@@ -188,10 +188,7 @@ def _paired(where: str, files: dict[Parts, Place], split: str, images: str, labe
     pictures = {parts: place for parts, place in files.items() if is_image_name(parts[-1])}
     sides = {}
     for folder in (images, labels):
-        inside = _below(pictures, folder)
-        # images/train/1.jpg beside labels/train/1.png, as well as train/images/1.jpg beside train/labels/1.png
-        own = {key: place for key, place in inside.items() if key[0] == split and len(key) > 1}
-        sides[folder] = {key[1:]: place for key, place in own.items()} or inside
+        sides[folder] = _of_split(f"{where}/{folder}", _below(pictures, folder), split)
         if not sides[folder]:
             kind = "images" if folder == images else "label maps"
             raise DataError(
@@ -206,6 +203,22 @@ def _paired(where: str, files: dict[Parts, Place], split: str, images: str, labe
             f"({some(missing)}): expected one of the same name"
         )
     return ScenePairs([sides[images][parts] for parts in order], [of[_stem(parts)] for parts in order])
+
+
+def _of_split(where: str, files: dict[Parts, Place], split: str) -> dict[Parts, Place]:
+    """Those of the files that are of a split: images/train/1.jpg beside labels/train/1.png.
+
+    All of them where their folders are no splits, as in train/images/1.jpg beside train/labels/1.png.
+    """
+    known = {word for group in SYNONYMS for word in group}
+    found = {parts[0] for parts in files if len(parts) > 1}
+    names = [split, *(name for group in SYNONYMS if split in group for name in group)]
+    name = next((name for name in names if name in found), None)
+    if name is not None:
+        return {parts[1:]: place for parts, place in files.items() if len(parts) > 1 and parts[0] == name}
+    if split != "." and found & known:
+        raise DataError(f"{where}: has no folder {split!r}: found {some(sorted(found))}")
+    return files
 
 
 def _below(files: dict[Parts, Place], folder: str) -> dict[Parts, Place]:

@@ -44,7 +44,7 @@ class Segmenting(DenseSurface):
         return self.class_map(self.patch_map(images), images.shape[-2:])
 
     def class_map(self, patches: Tensor, size: Sequence[int]) -> Tensor:
-        """What `patch_map` gave to logits (B, C, H, W) of `size`, bilinear between patches."""
+        """What `patch_map` gave to logits (B, C, H, W) of `size`, float32, bilinear between patches."""
         head = self.segmenter
         if head is None:
             raise SlimError(
@@ -52,7 +52,8 @@ class Segmenting(DenseSurface):
                 "data.name = 'segmentation'"
             )
         logits: Tensor = head(patches)
-        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        # in bfloat16 the logits of neighbouring pixels would be the same number
+        return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
 
     def output(self, images: Tensor) -> Tensor:
         """What the model is for, of images (B, 3, H, W): `segment` with a segmentation head, else `logits`."""
@@ -64,14 +65,21 @@ class Segmenting(DenseSurface):
         return self.exact_savings and not self.segments
 
     def dense_cost(self, schedule: Schedule | None) -> int:
-        """Multiply-adds of one image for its class map beside `cost`: the head, and a last block for all patches."""
+        """Multiply-adds of one image for its class map beside `cost`: the head, and what gives patches back.
+
+        That is a last block for all of them, or a learnt correction.
+        """
         head = self.segmenter
         if head is None:
             return 0
         architecture = self.backbone.architecture()
         count, depth = architecture.num_patches, architecture.depth
         found = count * self.backbone.embed_dim * head.num_classes
-        if schedule is not None and self.restoring == "last" and schedule.drops_patches():
+        if schedule is None or not schedule.drops_patches():
+            return found
+        if self.restoring == "last":
             left = schedule.resolve(count)[-1]
             found += architecture.block(depth, count) - architecture.block(depth, left)
+        elif self.restoring == "mix" and self.correction is not None:
+            found += count * (self.correction.down[0].numel() + self.correction.up[0].numel())
         return found

@@ -14,7 +14,7 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """Images with classes: whatever timm.data.create_dataset takes, or `digits`; or beside label maps, `segmentation`."""
+    """Images with classes: whatever timm.data.create_dataset takes, or `digits`; beside label maps: `segmentation`."""
 
     name: str = Field(
         "",

@@ -65,6 +65,6 @@ def evaluate_session(
         calibration = session.first_batches(CALIBRATION) if any(p.precision == "int8" for p in places) else []
         return evaluate_places(model, loader, keep_rates, list(places), calibration, progress, warn)
     if task == "retrieval":
-        labelled = bool(getattr(images, "class_names", None))
+        labelled = bool(getattr(images, "class_names", None)) and not isinstance(images, Scenes)
         return retrieve(model, loader, keep_rates, session.device, session.dtype, progress, labelled)
     return evaluate(model, loader, keep_rates, session.device, session.dtype, progress)
