@@ -425,12 +425,11 @@ def test_ia_red2_learns_from_the_reward_alone_which_patches_answer(monkeypatch):
     torch.manual_seed(0)
     model = made("ia-red2", 0.6).float().train()
     monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(0))
-    # right where the first four patches are all there; the others only cost
-    right = (
-        lambda going, tokens, answers, penalty: ia_red2.reward(  # noqa: E731
-            going.float().mean(dim=1), going[:, :4].min(dim=1).values > 0, penalty
-        )
-    )
+
+    def right(going, tokens, answers, penalty):
+        """Right where the first four patches are all there; the others only cost."""
+        return ia_red2.reward(going.float().mean(dim=1), going[:, :4].min(dim=1).values > 0, penalty)
+
     monkeypatch.setattr(model, "_reward", right)
     model.mode = "soft"
     x = images(model, 1).expand(32, -1, -1, -1)

@@ -52,6 +52,7 @@ class IARed2(Method):
     """
 
     method = "ia-red2"
+    follows = True
     modes = ("none", "soft", "hard")
     selector_name = "interpreters"
     _episode: Episode | None = None
@@ -169,7 +170,7 @@ class Interpreter(nn.Module):
         with torch.autocast(patches.device.type, enabled=False):
             h, whole = F.layer_norm(patches.float(), (width,)), F.layer_norm(whole.float(), (width,))
             query = F.linear(whole, self.query.weight.float(), self.query.bias.float())
-            query = query.reshape(len(query), self.num_heads, -1) * (width // self.num_heads) ** -0.5
+            query = query.reshape(query.shape[0], self.num_heads, -1) * (width // self.num_heads) ** -0.5
             # keys are folded into the query: q . (W h + b) = (W' q) . h + q . b, and no patch is projected
             weight = self.key.weight.float().reshape(self.num_heads, -1, width)
             bias = self.key.bias.float().reshape(self.num_heads, -1)
@@ -178,6 +179,6 @@ class Interpreter(nn.Module):
             return score.sigmoid().mean(dim=-1)
 
     def cost(self, num_patches: int) -> int:
-        """Multiply-adds on `num_patches` patches: the query, what it is folded to, a product for each head and patch."""
+        """Multiply-adds on `num_patches` patches: the query, what it is folded to, a product a head and patch."""
         width = self.query.in_features
         return 2 * width**2 + num_patches * self.num_heads * width

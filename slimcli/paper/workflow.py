@@ -13,6 +13,8 @@ from slimcli import pictures
 from slimcli.comparison.cells import labelled
 from slimcli.comparison.folder import read_cell, start_folder, unfinished_folder
 from slimcli.comparison.line import Line
+from slimcli.data import open_splits
+from slimcli.data.loaders import check_fills_a_batch
 from slimcli.device import environment
 from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable, write_file, write_json
@@ -165,6 +167,10 @@ def _plan(work: Work, entrants: Sequence[Entrant], methods: Sequence[str], epoch
 def _session(entrant: Entrant, work: Work) -> Session:
     """The model of an entrant and its data, both looked at."""
     torch.manual_seed(entrant.recipe.seed)
+    data = entrant.recipe.data
+    if all(session.data != data for session in work.sessions.values()):
+        train, _ = open_splits(data)
+        check_fills_a_batch(train, data.batch_size)
     session = session_of(entrant.recipe, work.device, "compare --train")
     session.images()
     work.notes += [f"{entrant.recipe.model.name}: {note}" for note in (*session.target.notes, *session.notes)]
