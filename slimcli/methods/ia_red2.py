@@ -89,6 +89,8 @@ class IARed2(Method):
         return sum(first.cost(counts[layer - 1]) for layer in drop_layers(counts))
 
     def begin_step(self, answers: Tensor) -> None:
+        if self.mode == "soft" and answers.dim() != 1:
+            raise SlimError("ia-red2 is rewarded for the class of an image: it cannot learn from label maps")
         self._answers = answers
 
     def slimmed(
