@@ -8,8 +8,10 @@ import torch
 from published import attended, images, made
 from torch.nn import functional as F
 
+from slimcli.errors import SlimError
 from slimcli.methods import ia_red2
 from slimcli.methods.merging import merges
+from slimcli.training.tasks import Batch, TeacherOutput
 
 PREFIXES = {"class token": {}, "four registers": {"reg_tokens": 4}, "no class token": {"class_token": False}}
 PREFIXES["no class token"]["global_pool"] = "avg"
@@ -445,3 +447,14 @@ def test_ia_red2_learns_from_the_reward_alone_which_patches_answer(monkeypatch):
     assert set(model.choose(1, tokens, 4)[0].tolist()) == {0, 1, 2, 3}
     model.mode = "hard"
     assert model.own_loss(x, None) == 0.0
+
+
+def test_a_reward_without_labels_is_for_the_dense_models_class():
+    logits = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
+    images, targets = torch.zeros(2, 3, 8, 8), torch.tensor([0, 0])
+    assert Batch(images, targets, targets, TeacherOutput(logits), labelled=False).answers.tolist() == [1, 0]
+    assert Batch(images, targets, targets, TeacherOutput(logits), labelled=True).answers.tolist() == [0, 0]
+    model = made("ia-red2")
+    model.mode = "soft"
+    with pytest.raises(SlimError, match="it cannot learn from label maps"):
+        model.begin_step(torch.zeros(2, 8, 8))
