@@ -119,6 +119,7 @@ def test_a_method_says_itself_what_it_learns_in_which_stage(tiny_recipe):
 
     assert stages("diffrate", 3) == [("life", "soft", 1), ("backbone", "hard", 2)]
     assert stages("diffrate", 1) == [("life", "soft", 1)]
+    assert stages("ia-red2", 3) == [("life", "soft", 1), ("backbone", "hard", 2)]
     assert stages("a-vit", 3) == [("backbone", "soft", 3)]
     assert stages("evo-vit", 3) == stages("atc", 3) == [("backbone", "hard", 3)]
 

@@ -100,7 +100,20 @@ def test_runtimes_give_what_the_model_gives(name, kind):
     program.close()
 
 
-RIVALS = ("tome", "evit", "dynamicvit", "pitome", "tofu", "atc", "diffrate", "evo-vit", "a-vit", "resize", "random")
+RIVALS = (
+    "tome",
+    "evit",
+    "dynamicvit",
+    "pitome",
+    "tofu",
+    "atc",
+    "diffrate",
+    "evo-vit",
+    "a-vit",
+    "ia-red2",
+    "resize",
+    "random",
+)
 
 
 @pytest.mark.parametrize("method", RIVALS)

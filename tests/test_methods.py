@@ -22,9 +22,9 @@ from slimcli.store.model_folder import save_model
 
 EVIT = ("evit", "evit-nofuse")
 MERGING = ("tome", "pitome", "tofu", "atc", "atc-complete")
-NAMES = (*EVIT, "dynamicvit", *MERGING, "diffrate", "evo-vit", "a-vit", "random")
+NAMES = (*EVIT, "dynamicvit", *MERGING, "diffrate", "evo-vit", "a-vit", "ia-red2", "random")
 #: one of each kind, for what takes long
-KINDS = ("evit", "dynamicvit", "tome", "atc", "diffrate", "evo-vit", "a-vit", "random")
+KINDS = ("evit", "dynamicvit", "tome", "atc", "diffrate", "evo-vit", "a-vit", "ia-red2", "random")
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
 
 

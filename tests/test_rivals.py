@@ -8,7 +8,10 @@ import torch
 from published import attended, images, made
 from torch.nn import functional as F
 
+from slimcli.errors import SlimError
+from slimcli.methods import ia_red2
 from slimcli.methods.merging import merges
+from slimcli.training.tasks import Batch, TeacherOutput
 
 PREFIXES = {"class token": {}, "four registers": {"reg_tokens": 4}, "no class token": {"class_token": False}}
 PREFIXES["no class token"]["global_pool"] = "avg"
@@ -335,3 +338,123 @@ def test_a_vit_finds_the_middle_of_its_scores_on_the_first_batch_alone():
     assert center != 30 and model.halting.found
     model(2 * images(model))
     assert float(model.halting.center) == center
+
+
+def informative(interpreter, whole, patch):
+    """How informative a patch (D,) is beside the token of the whole image: the mean over heads, each a sigmoid."""
+    width = len(patch)
+    query, key = (
+        layer(F.layer_norm(token, (width,))) for layer, token in ((interpreter.query, whole), (interpreter.key, patch))
+    )
+    each = width // interpreter.num_heads
+    parts = [slice(head * each, (head + 1) * each) for head in range(interpreter.num_heads)]
+    return sum((query[part] @ key[part] / math.sqrt(each)).sigmoid() for part in parts) / len(parts)
+
+
+@everywhere
+@torch.no_grad()
+def test_ia_red2_is_the_published_rule(changes):
+    model = made("ia-red2", 0.6, **changes)
+    prefix, counts = model.backbone.num_prefix_tokens, model.patches_per_layer
+    given = images(model)
+    expected = []
+    for image in given:
+        x = model.backbone.embed(image[None])[0][0]
+        for layer, block in enumerate(model.model.blocks, 1):
+            x, _, _ = attended(block, x)
+            x = x + block.mlp(block.norm2(x))
+            if layer < 4 and counts[layer] < counts[layer - 1]:
+                whole = x[0] if prefix else x.mean(dim=0)
+                found = [float(informative(model.selector[str(layer)], whole, patch)) for patch in x[prefix:]]
+                stay = sorted(range(len(found)), key=lambda i, f=found: -f[i])[: counts[layer]]
+                x = torch.stack([*x[:prefix], *(x[prefix + i] for i in stay)])
+        expected.append(finished(model, list(x)))
+    assert torch.allclose(model(given), torch.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_ia_red2_is_rewarded_as_published(turn, monkeypatch):
+    """The interpreter whose turn it is draws, those before it are greedy, and its own best guess is the baseline."""
+    model = made("ia-red2", 0.6)
+    model.mode = "soft"
+    # every third patch leaves, whatever its chance: both what is likely and what is not happens
+    monkeypatch.setattr(torch, "bernoulli", lambda chance: (torch.arange(16) % 3 > 0).expand_as(chance).to(chance))
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(turn))
+    x = images(model, 3)
+
+    def rest(tokens, going, after, last):
+        for block in model.model.blocks[after:last]:
+            kept = torch.stack([tokens[0], *(tokens[1 + i] for i in range(16) if going[i])])
+            kept, _, _ = attended(block, kept)
+            rows = iter(kept := kept + block.mlp(block.norm2(kept)))
+            tokens = torch.stack([next(rows), *(next(rows) if going[i] else tokens[1 + i] for i in range(16))])
+        return tokens
+
+    logits, guesses, drawn_shares, best_shares, chances = [], [], [], [], []
+    for image in x:
+        tokens, going, after = model.backbone.embed(image[None])[0][0], [True] * 16, 0
+        for layer in range(1, turn + 2):
+            tokens, after = rest(tokens, going, after, layer), layer
+            found = [informative(model.selector[str(layer)], tokens[0], patch) for patch in tokens[1:].detach()]
+            best = [here and bool(f > 0.5) for here, f in zip(going, found, strict=True)]
+            before, going = going, best
+        drawn = [here and i % 3 > 0 for i, here in enumerate(before)]
+        chances.append(sum((f if d else 1 - f).log() for f, d, here in zip(found, drawn, before, strict=True) if here))
+        logits.append(finished(model, [rest(tokens, drawn, after, 4)[0]]))
+        guesses.append(int(finished(model, [rest(tokens, best, after, 4)[0]]).argmax()))
+        drawn_shares.append(sum(drawn) / 16)
+        best_shares.append(sum(best) / 16)
+    drawn_right = [int(logit.argmax()) for logit in logits]
+    # one image is right either way, one by its draw alone, one never
+    answers = torch.tensor([guesses[0], drawn_right[1], -1])
+    penalty = (3, 5, 8)[turn]
+    due = 0.0
+    for i, answer in enumerate(answers.tolist()):
+        gained = 1 - drawn_shares[i] ** 2 if drawn_right[i] == answer else -penalty
+        usual = 1 - best_shares[i] ** 2 if guesses[i] == answer else -penalty
+        due = due - (gained - usual) * chances[i] / 3
+    model.begin_step(answers)
+    assert torch.allclose(model(x), torch.stack(logits), atol=1e-5)
+    own = model.own_loss(x, None)
+    assert own.item() == pytest.approx(due.item(), rel=1e-4)
+    weights = [model.selector[str(turn + 1)].query.weight, model.selector[str(turn + 1)].key.bias]
+    got, expected = (torch.autograd.grad(loss, weights) for loss in (own, due))
+    for one, other in zip(got, expected, strict=True):
+        assert other.abs().max() > 0 and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_ia_red2_learns_from_the_reward_alone_which_patches_answer(monkeypatch):
+    torch.manual_seed(0)
+    model = made("ia-red2", 0.6).float().train()
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(0))
+
+    def right(going, tokens, answers, penalty):
+        """Right where the first four patches are all there; the others only cost."""
+        return ia_red2.reward(going.float().mean(dim=1), going[:, :4].min(dim=1).values > 0, penalty)
+
+    monkeypatch.setattr(model, "_reward", right)
+    model.mode = "soft"
+    x = images(model, 1).expand(32, -1, -1, -1)
+    learned = list(model.selector["1"].parameters())
+    optimizer = torch.optim.Adam(learned, 1e-2)
+    for _ in range(80):
+        model.begin_step(torch.zeros(32, dtype=torch.long))
+        model(x)
+        optimizer.zero_grad()
+        model.own_loss(x, None).backward()
+        optimizer.step()
+    tokens = model.backbone.block(1, model.backbone.embed(x[:1])[0], None)
+    assert set(model.choose(1, tokens, 4)[0].tolist()) == {0, 1, 2, 3}
+    model.mode = "hard"
+    assert model.own_loss(x, None) == 0.0
+
+
+def test_a_reward_without_labels_is_for_the_dense_models_class():
+    logits = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
+    images, targets = torch.zeros(2, 3, 8, 8), torch.tensor([0, 0])
+    assert Batch(images, targets, targets, TeacherOutput(logits), labelled=False).answers.tolist() == [1, 0]
+    assert Batch(images, targets, targets, TeacherOutput(logits), labelled=True).answers.tolist() == [0, 0]
+    model = made("ia-red2")
+    model.mode = "soft"
+    with pytest.raises(SlimError, match="it cannot learn from label maps"):
+        model.begin_step(torch.zeros(2, 8, 8))

@@ -74,7 +74,9 @@ def test_a_model_that_drops_patches_gives_all_of_them_back_in_the_dense_shapes(n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["tome", "pitome", "tofu", "atc", "evit", "evit-nofuse", "random", "dynamicvit"])
+@pytest.mark.parametrize(
+    "method", ["tome", "pitome", "tofu", "atc", "evit", "evit-nofuse", "random", "dynamicvit", "ia-red2"]
+)
 def test_every_method_gives_the_patches_that_left_back(method):
     model = build("deit_small_patch16_224", 0.5, method=method)
     images = images_for(model)

@@ -27,7 +27,7 @@ from slimcli.errors import Interrupted, SlimError
     default="life,evit,tome,random",
     show_default=True,
     metavar="METHOD[,METHOD...]",
-    help="life, evit, tome, pitome, atc, diffrate, evo-vit, dynamicvit, resize, random ...; `slim plugins` lists them.",
+    help="life, evit, tome, pitome, atc, evo-vit, ia-red2, dynamicvit, resize ...; `slim plugins` lists them.",
 )
 @keep_rate_option("One or several.  [default: the recipe's own schedule]")
 @click.option(

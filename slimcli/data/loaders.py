@@ -150,7 +150,7 @@ def train_loader(
         persistent_workers=workers > 0,
     )
     keep_one_bit(dataset.transform)  # type: ignore[attr-defined]
-    _check_filled(dataset, loader)
+    check_fills_a_batch(dataset, batch_size)
     return loader
 
 
@@ -168,10 +168,11 @@ def _scenes_loader(
         dataset, batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda", drop_last=True,
         persistent_workers=workers > 0,
     )  # fmt: skip
-    _check_filled(dataset, loader)
+    check_fills_a_batch(dataset, batch_size)
     return loader
 
 
-def _check_filled(dataset: Dataset[Any], loader: DataLoader[Any]) -> None:
-    if not isinstance(dataset, IterableDataset) and len(loader) == 0:
-        raise SlimError(f"{len(dataset)} training images do not fill one batch: make data.batch_size smaller")  # type: ignore[arg-type]
+def check_fills_a_batch(dataset: Any, batch_size: int) -> None:
+    """`SlimError` where the training images are fewer than a batch: an incomplete one is left out."""
+    if not isinstance(dataset, IterableDataset) and len(dataset) < batch_size:
+        raise SlimError(f"{len(dataset)} training images do not fill one batch: make data.batch_size smaller")

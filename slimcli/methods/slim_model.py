@@ -109,6 +109,10 @@ class SlimModel(Described, Segmenting, ABC):
         """Whether patches that leave are added to others."""
         return False
 
+    def begin_step(self, answers: Tensor) -> None:
+        """The right classes (B,) of the images of the next pass, for a rule that is rewarded for them."""
+        return
+
     def own_loss(self, images: Tensor, teacher: SlimModel | None) -> Tensor | float:
         """What the rule adds to the loss of the forward pass just done on `images`; `teacher` is the dense model."""
         return 0.0

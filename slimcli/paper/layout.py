@@ -146,8 +146,7 @@ def document_of(facts: Mapping[str, Any], tables: Sequence[Table]) -> dict[str, 
 def explained(document: Mapping[str, Any], tables: Sequence[Table]) -> list[str]:
     """What a reader of the tables should know, a sentence each."""
     places = [place for table in tables for place in table.places]
-    stands = {PLACES[p.entry.place]: p.model for p in places}
-    models = ", ".join(f"{name}: {model}" for name, model in stands.items())
+    models = ", ".join(f"{name}: {model}" for name, model in document["models"].items())
     found = [
         f"{models}. {document['images'] or 0} images of {document['data']} ({document['measured_on']}), "
         f"{document['precision']}, batch {document['batch_size']}, {document['device_name']}.",

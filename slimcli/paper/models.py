@@ -78,16 +78,17 @@ def _recipe(
     place: str, target: str, data: str | None, overrides: Sequence[str], precision: str | None, quick: bool
 ) -> Recipe:
     """The recipe of a model: its own, or the built-in one of its place with the model or the weights in it."""
+    weights = target.endswith(WEIGHTS_FILES)
+    if weights and not place:
+        raise SlimError(f"{parameter('backbones', target)}: say whose weights they are, such as deit-s={target}")
+    if weights and not Path(target).is_file():
+        raise SlimError(f"{parameter('backbones', f'{place}={target}')}: no such file of weights")
     own = target.endswith(RECIPE_FILES) or target in builtin_recipes()
     name = target if own else QUICK_RECIPE if quick else RECIPES[place or OWN_PLACES[0]]
     check = ("model.weights", *(("data.root",) if data is None else ()))
     resolved = resolve(str(find_recipe(name)), "compare --train", overrides, precision=precision, check=check)
     recipe = resolved.recipe
-    if target.endswith(WEIGHTS_FILES):
-        if not place:
-            raise SlimError(f"{parameter('backbones', target)}: say whose weights they are, such as deit-s={target}")
-        if not Path(target).is_file():
-            raise SlimError(f"{parameter('backbones', target)}: no such file of weights")
+    if weights:
         changed = {"weights": Path(target), "pretrained": False}
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=changed)})
     elif target and not own:

@@ -13,6 +13,8 @@ from slimcli import pictures
 from slimcli.comparison.cells import labelled
 from slimcli.comparison.folder import read_cell, start_folder, unfinished_folder
 from slimcli.comparison.line import Line
+from slimcli.data import open_splits
+from slimcli.data.loaders import check_fills_a_batch
 from slimcli.device import environment
 from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable, write_file, write_json
@@ -60,6 +62,8 @@ class Work:
     #: the models by their keys, and the recipe of every cell, in the order in which they are measured
     sessions: dict[str, Session] = field(default_factory=dict)
     recipes: dict[Cell, Recipe] = field(default_factory=dict)
+    #: what stands for each model of the paper
+    models: dict[str, str] = field(default_factory=dict)
     #: the lines of the tables
     places: list[tuple[Entry, Entrant, Cell]] = field(default_factory=list)
     #: the cell whose model figure 4 shows
@@ -165,8 +169,13 @@ def _plan(work: Work, entrants: Sequence[Entrant], methods: Sequence[str], epoch
 def _session(entrant: Entrant, work: Work) -> Session:
     """The model of an entrant and its data, both looked at."""
     torch.manual_seed(entrant.recipe.seed)
+    data = entrant.recipe.data
+    if all(session.data != data for session in work.sessions.values()):
+        train, _ = open_splits(data)
+        check_fills_a_batch(train, data.batch_size)
     session = session_of(entrant.recipe, work.device, "compare --train")
     session.images()
+    work.models |= {PLACES[place]: entrant.recipe.model.name for place in entrant.places}
     work.notes += [f"{entrant.recipe.model.name}: {note}" for note in (*session.target.notes, *session.notes)]
     if not session.target.has_classifier:
         work.notes.append(f"{entrant.recipe.model.name}: its weights have no classifier for these classes: untrained")
@@ -216,6 +225,7 @@ def _document(work: Work, lines: dict[Cell, Line], figure: Path | None) -> dict[
     first = next(iter(work.sessions.values()))
     images = next((line.row.images for line in lines.values()), None)
     facts = {
+        "models": work.models,
         "data": first.data_label,
         "measured_on": first.data.val_split,
         "images": images,

@@ -20,6 +20,7 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
     from slimcli.methods.dynamicvit import DynamicViT
     from slimcli.methods.evit import EViT, EViTNoFuse
     from slimcli.methods.evo_vit import EvoViT
+    from slimcli.methods.ia_red2 import IARed2
     from slimcli.methods.life import LifeModel
     from slimcli.methods.pitome import PiToMe
     from slimcli.methods.random_discard import RandomDiscard
@@ -39,5 +40,6 @@ def slim_register_methods(register: Callable[[str, type[SlimModel], str], None])
     register("diffrate", DiffRate, "pruned and merged by class attention in every block, as many as learned")
     register("evo-vit", EvoViT, "few patches are updated, the others move along with one token")
     register("a-vit", AViT, "halting scores off one channel add up until a patch is done")
+    register("ia-red2", IARed2, "an interpreter at each drop layer, taught by a reward, says which patches inform")
     register("random", RandomDiscard, "random patches leave at each drop layer")
     register("resize", Resize, "no patch leaves: the same model on a smaller image")

@@ -34,6 +34,13 @@ class Batch(NamedTuple):
     targets: Tensor
     labels: Tensor
     known: TeacherOutput
+    #: whether the loss is by classes; else the dense model's count as right
+    labelled: bool = True
+
+    @property
+    def answers(self) -> Tensor:
+        """The class (B,) that counts as right for each image."""
+        return self.targets if self.labelled or self.known.logits is None else self.known.logits.argmax(dim=1)
 
 
 class Task(nn.Module, ABC):
@@ -80,7 +87,7 @@ class Task(nn.Module, ABC):
         if self.mixup is not None:
             # a model without a classifier has no classes to mix
             images, labels = self.mixup(images, targets if self.stage.uses_labels else torch.zeros_like(targets))
-        return Batch(images, targets, labels, self.known(images))
+        return Batch(images, targets, labels, self.known(images), self.stage.uses_labels)
 
     @torch.no_grad()
     def known(self, images: Tensor) -> TeacherOutput:
@@ -96,6 +103,7 @@ class Task(nn.Module, ABC):
     def forward(self, batch: Batch, keep_rate: float | None = None) -> dict[str, Tensor]:
         """Loss and hits of a batch at a keep rate of the stage; None is the recipe's own schedule."""
         self.model.schedule = self.schedules[keep_rate]
+        self.model.begin_step(batch.answers)
         loss, hits = self.compare(batch)
         return {"loss": loss + self.model.own_loss(batch.images, self.teacher), "hits": hits.detach()}
 
