@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from slimcli import report, train  # noqa: F401
+from slimcli.calibration import goal, search
 from slimcli.cli import main
 from slimcli.measure import evaluation
 
@@ -25,13 +26,21 @@ from slimcli.measure import evaluation
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # the figures need not be narrow here
-evaluation.MOST_SECONDS = 0.2
+evaluation.MOST_SECONDS = goal.TIMED_SECONDS = 0.2
+# nor a life head that is fitted on a few images be good: `well_taught` where a test is about that
+WELL_TAUGHT, search.STEPS = search.STEPS, (64, 1000)
+# nothing that a test writes has to survive a power failure
+os.fsync = lambda _file: None  # type: ignore[assignment]
 # the page that ends a training takes longer than the training; tests of the page have `reports` or `REPORT`
 REPORT = report.report_of_training
 report.report_of_training = lambda folder, *_args, **_options: f"{folder}: no report in this test"
-# each stage of a training collects garbage, and need not look through all that was imported
-gc.collect()
-gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """Each stage of a training collects garbage, and need not look through all that was imported."""
+    gc.collect()
+    gc.freeze()
+
 
 # the same examples each time, so that nobody's change fails for a reason that is not its own; `long` looks for new ones
 slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -53,6 +62,7 @@ name = "digits"
 batch_size = 16
 train_limit = 64
 val_limit = 32
+workers = 0
 
 [slimming]
 life_layer = 1
@@ -108,6 +118,12 @@ def slim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training ends with its report, as it does for users."""
     monkeypatch.setattr(report, "report_of_training", REPORT)
+
+
+@pytest.fixture
+def well_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A life head is fitted in as many steps as it is for users."""
+    monkeypatch.setattr(search, "STEPS", WELL_TAUGHT)
 
 
 @pytest.fixture

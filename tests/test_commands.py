@@ -192,10 +192,10 @@ def test_calibrate_makes_a_model_that_eval_and_train_take(slim, tiny_recipe, tmp
     assert result.exit_code == 0, result.output
 
 
-def test_what_is_calibrated_with_heirs_trains_the_backbone_alone(slim, tmp_path):
+def test_what_is_calibrated_with_heirs_trains_the_backbone_alone(slim, tiny_recipe, tmp_path):
     words = ["--keep-rate", "0.5", "--images", 32, "--limit", 20]
     for dead, learns in (("heir", ["backbone"]), ("discard", ["life", "backbone"])):
-        slim("calibrate", "paper-digits", *words, "--dead", dead, "--set", "stages.0.epochs=3", "-o", dead)
+        slim("calibrate", tiny_recipe, *words, "--dead", dead, "--set", "stages.0.epochs=3", "-o", dead)
         stages = load_recipe(tmp_path / dead / "recipe.toml").stages
         assert [stage.learns for stage in stages] == learns
         assert sum(stage.epochs for stage in stages) == 5
@@ -218,7 +218,7 @@ def test_calibrate_finds_a_better_schedule_than_three_drops(slim):
 
 
 def test_calibrate_for_several_keep_rates_trains_for_all_of_them(slim, tmp_path):
-    words = ["--keep-rate", "0.5,1,0.7", "--images", 64, "--limit", 20, "--json"]
+    words = ["--keep-rate", "0.5,1,0.7", "--images", 32, "--limit", 20, "--batch-size", 8, "--json"]
     report = document(slim("calibrate", "quickstart", *words, "-o", "several"))
     assert [row["keep_rate"] for row in report["rows"]] == [None, 1.0, 0.7, 0.5]
     dense, costs = report["rows"][0]["gmacs"], [row["gmacs"] for row in report["rows"][1:]]
@@ -230,7 +230,7 @@ def test_calibrate_for_several_keep_rates_trains_for_all_of_them(slim, tmp_path)
 
 
 def test_calibrate_judges_a_fall_at_all_keep_rates(slim):
-    words = ["--images", 64, "--limit", 20, "--json"]
+    words = ["--images", 32, "--limit", 20, "--batch-size", 8, "--json"]
     one, two = (document(slim("calibrate", "quickstart", "--keep-rate", r, *words)) for r in ("0.7", "0.7,0.4"))
     same = [row for row in two["tried"] for other in one["tried"] if _candidate(row) == _candidate(other)]
     assert same
@@ -243,18 +243,17 @@ def _candidate(row):
 
 
 def test_calibrate_saves_the_weights_as_they_came(slim, tmp_path):
-    slim("calibrate", "quickstart", "--precision", "bfloat16", "--images", 32, "--limit", 20, "-o", "made")
+    slim("calibrate", "quickstart", "--precision", "bfloat16", "--images", 16, "--limit", 8, "-o", "made")
     made = slimcli.load(tmp_path / "made").model.state_dict()
     for name, value in find_target("quickstart", ()).model.model.state_dict().items():
         assert torch.equal(made[name], value), name
 
 
 def test_calibrate_finds_a_measured_speedup_or_says_that_it_cannot(slim, refused):
-    report = document(
-        slim("calibrate", "--target-speedup", "1.15", "--images", 32, "--limit", 20, "--batch-size", 16, "--json")
-    )
+    words = ["--images", 16, "--limit", 8, "--batch-size", 8]
+    report = document(slim("calibrate", "--target-speedup", "1.15", *words, "--json"))
     assert report["chosen"]["gmacs"] < report["rows"][0]["gmacs"]
-    line = refused("calibrate", "--target-speedup", "50", "--images", 32)
+    line = refused("calibrate", "--target-speedup", "50", *words)
     assert "50 cannot be reached" in line
 
 

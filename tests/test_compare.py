@@ -9,7 +9,6 @@ from conftest import document
 from PIL import Image
 
 import slimcli
-from slimcli.calibration import search
 from slimcli.comparison import cells, seeds
 from slimcli.comparison.line import Line
 from slimcli.errors import Interrupted
@@ -28,7 +27,6 @@ def rows_of(found):
 @pytest.fixture
 def few_images(monkeypatch):
     """Calibrations on fewer images and in fewer steps, to save time."""
-    monkeypatch.setattr(search, "STEPS", (32, 1000))
     monkeypatch.setattr(cells, "FIT_IMAGES", 64)
     monkeypatch.setattr(cells, "CHECK_IMAGES", 16)
 
@@ -68,14 +66,14 @@ def test_untrained_on_digits_at_equal_arithmetic(slim, tmp_path, few_images):
     assert ElementTree.parse(out / "compare.svg").getroot().tag.endswith("svg")
 
 
-def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, monkeypatch, few_images):
-    words = ["compare", "paper-digits", "--methods", "life", "--limit", 40, "--batch-size", 8]
+def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, tiny_recipe, monkeypatch, few_images):
+    words = ["compare", tiny_recipe, "--methods", "life", "--limit", 16, "--batch-size", 8]
     calls = []
     real = cells.fit_and_search
     monkeypatch.setattr(cells, "fit_and_search", lambda *args: calls.append(1) or real(*args))
     assert slim(*words, "--set", "slimming.keep_rate=0.6").exit_code == 0
     assert calls == [1]
-    slim("calibrate", "paper-digits", "--images", 64, "--limit", 20, "-o", "calibrated")
+    slim("calibrate", tiny_recipe, "--images", 64, "--limit", 20, "-o", "calibrated")
     found = document(slim("compare", "calibrated/recipe.toml", *words[2:], "--json"))
     assert found["rows"][1]["keep_rate"] is None
     # what `slim calibrate` taught is not taught again

@@ -38,7 +38,7 @@ HOOKS = ROOT / "docs" / "reference" / "hooks.md"
 # the tiny model, at the image size of the models that the pages speak of
 RECIPE = (
     TINY_RECIPE.replace("img_size = 32, patch_size = 8", "img_size = 224, patch_size = 56")
-    .replace('name = "digits"', 'root = "photos"\ntrain_split = "train"\nval_split = "val"\nworkers = 0')
+    .replace('name = "digits"', 'root = "photos"\ntrain_split = "train"\nval_split = "val"')
     .replace("epochs = 2", "epochs = 1")
 )
 # a few images and no waiting; later options win

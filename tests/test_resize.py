@@ -78,7 +78,7 @@ def test_it_is_measured_beside_the_others_without_data(slim):
 
 
 def test_a_calibration_says_where_a_smaller_image_does_as_well(slim):
-    words = ["calibrate", "paper-digits", "--keep-rate", "1.0,0.7", "--images", 48, "--limit", 24]
+    words = ["calibrate", "paper-digits", "--keep-rate", "1.0,0.7", "--images", 48, "--limit", 24, "--batch-size", 8]
     result = slim(*words, "-o", "out", "--json")
     (found,) = document(result)["smaller_images"]
     assert found["keep_rate"] == 0.7 and found["gmacs"] <= found["slim_gmacs"]

@@ -18,6 +18,9 @@ from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts
 from slimcli.slimming import LifeModel, SlimModel
 
+#: seconds for which a keep rate is timed, about
+TIMED_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -86,7 +89,7 @@ def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, devic
         return model.logits(images)
 
     with model.running():
-        times = clock.interleave([partial(run, variant) for variant in variants], device, 5, 1.0)
+        times = clock.interleave([partial(run, variant) for variant in variants], device, 5, TIMED_SECONDS)
     return clock.speedup(*times)
 
 

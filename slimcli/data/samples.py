@@ -137,7 +137,8 @@ class ImageSamples(Dataset[tuple[Any, int]]):
         seed = hash((self.seed, int(self.epoch), index)) % 2**32
         random.seed(seed)
         numpy.random.seed(seed)
-        torch.manual_seed(seed)
+        # the CPU's alone: `torch.manual_seed` would remember the call stack for a CUDA that nobody has used yet
+        torch.default_generator.manual_seed(seed)
         try:
             return self.transform(image), target
         finally:

@@ -232,9 +232,12 @@ class SlimModel(Described, Segmenting, ABC):
 
     def usual_cost(self, keep_rate: float) -> int:
         """Multiply-adds of the paper's schedule, three drops with discarding, at a keep rate: what it stands for."""
+        return self._usual_cost(keep_rate, self.architecture())
+
+    def _usual_cost(self, keep_rate: float, architecture: Architecture) -> int:
         depth = self.schedule.depth
         usual = Schedule.uniform(depth, keep_rate, default_life_layer(depth), default_drop_layers(depth))
-        return self.architecture().multiply_adds(usual.resolve(self.num_patches))
+        return architecture.multiply_adds(usual.resolve(architecture.num_patches))
 
     def keep_rate_of(self, schedule: Schedule, cost: float | None = None) -> float | None:
         """The keep rate of a schedule; of explicit counts the one, in hundredths, whose usual cost is nearest.
@@ -246,7 +249,10 @@ class SlimModel(Described, Segmenting, ABC):
         if not schedule.drops_patches():
             return 1.0
         own = self.multiply_adds(schedule) if cost is None else cost
-        return min((n / 100 for n in range(100, 0, -1)), key=lambda rate: abs(self.usual_cost(rate) - own))
+        # looked up once: it compares the shapes of all parameters each time
+        architecture = self.architecture()
+        rates = [n / 100 for n in range(100, 0, -1)]
+        return min(rates, key=lambda rate: abs(self._usual_cost(rate, architecture) - own))
 
     @property
     def num_patches(self) -> int:
