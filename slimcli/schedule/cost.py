@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slimcli.schedule.counts import planned_counts
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -118,13 +116,12 @@ class Planning:
         patches, width = counts[0], self.context_dim
         tokens = patches + num_prefix_tokens
         # the reduction, queries, keys, values, their projection and the MLP; attention; the score
-        total = tokens * (embed_dim * width + 8 * width**2) + 2 * tokens**2 * width + patches * width
+        total = tokens * (embed_dim * width + 8 * width**2) + 2 * tokens**2 * width + tokens * width
         if not self.compares:
             return total
         total += patches * self.similarity_dim * (embed_dim + width)
         channels = self.similarity_dim or embed_dim
-        for n, stay in itertools.pairwise(planned_counts(counts)):
-            total += (n - stay) * stay * channels + (n**2 * (channels + 1) if self.ranks else 0)
+        total += patches**2 * channels * (2 if self.ranks else 1)
         for n, stay in itertools.pairwise(dict.fromkeys(counts)):
             total += (n - stay) * (num_prefix_tokens + stay) * embed_dim if self.adds else 0
         return total
