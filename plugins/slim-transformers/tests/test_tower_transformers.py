@@ -6,9 +6,9 @@ import torch
 import transformers
 
 from slim_transformers import as_transformers, living_inputs
-from slim_transformers.build import small_models
+from slim_transformers.build import small_bodies, small_models
 
-SMALL = small_models()
+SMALL = {**small_models(), **small_bodies()}
 VISION = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 VISION |= {"image_size": 32, "patch_size": 8}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 64}
@@ -235,7 +235,7 @@ def test_what_cannot_be_is_said_in_one_line():
         tower(dense, 0.5, out_indices=[1, 4])
     with pytest.raises(slimcli.SlimError, match="expected all or living"):
         tower(dense, 0.5, patches="dead")
-    with pytest.raises(slimcli.SlimError, match="takes a slimmed model of transformers'.* not a CLIPVisionModel"):
+    with pytest.raises(slimcli.SlimError, match=r"takes a slimmed model of transformers'.* not a CLIPVisionModel"):
         as_transformers(dense)
     with pytest.raises(slimcli.SlimError, match="interpolate_pos_encoding: not possible with a slimmed CLIPVisionMod"):
         tower(dense, 0.5)(images(), interpolate_pos_encoding=True)
