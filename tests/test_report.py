@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browsing import complaints, opened, requests, widths
 from click.testing import CliRunner
 from conftest import REPORT, TINY_RECIPE, document
 from PIL import Image
@@ -340,49 +341,16 @@ def test_a_report_that_fails_does_not_fail_the_training(slim, tiny_recipe, monke
 # In a browser.
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None or shutil.which("chromedriver") is None:
-        pytest.skip("Chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "disable-quic"):  # fmt: skip
-        options.add_argument(f"--{word}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
-
-
-def opened(browser, path, width, scheme="light"):
-    browser.get("about:blank")
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    preference = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preference})
-    for kind in ("browser", "performance"):
-        browser.get_log(kind)
-    browser.get(path.absolute().as_uri())
-    return browser
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_a_browser_shows_the_page_without_complaint_or_request(browser, trained, width, scheme):
     path = trained[0] / "report.html"
     opened(browser, path, width, scheme)
-    assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert complaints(browser) == []
+    asked = requests(browser)
     assert path.absolute().as_uri() in asked
     assert all(url.startswith(("file:", "data:")) for url in asked)
-    needed, given = browser.execute_script(
-        "const page = document.documentElement; return [page.scrollWidth, page.clientWidth]"
-    )
+    needed, given = widths(browser)
     assert needed == given <= width, "the page scrolls sideways"
     outside = browser.execute_script(
         "return [...document.querySelectorAll('h1, h2, h3, h4, p, svg, img, figcaption, pre, .wide')]"
