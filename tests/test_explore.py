@@ -108,8 +108,11 @@ def slide(browser, name, value):
 
 def cells(browser, kind):
     """The patches that look like `kind`."""
-    script = "return [...document.querySelectorAll('.patches i')].flatMap((c, i) => c.classList.contains(arguments[0]) ? i : [])"
-    return browser.execute_script(script, kind)
+    return browser.execute_script(
+        "return [...document.querySelectorAll('.patches i')]"
+        ".flatMap((cell, i) => cell.classList.contains(arguments[0]) ? i : [])",
+        kind,
+    )
 
 
 def patch(browser, number):

@@ -362,6 +362,29 @@ def test_a_browser_shows_the_page_without_complaint_or_request(browser, trained,
     assert broken == 0
 
 
+def test_an_image_of_each_kind_can_be_explored_in_the_page(browser, trained):
+    path = trained[0] / "report.html"
+    opened(browser, path, 390)
+    browser.execute_script(
+        "const d = document.querySelector('iframe').closest('details'); d.open = true; d.scrollIntoView()"
+    )
+    browser.switch_to.frame(browser.find_element("css selector", "iframe"))
+    try:
+        count = "return document.getElementById('count').textContent"
+        rate = "const s = document.getElementById('rate'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
+        browser.execute_script(rate, 0)
+        assert browser.execute_script(count) == "16 of 16"
+        browser.execute_script(rate, 5)
+        assert browser.execute_script(count) != "16 of 16"
+        needed, given = widths(browser)
+        assert needed == given < 390
+        assert browser.execute_script("const p = document.documentElement; return p.scrollHeight <= innerHeight")
+    finally:
+        browser.switch_to.default_content()
+    assert complaints(browser) == []
+    assert all(url.startswith(("file:", "data:", "about:")) for url in requests(browser))
+
+
 def words_out_of_place(browser):
     """Words in plots that leave their plot, and pairs of words that cover each other."""
     return browser.execute_script("""
