@@ -58,7 +58,7 @@ def look_closely(model: SlimModel, outcome: Outcome, style: Style, device: torch
         rates.append(
             {
                 "rate": rate,
-                "cost": round(model.multiply_adds(schedule) / 1e9, 4),
+                "cost": round(model.multiply_adds(schedule) / 1e9, 7),
                 "slim": _guess(_best(pooled(logits)), names) if outcome.slim is not None else None,
                 "life": None if life is None else [round(value, 1) for value in life[0].tolist()],
                 "stages": [{"after": layer, "by": stands[0].tolist()} for layer, stands in stages],
