@@ -228,7 +228,7 @@ def test_what_cannot_be_is_said_in_one_line(tiny):
         tiny.forward_intermediates(images, [3])
     with pytest.raises(SlimError, match="NCHW or NLC"):
         tiny.forward_intermediates(images, output_fmt="CHW")
-    with pytest.raises(SlimError, match="expected one of heir, own, last"):
+    with pytest.raises(SlimError, match="expected one of heir, own, mix, last"):
         tiny.restoring = "back"
     with pytest.raises(SlimError, match="needs heirs"):
         build("vit_small_patch16_224").restoring = "heir"

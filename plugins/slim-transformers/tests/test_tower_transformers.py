@@ -248,3 +248,12 @@ def test_what_cannot_be_is_said_in_one_line():
         living_inputs(question(), torch.tensor([[1, 16], [1, 2]]), IMAGE)
     with pytest.raises(slimcli.SlimError, match=r"\[16, 16\] image tokens a row for 3 images"):
         living_inputs(question(), torch.tensor([[1, 2]] * 3), IMAGE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patches", ["all", "living"])
+def test_a_tower_compiles_in_one_graph(patches):
+    found = tower(SMALL["CLIPVisionModel"](), 0.5, dead="heir", patches=patches)
+    compiled = torch.compile(found, fullgraph=True, backend="eager", dynamic=False)
+    asked = {"output_hidden_states": [-2]}
+    same(compiled(images(), **asked).hidden_states, found(images(), **asked).hidden_states)
