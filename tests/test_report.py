@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browsing import complaints, opened, requests, widths
 from click.testing import CliRunner
 from conftest import REPORT, TINY_RECIPE, document
 from PIL import Image
@@ -340,49 +341,16 @@ def test_a_report_that_fails_does_not_fail_the_training(slim, tiny_recipe, monke
 # In a browser.
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None or shutil.which("chromedriver") is None:
-        pytest.skip("Chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "disable-quic"):  # fmt: skip
-        options.add_argument(f"--{word}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
-
-
-def opened(browser, path, width, scheme="light"):
-    browser.get("about:blank")
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    preference = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preference})
-    for kind in ("browser", "performance"):
-        browser.get_log(kind)
-    browser.get(path.absolute().as_uri())
-    return browser
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_a_browser_shows_the_page_without_complaint_or_request(browser, trained, width, scheme):
     path = trained[0] / "report.html"
     opened(browser, path, width, scheme)
-    assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert complaints(browser) == []
+    asked = requests(browser)
     assert path.absolute().as_uri() in asked
     assert all(url.startswith(("file:", "data:")) for url in asked)
-    needed, given = browser.execute_script(
-        "const page = document.documentElement; return [page.scrollWidth, page.clientWidth]"
-    )
+    needed, given = widths(browser)
     assert needed == given <= width, "the page scrolls sideways"
     outside = browser.execute_script(
         "return [...document.querySelectorAll('h1, h2, h3, h4, p, svg, img, figcaption, pre, .wide')]"
@@ -392,6 +360,29 @@ def test_a_browser_shows_the_page_without_complaint_or_request(browser, trained,
     assert outside == []
     broken = browser.execute_script("return [...document.images].filter(i => !i.complete || !i.naturalWidth).length")
     assert broken == 0
+
+
+def test_an_image_of_each_kind_can_be_explored_in_the_page(browser, trained):
+    path = trained[0] / "report.html"
+    opened(browser, path, 390)
+    browser.execute_script(
+        "const d = document.querySelector('iframe').closest('details'); d.open = true; d.scrollIntoView()"
+    )
+    browser.switch_to.frame(browser.find_element("css selector", "iframe"))
+    try:
+        count = "return document.getElementById('count').textContent"
+        rate = "const s = document.getElementById('rate'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
+        browser.execute_script(rate, 0)
+        assert browser.execute_script(count) == "16 of 16"
+        browser.execute_script(rate, 5)
+        assert browser.execute_script(count) != "16 of 16"
+        needed, given = widths(browser)
+        assert needed == given < 390
+        assert browser.execute_script("const p = document.documentElement; return p.scrollHeight <= innerHeight")
+    finally:
+        browser.switch_to.default_content()
+    assert complaints(browser) == []
+    assert all(url.startswith(("file:", "data:", "about:")) for url in requests(browser))
 
 
 def words_out_of_place(browser):

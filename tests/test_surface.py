@@ -168,7 +168,7 @@ def test_one_pass_gives_logits_and_the_tokens_of_all_or_of_the_living_patches(ti
     assert torch.equal((tiny.patches.left_after == 3).nonzero()[:, 1].reshape(2, -1), places)
     same(living[:, 1:], last[:, 1:].gather(1, places.unsqueeze(-1).expand(-1, -1, 32)))
     for wrong in ({"layers": [4]}, {"layers": [1], "patches": "dead"}):
-        with pytest.raises(SlimError, match="blocks 1 to 3|expected one of all, living"):
+        with pytest.raises(SlimError, match=r"blocks 1 to 3|expected one of all, living"):
             tiny.logits_and_tokens(images, **wrong)
 
 

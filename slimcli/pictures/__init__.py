@@ -6,6 +6,7 @@ the overlay sits on the pixels that each patch covers.
 
 from slimcli.pictures.album import Album, Picking, check_files, open_album
 from slimcli.pictures.drawing import Style, draw_sheets
+from slimcli.pictures.explore import look_closely, page_of
 from slimcli.pictures.figure import draw, draw_lives, fit, panel_titles
 from slimcli.pictures.files import FORMATS, PAGE, ROWS_A_FILE, TILES_A_FILE, choose_format, encode, sheets, write_sheet
 from slimcli.pictures.geometry import MOST_STAGES, Geometry, drop_stages, find_geometry
@@ -49,7 +50,9 @@ __all__ = [
     "kept",
     "life_map",
     "look",
+    "look_closely",
     "open_album",
+    "page_of",
     "panel_titles",
     "panels",
     "pick",

@@ -58,7 +58,7 @@ def look_closely(model: SlimModel, outcome: Outcome, style: Style, device: torch
         rates.append(
             {
                 "rate": rate,
-                "cost": round(model.multiply_adds(schedule) / 1e9, 4),
+                "cost": round(model.multiply_adds(schedule) / 1e9, 7),
                 "slim": _guess(_best(pooled(logits)), names) if outcome.slim is not None else None,
                 "life": None if life is None else [round(value, 1) for value in life[0].tolist()],
                 "stages": [{"after": layer, "by": stands[0].tolist()} for layer, stands in stages],
@@ -98,8 +98,8 @@ def _data_url(pixels: Image.Image) -> str:
     return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def write_page(path: Path, scenes: Sequence[Scene], geometry: Geometry, model_name: str) -> None:
-    """Write the page of `scenes` to `path`: one file that needs no network."""
+def page_of(scenes: Sequence[Scene], geometry: Geometry, model_name: str) -> str:
+    """The page of `scenes`: one document that needs no network."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(loader=PackageLoader("slimcli.pictures", "."), autoescape=select_autoescape(default=True))
@@ -110,5 +110,9 @@ def write_page(path: Path, scenes: Sequence[Scene], geometry: Geometry, model_na
         "depth": geometry.depth,
         "scenes": [scene.document for scene in scenes],
     }
-    page = environment.get_template("explore.html.jinja").render(title=f"Patches of {model_name}", document=document)
-    write_file(path, page.encode("utf-8", "replace"))
+    return environment.get_template("explore.html.jinja").render(title=f"Patches of {model_name}", document=document)
+
+
+def write_page(path: Path, scenes: Sequence[Scene], geometry: Geometry, model_name: str) -> None:
+    """Write the page of `scenes` to `path`."""
+    write_file(path, page_of(scenes, geometry, model_name).encode("utf-8", "replace"))

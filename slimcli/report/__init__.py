@@ -1,6 +1,7 @@
 """One HTML page of a run, or of several side by side: what was done, what it gave, and how to get it again.
 
-The page needs no network and no script. Plots are inline SVG whose colours follow the page's, light and dark.
+The page needs no network, and no script but where images are explored. Plots are inline SVG whose colours follow the
+page's, light and dark.
 """
 
 from __future__ import annotations

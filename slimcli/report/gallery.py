@@ -20,7 +20,7 @@ from slimcli.errors import SlimError
 from slimcli.measure.per_layer import per_layer
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.report.record import Record
-from slimcli.session.session import Request, open_session
+from slimcli.session.session import Request, Session, open_session
 
 
 @dataclass
@@ -36,6 +36,8 @@ class Measured:
     layers: list[dict[str, Any]]
     device: str
     batch_size: int
+    #: the page in which one image of each kind can be explored
+    explorer: str
 
 
 def measure(
@@ -61,7 +63,7 @@ def measure(
     batch = min(section.batch_size, 16)
     geometry = pictures.find_geometry(model)
     outcomes: list[pictures.Outcome] = []
-    steps = Steps(progress, [Step("looking at images", 4.0), Step("per layer", 1.0)])
+    steps = Steps(progress, [Step("looking at images", 4.0), Step("exploring", 0.5), Step("per layer", 1.0)])
     end = time.monotonic() + seconds
     # in a fixed random order, so that any part of the images holds all classes
     batches = pictures.data_batches(datasets.shuffled(samples), prepare, batch, device)
@@ -73,18 +75,22 @@ def measure(
                 break
     if not outcomes:
         raise SlimError("there are no validation images to look at")
+    gallery, names = _gallery(outcomes, count), pictures.readable(target.config.get("class_names"))
+    with steps.step() as part:
+        explorer = _explorer(session, gallery, pictures.Style(geometry, prepare, names), part)
     with steps.step() as part:
         layers = per_layer(model, None, batch, device, dtype, rounds=9, progress=part)
     return Measured(
-        _gallery(outcomes, count),
+        gallery,
         torch.stack([outcome.life for outcome in outcomes]).numpy(),
         len(outcomes),
         geometry,
         prepare,
-        pictures.readable(target.config.get("class_names")),
+        names,
         layers,
         device.type,
         batch,
+        explorer,
     )
 
 
@@ -101,6 +107,19 @@ def _gallery(outcomes: Sequence[pictures.Outcome], count: int) -> dict[str, list
         "Worst: the slimmed model's highest loss among the others": worst[:count],
         "Best: the slimmed model's lowest loss": ranked[:count],
     }
+
+
+def _explorer(
+    session: Session, gallery: dict[str, list[pictures.Outcome]], style: pictures.Style, progress: Progress
+) -> str:
+    """A page to explore the first image of each kind in."""
+    # the same image may be the first of two kinds
+    shown = {id(kind[0]): kind[0] for kind in gallery.values() if kind}
+    scenes = []
+    for number, outcome in enumerate(shown.values(), 1):
+        scenes.append(pictures.look_closely(session.model, outcome, style, session.device, session.dtype))
+        progress("exploring", number, len(shown))
+    return pictures.page_of(scenes, style.geometry, session.target.model_name)
 
 
 def gallery_page(measured: Measured) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ def run_page(record: Record, measured: Measured | None) -> dict[str, Any]:
         ]
         drawn["lives"] = [plots.life_histogram(measured.lives, measured.geometry.counts)]
         page["gallery"] = gallery_page(measured)
+        page["explorer"] = measured.explorer
         page["looked"] = measured.images
         page["layers_note"] = f"batch {measured.batch_size}, {measured.device}"
         page["layers_doubt"] = timing_notes([Row.from_json(table) for table in measured.layers])

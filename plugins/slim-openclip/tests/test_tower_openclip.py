@@ -90,7 +90,7 @@ def test_a_tower_that_drops_patches_gives_all_of_them_back_or_the_living_alone(n
     for one, whole in zip(living["image_intermediates"], found["image_intermediates"], strict=True):
         patches = whole.flatten(2).transpose(1, 2)
         same(one, patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[2])))
-    with pytest.raises(slimcli.SlimError, match="NCHW.*are no map, expected NLC"):
+    with pytest.raises(slimcli.SlimError, match=r"NCHW.*are no map, expected NLC"):
         clip.forward_intermediates(images)
 
 
@@ -128,7 +128,7 @@ def test_a_zero_shot_run_goes_back_as_the_tower_that_it_is():
 def test_what_cannot_be_is_said_in_one_line():
     dense = TOWERS["class token"]().visual
     images = torch.randn(2, 3, 32, 32)
-    with pytest.raises(slimcli.SlimError, match="takes a slimmed tower of open_clip's.* not a VisionTransformer"):
+    with pytest.raises(slimcli.SlimError, match=r"takes a slimmed tower of open_clip's.* not a VisionTransformer"):
         as_openclip(dense)
     with pytest.raises(slimcli.SlimError, match="expected all or living"):
         tower(dense, 0.5, patches="dead")

@@ -50,6 +50,11 @@ class TransformersViT(slimcli.Backbone):
     #: whether the dense model gives what `head` does
     pools = True
 
+    def __init__(self, model):
+        super().__init__(model)
+        # looked up here: torch.compile does not read a dataclass's fields
+        self.output_fields = frozenset(field.name for field in dataclasses.fields(self.output_kind))
+
     @property
     def body(self):
         """The model below the classifier."""
@@ -137,9 +142,8 @@ class TransformersViT(slimcli.Backbone):
 
     def output(self, logits, labels=None, **features):
         """What the dense model returns, of `logits` (B, C) and those of `features` that it has."""
-        known = {field.name for field in dataclasses.fields(self.output_kind)}
-        found = {name: value for name, value in features.items() if name in known}
-        if "loss" in known and labels is not None:
+        found = {name: value for name, value in features.items() if name in self.output_fields}
+        if "loss" in self.output_fields and labels is not None:
             found["loss"] = self.model.loss_function(labels, logits, self.model.config)
         return self.output_kind(**{self.output_field: logits if self.pools else None, **found})
 

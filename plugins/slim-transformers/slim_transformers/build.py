@@ -113,17 +113,7 @@ def small_models():
             use_shared_relative_position_bias=True,
             use_mean_pooling=False,
         ),
-        "ViTModel": partial(plain, transformers.ViTModel, transformers.ViTConfig),
-        "DeiTModel": partial(plain, transformers.DeiTModel, transformers.DeiTConfig),
         "Dinov2Model": partial(plain, transformers.Dinov2Model, transformers.Dinov2Config, mlp_ratio=2),
-        "Dinov2Backbone": partial(plain, transformers.Dinov2Backbone, transformers.Dinov2Config, mlp_ratio=2),
-        "Dinov2WithRegistersModel": partial(
-            plain, transformers.Dinov2WithRegistersModel, transformers.Dinov2WithRegistersConfig, mlp_ratio=2
-        ),
-        "Dinov2WithRegistersBackbone": partial(
-            plain, transformers.Dinov2WithRegistersBackbone, transformers.Dinov2WithRegistersConfig, mlp_ratio=2
-        ),
-        "BeitModel": partial(plain, transformers.BeitModel, transformers.BeitConfig, **beit),
         "CLIPVisionModel": partial(plain, transformers.CLIPVisionModel, transformers.CLIPVisionConfig),
         "CLIPVisionModelWithProjection": partial(
             plain, transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig, projection_dim=16
@@ -134,5 +124,30 @@ def small_models():
         "SiglipVisionModel": partial(plain, transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
         "SiglipForImageClassification": partial(
             with_vision, transformers.SiglipForImageClassification, transformers.SiglipConfig
+        ),
+    }
+
+
+def small_bodies():
+    """Builders of small random models without a classifier, whose blocks are those of `small_models`."""
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+
+    def plain(kind, config, **fields):
+        return kind(config(**size, **fields)).eval()
+
+    dinov2, registers = transformers.Dinov2Config, transformers.Dinov2WithRegistersConfig
+    return {
+        "ViTModel": partial(plain, transformers.ViTModel, transformers.ViTConfig, intermediate_size=64),
+        "DeiTModel": partial(plain, transformers.DeiTModel, transformers.DeiTConfig, intermediate_size=64),
+        "Dinov2Backbone": partial(plain, transformers.Dinov2Backbone, dinov2, mlp_ratio=2),
+        "Dinov2WithRegistersModel": partial(plain, transformers.Dinov2WithRegistersModel, registers, mlp_ratio=2),
+        "Dinov2WithRegistersBackbone": partial(plain, transformers.Dinov2WithRegistersBackbone, registers, mlp_ratio=2),
+        "BeitModel": partial(
+            plain,
+            transformers.BeitModel,
+            transformers.BeitConfig,
+            intermediate_size=64,
+            use_relative_position_bias=True,
+            layer_scale_init_value=0.1,
         ),
     }

@@ -1,4 +1,4 @@
-"""A slimmed model with all that the dense one of transformers' gives: hidden states, feature maps, a place in others."""
+"""A slimmed model with all that transformers' dense one gives: hidden states, feature maps, a place in others."""
 
 import slimcli
 import torch

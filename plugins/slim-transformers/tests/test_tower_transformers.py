@@ -6,9 +6,9 @@ import torch
 import transformers
 
 from slim_transformers import as_transformers, living_inputs
-from slim_transformers.build import small_models
+from slim_transformers.build import small_bodies, small_models
 
-SMALL = small_models()
+SMALL = {**small_models(), **small_bodies()}
 VISION = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 VISION |= {"image_size": 32, "patch_size": 8}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 64}
@@ -235,7 +235,7 @@ def test_what_cannot_be_is_said_in_one_line():
         tower(dense, 0.5, out_indices=[1, 4])
     with pytest.raises(slimcli.SlimError, match="expected all or living"):
         tower(dense, 0.5, patches="dead")
-    with pytest.raises(slimcli.SlimError, match="takes a slimmed model of transformers'.* not a CLIPVisionModel"):
+    with pytest.raises(slimcli.SlimError, match=r"takes a slimmed model of transformers'.* not a CLIPVisionModel"):
         as_transformers(dense)
     with pytest.raises(slimcli.SlimError, match="interpolate_pos_encoding: not possible with a slimmed CLIPVisionMod"):
         tower(dense, 0.5)(images(), interpolate_pos_encoding=True)
@@ -248,3 +248,12 @@ def test_what_cannot_be_is_said_in_one_line():
         living_inputs(question(), torch.tensor([[1, 16], [1, 2]]), IMAGE)
     with pytest.raises(slimcli.SlimError, match=r"\[16, 16\] image tokens a row for 3 images"):
         living_inputs(question(), torch.tensor([[1, 2]] * 3), IMAGE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patches", ["all", "living"])
+def test_a_tower_compiles_in_one_graph(patches):
+    found = tower(SMALL["CLIPVisionModel"](), 0.5, dead="heir", patches=patches)
+    compiled = torch.compile(found, fullgraph=True, backend="eager", dynamic=False)
+    asked = {"output_hidden_states": [-2]}
+    same(compiled(images(), **asked).hidden_states, found(images(), **asked).hidden_states)
