@@ -39,6 +39,9 @@ VALUES: dict[str, Any] = {
     "augmentation.auto_augment": "rand-m5-n1",
     "augmentation.scale": [0.5, 1.0],
     "stages.0.images": 64,
+    "stages.0.purpose": "both",
+    "data.class_names": ["road", "sky"],
+    "data.ignore": 9,
 }
 
 
@@ -48,8 +51,10 @@ BESIDE = {
     "stages.0.backbone_lr": ["stages.0.learns=both"],
     "stages.0.distill_temperature": ["stages.0.loss=distill"],
     "stages.0.images": CALIBRATES,
+    "stages.0.purpose": CALIBRATES,
     "stages.0.keep_schedule": CALIBRATES,
     "optimizer.momentum": ["optimizer.opt=sgd"],
+    "data.class_names": ["data.name=segmentation"],
 }
 
 
