@@ -14,6 +14,7 @@ from slimcli.errors import SlimError
 from slimcli.recipe import Recipe
 from slimcli.session.resolve import DECIDED, WITHOUT_EFFECT, kind_of, resolve
 from slimcli.session.session import Request, open_session
+from slimcli.store import model_folder
 from slimcli.store.model_folder import save_model
 
 #: values that are not the defaults, for fields whose schema alone does not give one
@@ -85,6 +86,8 @@ def candidates(name: str, field: Any) -> list[Any]:
 def targets(tmp_path, monkeypatch):
     """A target of every kind, small."""
     monkeypatch.chdir(tmp_path)
+    # whether weights fit their architecture is not asked here, and takes most of the time
+    monkeypatch.setattr(model_folder, "check_architecture", lambda *_: None)
     (tmp_path / "tiny.toml").write_text(TINY_RECIPE)
     (tmp_path / "w.safetensors").touch()
     (tmp_path / "photos").mkdir()
