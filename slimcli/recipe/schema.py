@@ -17,6 +17,7 @@ from slimcli.recipe.values import (
     Fraction,
     ImageSize,
     KeepRate,
+    LearningRate,
     Name,
     Patches,
     PositiveInt,
@@ -139,12 +140,12 @@ class StageSection(Section):
         "the next stage starts from",
     )
     epochs: PositiveInt = 1
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="needed by every mode but 'calibrate'")
-    backbone_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="for learns = 'both'; lr by default")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    lr: LearningRate | None = Field(None, description="needed by every mode but 'calibrate'")
+    backbone_lr: LearningRate | None = Field(None, description="for learns = 'both'; lr by default")
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_lr: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    min_lr: Annotated[float, Field(ge=0, le=1000)] = 0.0
     schedule: Literal["cosine", "tanh", "step", "poly", "constant"] = "cosine"
 
     @model_validator(mode="after")
