@@ -127,7 +127,7 @@ def test_planning_ahead_is_counted():
     assert Planning(compares=False).multiply_adds(counts, 32, 1) == 0
     assert Planning(ranks=False).multiply_adds(counts, 32, 1) == pairs * 32
     assert Planning(4).multiply_adds(counts, 32, 1) == 8 * 32 * 4 + 2 * pairs * 4
-    block = 9 * (32 * 16 + 8 * 16**2) + 2 * 81 * 16 + 9 * 16
+    block = 9 * (32 * 16 + 8 * 16**2) + 2 * 81 * 16 + 8 * 16
     assert Planning(4, 16, compares=False).multiply_adds(counts, 32, 1) == block
     assert Planning(4, 16, ranks=False).multiply_adds(counts, 32, 1) == block + 8 * 4 * (32 + 16) + pairs * 4
 

@@ -180,12 +180,11 @@ class LifeHead(nn.Module):
             features = (raw.float() if self.similarity is None else self.similarity(raw)) if compare else None
             if self.context is None:
                 return torch.bmm(keys, query.unsqueeze(-1)).squeeze(-1), features
-            seen = self.context(tokens)
-            # of all tokens: a linear layer copies rows that are taken out of others
-            more = self.context.score(seen)[:, num_prefix_tokens:].float()
+            seen = self.context(tokens)[:, num_prefix_tokens:]
+            more = self.context.score(seen).float()
             score = torch.baddbmm(more, keys, query.unsqueeze(-1)).squeeze(-1)
             if features is not None:
-                features = _plus(features, self.context.features, seen[:, num_prefix_tokens:])
+                features = _plus(features, self.context.features, seen)
             return score, features
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:

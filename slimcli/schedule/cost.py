@@ -116,7 +116,7 @@ class Planning:
         patches, width = counts[0], self.context_dim
         tokens = patches + num_prefix_tokens
         # the reduction, queries, keys, values, their projection and the MLP; attention; the score
-        total = tokens * (embed_dim * width + 8 * width**2) + 2 * tokens**2 * width + tokens * width
+        total = tokens * (embed_dim * width + 8 * width**2) + 2 * tokens**2 * width + patches * width
         if not self.compares:
             return total
         total += patches * self.similarity_dim * (embed_dim + width)
