@@ -1,6 +1,5 @@
 """Heirs: who takes over, when, with what weight, and what it costs, against a slow version of the rule."""
 
-import itertools
 import math
 
 import pytest
@@ -43,34 +42,38 @@ def merged(tokens, weights, sizes, heirs, stay, prefix):
     return torch.stack(rows), torch.stack(new_weights), torch.stack(new_sizes)
 
 
-def slow_plan(features, score, counts, redundancy):
+def slow_plan(features, score, counts, redundancy, importance):
     """The rule in words, for one image: patches, longest life first, and the heir of each that leaves."""
     standard = normalise_life(score[None], 0.0, 1.0)[0]
-    everyone = range(len(score))
+    groups = {i: [i] for i in range(len(score))}
+    order, heirs = [], {}
 
-    def alike(i, j):
-        pair = features[[i, j]]
-        return F.cosine_similarity(*(pair - pair.mean(dim=1, keepdim=True)), dim=0)
+    def mean(i):
+        weights = (importance * standard[groups[i]]).exp()
+        return (weights[:, None] * features[groups[i]]).sum(0) / weights.sum()
 
-    def cost(i, j):
-        return ((standard[i] + standard[j]) / redundancy).exp().sqrt() * (1 - alike(i, j))
+    def cosine(i, j):
+        return F.cosine_similarity(mean(i), mean(j), dim=0)
 
-    def height(i, before):
-        above = [cost(i, j) for j in everyone if standard[j] > standard[i]]
-        there = [before[j] for j in everyone if standard[j] > standard[i]]
-        return min((c for c, h in zip(above, there, strict=True) if h > c), default=math.inf)
+    def mass(i):
+        return (standard[groups[i]] / redundancy).exp().sum()
 
-    heights = [float(s) for s in standard]
-    if redundancy > 0:
-        heights = [math.inf] * len(score)
-        for _ in range(3):
-            heights = [float(height(i, heights)) for i in everyone]
-    order = sorted(everyone, key=lambda i: heights[i], reverse=True)
-    heirs = {}
-    for n, stay in itertools.pairwise(dict.fromkeys(counts)):
-        for i in order[stay:n]:
-            heirs[i] = max(order[:stay], key=lambda j, i=i: float(alike(i, j)))
-    return order, heirs
+    def cost(i):
+        if redundancy == 0:
+            return standard[i]
+        above = [j for j in groups if standard[j] > standard[i]]
+        return min(((mass(i) * mass(j)).sqrt() * (1 - cosine(i, j)) for j in above), default=math.inf)
+
+    for stay in dict.fromkeys(counts[1:]):
+        ranked = sorted(groups, key=lambda i: float(cost(i)), reverse=True)
+        leave = ranked[stay:]
+        for i in leave:
+            heirs[i] = max(ranked[:stay], key=lambda j, i=i: float(cosine(i, j)))
+        order = leave + order
+        for i in leave:
+            groups[heirs[i]] = groups[heirs[i]] + groups[i]
+        groups = {i: group for i, group in groups.items() if i not in leave}
+    return sorted(groups, key=lambda i: float(standard[i]), reverse=True) + order, heirs
 
 
 def slow_heirs(model, image):
@@ -79,7 +82,7 @@ def slow_heirs(model, image):
     tokens, _ = backbone.embed(image[None])
     tokens = backbone.block(1, tokens)
     score, features = (found[0] for found in model.life_head.read(tokens, prefix))
-    order, names = slow_plan(features, score, COUNTS, model.redundancy)
+    order, names = slow_plan(features, score, COUNTS, model.redundancy, model.merge_importance)
     heir_of = {order.index(i): order.index(j) for i, j in names.items()}
     tokens = torch.cat((tokens[0, :prefix], tokens[0, prefix:][order]))
     ones = torch.ones(prefix)
@@ -186,6 +189,6 @@ def test_heirs_cost_less_than_discarding_with_the_same_patches():
     narrow = [(138, 97, 7), (97, 68, 10)]
     architecture = heirs.architecture()
     saved = sum(architecture.block(t, n) - architecture.narrow_block(t, n, m + 1) for n, m, t in narrow)
-    compared = 196**2 * 384
+    compared = (58 * 138 + 41 * 97 + 29 * 68) * 384
     added = (58 * 139 + 41 * 98 + 29 * 69) * 384
     assert heirs.multiply_adds() == discard.multiply_adds() - saved + compared + added

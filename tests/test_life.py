@@ -154,13 +154,13 @@ def test_of_two_patches_that_say_the_same_the_less_important_leaves_early():
     assert found.order[0, -1] == 6 and found.order[0, found.heirs[0, -1]] == 0
 
 
-def test_a_patch_stays_where_those_most_like_it_are_gone():
-    # the second is most like the first, and the third like the second, which is gone when the third's turn would come
-    angles = torch.tensor([0.0, 0.3, 0.75, -0.55])
-    features = torch.stack((angles.cos(), angles.sin(), -angles.cos(), -angles.sin()), dim=1).unsqueeze(0)
-    found = plan(features, torch.tensor([[0.3, 0.2, 0.1, 0.25]]), (4, 2), 25.0)
-    assert found.order[0].tolist() == [0, 2, 3, 1]
-    assert found.heirs[0, 2:].tolist() == [0, 0]
+def test_who_took_over_much_stays():
+    # three alike and one apart: once two of the three are joined they outweigh it
+    unit = torch.eye(4)
+    features = torch.stack((unit[0], unit[0] + 0.05 * unit[1], unit[2], unit[2] + 0.3 * unit[3])).unsqueeze(0)
+    score = torch.tensor([[0.1, 0.0, 0.3, 0.2]])
+    first, second = plan(features, score, (4, 3, 2), 1.0).order[0, [3, 2]].tolist()
+    assert (first, second) == (1, 3)
 
 
 def test_heirs_stay_when_those_leave_who_name_them():

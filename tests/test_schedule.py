@@ -123,13 +123,13 @@ def test_counts_fall_faster_at_first_with_a_power_below_one():
 
 def test_planning_ahead_is_counted():
     counts = (8, 8, 5, 2)
-    pairs = 8**2
+    joined, ranked = 3 * 5 + 3 * 2, 8**2 + 5**2
     assert Planning(compares=False).multiply_adds(counts, 32, 1) == 0
-    assert Planning(ranks=False).multiply_adds(counts, 32, 1) == pairs * 32
-    assert Planning(4).multiply_adds(counts, 32, 1) == 8 * 32 * 4 + 2 * pairs * 4
+    assert Planning(ranks=False).multiply_adds(counts, 32, 1) == joined * 32
+    assert Planning(4).multiply_adds(counts, 32, 1) == 8 * 32 * 4 + joined * 4 + ranked * 5
     block = 9 * (32 * 16 + 8 * 16**2) + 2 * 81 * 16 + 8 * 16
     assert Planning(4, 16, compares=False).multiply_adds(counts, 32, 1) == block
-    assert Planning(4, 16, ranks=False).multiply_adds(counts, 32, 1) == block + 8 * 4 * (32 + 16) + pairs * 4
+    assert Planning(4, 16, ranks=False).multiply_adds(counts, 32, 1) == block + 8 * 4 * (32 + 16) + joined * 4
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Shapes: B images, P prefix tokens, N patches, C channels of the features, K time
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.lives import highest_first, normalise_life, take_rows
-from slimcli.life.tables import place_table, table
+from slimcli.life.lives import exports_to_onnx, highest_first, normalise_life, take_rows
+from slimcli.life.tables import place_table, row_table, table
+from slimcli.schedule.counts import PLANNING_ROUNDS, planned_counts
 
 #: the highest exponent of a patch's mass: what a few outliers weigh is finite then
 MOST = 40.0
-#: added to the variance of a patch's features: what says nothing is like nothing
-LEAST_VARIANCE = 1e-12
-#: passes in which it is found what each patch costs to do without
-PASSES = 3
 
 
 class Plan(NamedTuple):
@@ -43,61 +41,50 @@ def plan(
 ) -> Plan:
     """Decide ahead, for falling patch counts N, N', N'', ..., who leaves, and to which patch that stays it is added.
 
-    Joining patch i to a more important patch j costs sqrt(m_i m_j) (1 - r(f_i, f_j)): the mass m of a patch is
-    exp(s / `redundancy`), with s its standardised `score` (B, N), and r the correlation of their `features`
-    (B, N, C). A patch is cheap where joining it to one that is still there costs little (`_heights`), and the cheapest
-    leave first: agglomerative clustering, from one product of all pairs. With `redundancy` 0 the least important
-    leave, whether they are like others or not. Each is added to the patch most like it among those that leave at a
-    later time or never, and weighs exp(`merge_importance` s) in the mean.
+    A patch stands for a group: at first itself, later also those that it took over. Whenever patches leave, those go
+    first whose group is cheapest to join to the group of a more important patch, at the cost
+    sqrt(m_i m_j) (1 - cos(f_i, f_j)): the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with
+    s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by
+    exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
+    clustering, close to Ward's, in four rounds at most: those that leave between two of `planned_counts` are decided
+    on together, the cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the
+    least important leave, whether they are like others or not.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
+    ranked, names = _ranked(standard)
     weight = _power(standard, merge_importance) if merge_importance else None
-    unit = _unit(features)
-    order = highest_first(_heights(unit, standard, redundancy) if redundancy > 0 else standard)
-    unit = take_rows(unit, order)
-    heirs = torch.baddbmm(_not_later(tuple(counts), unit.device), unit, unit.transpose(1, 2)).argmax(dim=-1)
+    features = features.float()
+    groups = take_rows(features if weight is None else features * weight.unsqueeze(-1), names)
+    if redundancy > 0:
+        groups = torch.cat((groups, _power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
+    left: list[tuple[Tensor, Tensor]] = []
+    for n, stay in itertools.pairwise(planned_counts(counts)):
+        unit = F.normalize(groups[..., : features.shape[-1]], dim=-1)
+        if redundancy > 0:
+            order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
+            names = names.gather(1, order)
+            rows = (order + row_table(order.shape[0], n, order.device)).flatten()
+            unit = unit.flatten(0, 1).index_select(0, rows).view(unit.shape)
+            if stay > counts[-1]:
+                groups = groups.flatten(0, 1).index_select(0, rows).view(groups.shape)
+        heirs = torch.bmm(unit[:, stay:], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
+        left.append((names[:, stay:], names.gather(1, heirs)))
+        names = names[:, :stay]
+        if stay > counts[-1]:
+            where = heirs.unsqueeze(-1).expand(-1, -1, groups.shape[-1])
+            groups = groups[:, :stay].scatter_add(1, where, groups[:, stay:])
+    order, heirs = (torch.cat((names, *parts[::-1]), dim=1) for parts in zip(*left, strict=True))
+    places = place_table(order.shape[1], order.device).expand_as(order)
+    heirs = places.scatter(1, order, places).gather(1, heirs)
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
 
 
-def _unit(features: Tensor) -> Tensor:
-    """Features (B, N, C), their means taken out, in float32 and of length 1: their products are correlations."""
-    features = features.float()
-    channels, device = features.shape[-1], features.device
-    scale = table(lambda: torch.full((channels,), channels**-0.5, device=device), "unit", channels, device)
-    return F.layer_norm(features, (channels,), scale, None, LEAST_VARIANCE)
-
-
-def _heights(unit: Tensor, standard: Tensor, redundancy: float) -> Tensor:
-    """What it costs to do without each patch (B, N); without end for the most important.
-
-    The least cost of joining it to a more important one that is still there then, which is one that it costs more to
-    do without. Who that is depends on the answer: found in `PASSES` passes, the first as if all were there.
-    """
-    root = _power(standard, 0.5 / redundancy).unsqueeze(-1)
-    scaled = root * unit
-    # sqrt(m_i m_j), less the same times the correlation
-    cost = torch.baddbmm(root * root.transpose(1, 2), scaled, scaled.transpose(1, 2), alpha=-1)
-    cost = cost.masked_fill(standard.unsqueeze(1) <= standard.unsqueeze(2), float("inf"))
-    height = cost.amin(dim=-1)
-    for _ in range(PASSES - 1):
-        height = cost.masked_fill(cost >= height.unsqueeze(1), float("inf")).amin(dim=-1)
-    return height
-
-
-def _not_later(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """(1, N, N), to be added to how like patches are, in the order in which they leave: -inf where the patch of the
-    column leaves when that of the row does, or before; 0 where it leaves later, and between those that never leave.
-    """
-
-    def make() -> Tensor:
-        # how many stay when each patch leaves
-        stay = torch.tensor(
-            [max((n for n in counts[1:] if n <= place), default=counts[0]) for place in range(counts[0])]
-        )
-        no = torch.arange(counts[0]) >= stay.unsqueeze(1)
-        return torch.zeros(no.shape).masked_fill(no, float("-inf")).unsqueeze(0).to(device)
-
-    return table(make, "not later", counts, device)
+def _ranked(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (B, n), the highest first, and their indices, as `highest_first` has them."""
+    if not exports_to_onnx():
+        return values.sort(dim=-1, descending=True, stable=True)
+    places = highest_first(values)
+    return values.gather(1, places), places
 
 
 def _power(standard: Tensor, times: float) -> Tensor:
@@ -107,6 +94,22 @@ def _power(standard: Tensor, times: float) -> Tensor:
     if abs(times) * math.sqrt(standard.shape[1]) > MOST:
         exponent = exponent.clamp(-MOST, MOST)
     return exponent.exp()
+
+
+def _cheapest_last(unit: Tensor, root: Tensor, stay: int) -> Tensor:
+    """Places (B, n): the `stay` groups dearest to join, in the order they have, then the others, dearest first.
+
+    `unit` (B, n, C) are the groups' features, of length 1, and `root` (B, n, 1) the roots of their masses.
+    """
+    n, device = unit.shape[1], unit.device
+    # the most important come first: nobody joins one that comes later
+    not_before = table(lambda: torch.full((n, n), float("inf"), device=device).triu(), "not before", n, device)
+    # sqrt(m_i m_j), less the same times the cosine
+    apart = torch.baddbmm(not_before, root, root.transpose(1, 2))
+    scaled = root * unit
+    cost = torch.baddbmm(apart, scaled, scaled.transpose(1, 2), alpha=-1).amin(dim=-1)
+    dearest = highest_first(cost)
+    return torch.cat((dearest[:, :stay].sort(dim=-1).values, dearest[:, stay:]), dim=1)
 
 
 class Shares(NamedTuple):
@@ -137,8 +140,8 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     gone = table(lambda: places >= prefix + torch.tensor(counts, device=device).unsqueeze(1), "gone", *key)
     heir = torch.where(gone, heirs.unsqueeze(1), places)
     part_of = heir
-    # one that took over leaves to an heir of its own, at a later time
-    for _ in range((times - 1).bit_length()):
+    # one that took over leaves to an heir of its own, once a round
+    for _ in range((min(times, PLANNING_ROUNDS) - 1).bit_length()):
         part_of = part_of.gather(2, part_of)
     ones = table(lambda: torch.ones(tokens, device=device), "ones", tokens, device)
     nothing = table(lambda: torch.zeros(tokens, tokens, device=device, dtype=dtype), "zeros", tokens, dtype, device)

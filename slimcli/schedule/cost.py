@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slimcli.schedule.counts import planned_counts
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -121,7 +123,8 @@ class Planning:
             return total
         total += patches * self.similarity_dim * (embed_dim + width)
         channels = self.similarity_dim or embed_dim
-        total += patches**2 * channels * (2 if self.ranks else 1)
+        for n, stay in itertools.pairwise(planned_counts(counts)):
+            total += (n - stay) * stay * channels + (n**2 * (channels + 1) if self.ranks else 0)
         for n, stay in itertools.pairwise(dict.fromkeys(counts)):
             total += (n - stay) * (num_prefix_tokens + stay) * embed_dim if self.adds else 0
         return total

@@ -6,7 +6,7 @@ Layers are counted from 1, as in the paper. Plain Python: no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def patches_per_layer(num_patches: int, depth: int, drops: Sequence[tuple[int, float]]) -> tuple[int, ...]:
@@ -81,3 +81,18 @@ def life_moments(counts: Sequence[int]) -> tuple[float, float]:
     mean = sum(t * p for t, p in enumerate(shares, 1))
     variance = sum((t - mean) ** 2 * p for t, p in enumerate(shares, 1))
     return mean, math.sqrt(max(variance, 0.0))
+
+
+#: in how many rounds who leaves and who takes over is decided, however often patches leave
+PLANNING_ROUNDS = 4
+
+
+def planned_counts(counts: Iterable[int]) -> tuple[int, ...]:
+    """Of the falling patch counts N_1..N_L those, five at most, at which it is decided anew who leaves next.
+
+    The first, the last, and those that lie evenly between them in the number of times that patches leave.
+    """
+    steps = tuple(dict.fromkeys(counts))
+    times = len(steps) - 1
+    rounds = min(times, PLANNING_ROUNDS)
+    return tuple(steps[round(i * times / rounds)] for i in range(rounds + 1)) if rounds else steps
