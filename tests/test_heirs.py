@@ -52,8 +52,8 @@ def slow_plan(features, score, counts, redundancy, importance):
         weights = (importance * standard[groups[i]]).exp()
         return (weights[:, None] * features[groups[i]]).sum(0) / weights.sum()
 
-    def cosine(i, j):
-        return F.cosine_similarity(mean(i), mean(j), dim=0)
+    def alike(i, j):
+        return F.cosine_similarity(mean(i) - mean(i).mean(), mean(j) - mean(j).mean(), dim=0)
 
     def mass(i):
         return (standard[groups[i]] / redundancy).exp().sum()
@@ -62,13 +62,13 @@ def slow_plan(features, score, counts, redundancy, importance):
         if redundancy == 0:
             return standard[i]
         above = [j for j in groups if standard[j] > standard[i]]
-        return min(((mass(i) * mass(j)).sqrt() * (1 - cosine(i, j)) for j in above), default=math.inf)
+        return min(((mass(i) * mass(j)).sqrt() * (1 - alike(i, j)) for j in above), default=math.inf)
 
     for stay in dict.fromkeys(counts[1:]):
         ranked = sorted(groups, key=lambda i: float(cost(i)), reverse=True)
         leave = ranked[stay:]
         for i in leave:
-            heirs[i] = max(ranked[:stay], key=lambda j, i=i: float(cosine(i, j)))
+            heirs[i] = max(ranked[:stay], key=lambda j, i=i: float(alike(i, j)))
         order = leave + order
         for i in leave:
             groups[heirs[i]] = groups[heirs[i]] + groups[i]

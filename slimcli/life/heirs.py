@@ -20,6 +20,8 @@ from slimcli.schedule.counts import PLANNING_ROUNDS, planned_counts
 
 #: the highest exponent of a patch's mass: what a few outliers weigh is finite then
 MOST = 40.0
+#: added to the variance of a patch's features: what says nothing is like nothing
+LEAST_VARIANCE = 1e-12
 
 
 class Plan(NamedTuple):
@@ -43,9 +45,9 @@ def plan(
 
     A patch stands for a group: at first itself, later also those that it took over. Whenever patches leave, those go
     first whose group is cheapest to join to the group of a more important patch, at the cost
-    sqrt(m_i m_j) (1 - cos(f_i, f_j)): the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with
-    s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by
-    exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
+    sqrt(m_i m_j) (1 - r(f_i, f_j)), with r the correlation: the mass m of a group is the sum of exp(s / `redundancy`)
+    over its patches, with s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted
+    by exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
     clustering, close to Ward's, in four rounds at most: those that leave between two of `planned_counts` are decided
     on together, the cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the
     least important leave, whether they are like others or not.
@@ -59,7 +61,7 @@ def plan(
         groups = torch.cat((groups, _power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
     left: list[tuple[Tensor, Tensor]] = []
     for n, stay in itertools.pairwise(planned_counts(counts)):
-        unit = F.normalize(groups[..., : features.shape[-1]], dim=-1)
+        unit = _unit(groups[..., : features.shape[-1]])
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
@@ -77,6 +79,13 @@ def plan(
     places = place_table(order.shape[1], order.device).expand_as(order)
     heirs = places.scatter(1, order, places).gather(1, heirs)
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features (B, n, C), their means taken out, and of length 1: their products are correlations."""
+    channels, device = features.shape[-1], features.device
+    scale = table(lambda: torch.full((channels,), channels**-0.5, device=device), "unit", channels, device)
+    return F.layer_norm(features, (channels,), scale, None, LEAST_VARIANCE)
 
 
 def _ranked(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +113,7 @@ def _cheapest_last(unit: Tensor, root: Tensor, stay: int) -> Tensor:
     n, device = unit.shape[1], unit.device
     # the most important come first: nobody joins one that comes later
     not_before = table(lambda: torch.full((n, n), float("inf"), device=device).triu(), "not before", n, device)
-    # sqrt(m_i m_j), less the same times the cosine
+    # sqrt(m_i m_j), less the same times the correlation
     apart = torch.baddbmm(not_before, root, root.transpose(1, 2))
     scaled = root * unit
     cost = torch.baddbmm(apart, scaled, scaled.transpose(1, 2), alpha=-1).amin(dim=-1)
