@@ -44,13 +44,13 @@ def plan(
     """Decide ahead, for falling patch counts N, N', N'', ..., who leaves, and to which patch that stays it is added.
 
     A patch stands for a group: at first itself, later also those that it took over. Whenever patches leave, those go
-    first whose group is cheapest to join to the group of a more important patch, at the cost
-    sqrt(m_i m_j) (1 - r(f_i, f_j)), with r the correlation: the mass m of a group is the sum of exp(s / `redundancy`)
-    over its patches, with s their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted
-    by exp(`merge_importance` s). Each is added to the group most like its own among those that stay. It is agglomerative
-    clustering, close to Ward's, in four rounds at most: those that leave between two of `planned_counts` are decided
-    on together, the cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the
-    least important leave, whether they are like others or not.
+    first whose group is cheapest to join to the group of a more important patch, at the cost sqrt(m_i m_j) (1 - r(f_i,
+    f_j)), with r the correlation: the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with s
+    their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by exp(`merge_importance`
+    s). Each is added to the group most like its own among those that stay. It is agglomerative clustering, close to
+    Ward's, in four rounds at most: those that leave between two of `planned_counts` are decided on together, the
+    cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the least important
+    leave, whether they are like others or not.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
     ranked, names = _ranked(standard)
