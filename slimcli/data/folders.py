@@ -93,13 +93,7 @@ def open_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:
 
 def open_tar(path: Path) -> tuple[TarImages, list[str], list[str]]:
     """The images of a split's .tar, its class names, and notes of what was skipped. Raises `DataError`."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members, folders, notes = members_of(path, tar)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a .tar of images ({error}): expected one that is whole and not compressed"
-        ) from error
+    members, folders, notes = members_of(path)
     files = list(members)
     leading = _leading(path, files)
     depth = len(leading)
@@ -248,12 +242,22 @@ def _entries(path: str) -> Iterator[os.DirEntry[str]]:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 
 
-def members_of(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, int]], set[Parts], list[str]]:
+def members_of(path: Path) -> tuple[dict[Parts, tuple[int, int]], set[Parts], list[str]]:
     """Of each file in a .tar where its bytes begin and how many they are, all folders, and notes.
 
     Of a name that comes twice the last counts, as for tar itself. Links are resolved within the .tar; a .tar in it is
-    read as a folder of its name.
+    read as a folder of its name. Raises `DataError`.
     """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return _members(path, tar)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a .tar of images ({error}): expected one that is whole and not compressed"
+        ) from error
+
+
+def _members(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int, int]], set[Parts], list[str]]:
     members: dict[Parts, tuple[int, int]] = {}
     links: dict[Parts, Parts] = {}
     folders: set[Parts] = set()
@@ -271,7 +275,7 @@ def members_of(path: Path, tar: tarfile.TarFile) -> tuple[dict[Parts, tuple[int,
         elif member.isfile() and parts[-1].lower().endswith(".tar"):
             inner = tar.extractfile(member)
             with tarfile.open(fileobj=inner, mode="r:") as child:
-                below, _, _ = members_of(path / member.name, child)
+                below, _, _ = _members(path / member.name, child)
             stem = (*parts[:-1], parts[-1][:-4])
             members |= {(*stem, *rest): (member.offset_data + at, size) for rest, (at, size) in below.items()}
         elif member.isfile():

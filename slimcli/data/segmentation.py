@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,13 +170,7 @@ def _files(root: Path) -> tuple[dict[Parts, Place], list[str]]:
     if root.is_dir():
         _, found, notes = walk(root)
         return {parts: Place(os.path.join(root, *parts), os.path.join(root, *parts)) for parts in found}, notes  # noqa: PTH118
-    try:
-        with tarfile.open(root, "r:") as tar:
-            members, _, notes = members_of(root, tar)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"{root}: cannot be read as a .tar of images ({error}): expected one that is whole and not compressed"
-        ) from error
+    members, _, notes = members_of(root)
     return {
         parts: Place(f"{root}/{'/'.join(parts)}", str(root), start, size) for parts, (start, size) in members.items()
     }, notes
