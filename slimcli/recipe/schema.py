@@ -142,10 +142,10 @@ class StageSection(Section):
     epochs: PositiveInt = 1
     lr: LearningRate | None = Field(None, description="needed by every mode but 'calibrate'")
     backbone_lr: LearningRate | None = Field(None, description="for learns = 'both'; lr by default")
-    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    warmup_lr: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    min_lr: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    warmup_lr: Annotated[float, Field(ge=0, le=1e30)] = 0.0
+    min_lr: Annotated[float, Field(ge=0, le=1e30)] = 0.0
     schedule: Literal["cosine", "tanh", "step", "poly", "constant"] = "cosine"
 
     @model_validator(mode="after")

@@ -19,7 +19,8 @@ PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 ImageSize = Annotated[int, Field(ge=1, le=16384)]
 #: patches of such an image, with 8 pixels a side
 Patches = Annotated[int, Field(ge=1, le=2048 * 2048)]
-LearningRate = Annotated[float, Field(gt=0, le=1000)]
+#: above, no step is a number in float32
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 #: of a softmax or a sigmoid: outside, float32 has only zeros and ones, or no differences
 Temperature = Annotated[float, Field(ge=1e-3, le=1e4)]
 #: an exponent or a weight of scores
