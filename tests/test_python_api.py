@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slimcli
 from slimcli.backbones.timm_vit import DIGITS_VIT
+from slimcli.calibration.goal import Cost
+from slimcli.calibration.search import search
+from slimcli.errors import SlimError
 
 
 @pytest.fixture
@@ -212,3 +215,8 @@ def test_methods_are_compared_in_a_folder(tiny_recipe, tmp_path, monkeypatch):
     found = slimcli.compare_methods(tiny_recipe, methods=["tome", "random"], keep_rates=0.7, limit=8)
     assert [line.title for line in found.lines] == ["dense", "tome", "random"]
     assert (found.folder / "compare.md").is_file()
+
+
+def test_a_goal_that_no_schedule_reaches_is_told_in_multiply_adds():
+    with pytest.raises(SlimError, match=r"^2e-06 G multiply-adds: no schedule of this model comes to that"):
+        search(slimcli.slim(tiny_vit(), 0.5, life_layer=1), Cost(2e3), [1, 2], lambda *_: None)

@@ -28,6 +28,9 @@ class Cost:
 
     multiply_adds: float
 
+    def __str__(self) -> str:
+        return f"{self.multiply_adds / 1e9:.3g} G multiply-adds"
+
 
 def falling_schedule(model: SlimModel, goal: Cost, life_layer: int, power: float) -> Schedule | None:
     """The schedule of `falling_counts` that keeps as many patches as the goal allows; None if none is so steep."""

@@ -259,7 +259,10 @@ def _calibrate(cell: Cell, plan: dict[Cell, SlimModel], session: Session, progre
     torch.manual_seed(session.recipe.seed if cell.seed is None else cell.seed)
     cost = Cost(allowed(cell, target.model))
     fit_on, check_on, count = images_to_fit(session, FIT_IMAGES, CHECK_IMAGES, FIT_BATCH)
-    fit_and_search(target.model, cost, fit_on, check_on, count, session.device, session.dtype, progress)
+    purpose = "patches" if target.model.segments else "class"
+    fit_and_search(
+        target.model, cost, fit_on, check_on, count, session.device, session.dtype, progress, purpose=purpose
+    )
     plan[cell] = target.model.with_schedule(target.model.schedule)
 
 
