@@ -13,7 +13,7 @@ def real(shared):
     return [*data, "--set", f"model.weights={weights}"]
 
 
-def test_calibration_makes_the_real_model_cheaper_and_keeps_its_accuracy(slim, real):
+def test_calibration_makes_the_real_model_cheaper_and_keeps_its_accuracy(slim, real, well_taught):
     words = ["cifar10-dinov2-small", *real, "--keep-rate", "0.7", "--images", 64]
     report = document(slim("calibrate", *words, "--limit", 64, "--batch-size", 16, "--json"))
     dense, slimmed = report["rows"]

@@ -111,13 +111,15 @@ class HeadStage(Stage):
         loader = datasets.eval_loader(images, session.prepare, self._batch_size, session.workers, session.device)
         patches, targets = [], []
         model.eval()
-        for done, (batch, labels) in enumerate(loader):
-            progress("computing features", done, len(loader) * (1 + STEP_SHARE * self.section.epochs))
-            with session.accelerator.autocast(), model.running(mode="none"):
-                patches.append(model.patch_map(batch.to(session.device)).half().cpu())
-            # the middle pixel of each square, in as few bytes as numbers of classes need
-            targets.append(labels[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].to(torch.int32))
-        images.flip = flip
+        try:
+            for done, (batch, labels) in enumerate(loader):
+                progress("computing features", done, len(loader) * (1 + STEP_SHARE * self.section.epochs))
+                with session.accelerator.autocast(), model.running(mode="none"):
+                    patches.append(model.patch_map(batch.to(session.device)).half().cpu())
+                # the middle pixel of each square, in as few bytes as numbers of classes need
+                targets.append(labels[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].to(torch.int32))
+        finally:
+            images.flip = flip
         return torch.cat(patches), torch.cat(targets)
 
     def _learn(self, patches: Tensor, targets: Tensor, control: Control, progress: Any) -> tuple[float, float]:
