@@ -70,7 +70,7 @@ def test_the_life_head_is_calibrated_where_the_recipe_brings_none(slim, tiny_rec
     words = ["compare", tiny_recipe, "--methods", "life", "--limit", 16, "--batch-size", 8]
     calls = []
     real = cells.fit_and_search
-    monkeypatch.setattr(cells, "fit_and_search", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(cells, "fit_and_search", lambda *args, **words: calls.append(1) or real(*args, **words))
     assert slim(*words, "--set", "slimming.keep_rate=0.6").exit_code == 0
     assert calls == [1]
     slim("calibrate", tiny_recipe, "--images", 64, "--limit", 20, "-o", "calibrated")
