@@ -7,22 +7,19 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimcli import data as datasets
 from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
 from slimcli.calibration.search import BRIEF, STEPS, Calibration, fit_and_search
 from slimcli.calibration.workflow import Goal, aim
 from slimcli.device import find_dtype
-from slimcli.errors import Interrupted
 from slimcli.measure.evaluation import first_images
 from slimcli.progress import Progress
 from slimcli.store.model_folder import slimming_config
 from slimcli.training.checkpoint import adopt_slimming, seed_epoch
-from slimcli.training.control import Control, Stopped
-from slimcli.training.run import Position, Run
-from slimcli.training.stages import Stage
-from slimcli.training.validation import scores_text, validate
+from slimcli.training.control import Control
+from slimcli.training.undivided import UndividedStage
 
 #: candidates that a search runs over the check images, and what of a forward pass each takes
 CANDIDATES, CANDIDATE_SHARE = 17, 0.6
@@ -30,7 +27,7 @@ CANDIDATES, CANDIDATE_SHARE = 17, 0.6
 FIT_SHARE = 0.2
 
 
-class CalibrationStage(Stage):
+class CalibrationStage(UndividedStage):
     """Does what `slim calibrate` does, on the training images, at the cost of the recipe's schedule."""
 
     @property
@@ -38,11 +35,11 @@ class CalibrationStage(Stage):
         return 0
 
     @property
-    def work(self) -> float:
-        return self._search_work + len(self.session.check_on)
+    def taught(self) -> nn.Module:
+        return self.session.model.selector
 
     @property
-    def _search_work(self) -> float:
+    def teaching(self) -> float:
         count, checked, batch = self._numbers()
         steps = min(max(count, STEPS[0]), STEPS[1])
         layers = len(self._life_layers())
@@ -64,41 +61,19 @@ class CalibrationStage(Stage):
         fit, check = share_out(wanted, len(session.train_set))
         return fit, check, min(session.recipe.data.batch_size, MOST_IN_A_BATCH)
 
-    def run(self, run: Run, state: dict[str, Any] | None, control: Control) -> None:
-        session, model = self.session, self.session.model
-        accelerator = session.accelerator
-        begin = time.perf_counter()
-        label = f"stage {self.number + 1}  "
-        try:
-            done = self._calibrate(control.watched(control.work.part(self._search_work, label), accelerator))
-            progress = control.watched(control.work.part(len(session.check_on), label), accelerator)
-            found = validate(session, model, "hard", progress)
-        except Stopped:
-            # nothing of it is kept: it begins again
-            if state is None and run.best_epoch is None:
-                run.checkpoint(model)
-            raise Interrupted(str(run.folder)) from None
-        best, seconds = done.tried[0], time.perf_counter() - begin
-        row = {
-            **self.row(0),
-            "batch": len(session.learn_from),
+    def teach(self, control: Control, progress: Progress) -> tuple[dict[str, Any], str]:
+        done, model = self._calibrate(progress), self.session.model
+        best = done.tried[0]
+        found = {
+            "batch": len(self.session.learn_from),
             "images": self._numbers()[0],
             "apart": round(best.apart, 5),
             "agreement": round(best.agreement, 2),
-            "seconds": round(seconds, 2),
         }
-        values = {f"val_{key}": value for key, value in found.row().items()}
-        run.add({"event": "epoch", **row, **values}, (self.epochs_before + 1) * len(session.learn_from))
-        run.save(model, found.score, (self.number + 1, 1))
         counts = " ".join(str(count) for count in model.patches_per_layer[model.schedule.life_layer :])
-        control.log(
-            f"{self.title}: life layer {model.schedule.life_layer}, then {counts} patches, the best of "
-            f"{len(done.tried)} ways tried; slim val {scores_text(found.row())}, {seconds:.0f} s"
+        return found, (
+            f"life layer {model.schedule.life_layer}, then {counts} patches, the best of {len(done.tried)} ways tried"
         )
-        run.position = Position(stage=self.number + 1)
-        run.checkpoint(model)
-        if control.stopping(accelerator):
-            raise Interrupted(str(run.folder))
 
     def _calibrate(self, progress: Progress) -> Calibration:
         """Calibrate a copy of the model, which may be rounded to another dtype, and adopt what it found."""
@@ -151,4 +126,4 @@ class CalibrationStage(Stage):
             with model.running(mode="none"):
                 model.logits(images)
             times.append(time.perf_counter() - clock)
-        return min(times) / len(images) * session.recipe.data.batch_size * self._search_work
+        return min(times) / len(images) * session.recipe.data.batch_size * self.teaching

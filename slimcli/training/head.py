@@ -6,13 +6,14 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimcli import data as datasets
 from slimcli.data.segmentation import Scenes
-from slimcli.errors import Interrupted, SlimError
+from slimcli.errors import SlimError
+from slimcli.progress import Progress
 from slimcli.training.checkpoint import seed_epoch
-from slimcli.training.control import Control, Stopped
+from slimcli.training.control import Control
 from slimcli.training.optimizer import (
     choose_parameters,
     make_optimizer,
@@ -20,10 +21,9 @@ from slimcli.training.optimizer import (
     segmenter_that_learns,
     set_training,
 )
-from slimcli.training.run import Position, Run
-from slimcli.training.stages import Stage
 from slimcli.training.tasks import segment_loss
-from slimcli.training.validation import scores_text, validate
+from slimcli.training.undivided import UndividedStage
+from slimcli.training.validation import scores_text
 
 #: every which pixel, across and down, the head learns from: those between tell it little more
 STRIDE = 4
@@ -31,8 +31,10 @@ STRIDE = 4
 STEP_SHARE = 0.02
 
 
-class HeadStage(Stage):
+class HeadStage(UndividedStage):
     """Teaches the segmentation head on kept features, without augmentation."""
+
+    validated_mode = "none"
 
     @property
     def batches(self) -> int:
@@ -48,50 +50,20 @@ class HeadStage(Stage):
         return self.section.epochs * self.batches
 
     @property
-    def work(self) -> float:
-        return self._learn_work + len(self.session.check_on)
+    def taught(self) -> nn.Module:
+        return segmenter_that_learns(self.session.model)
 
     @property
-    def _learn_work(self) -> float:
+    def teaching(self) -> float:
         return self.batches * (1 + STEP_SHARE * self.section.epochs)
 
-    def run(self, run: Run, state: dict[str, Any] | None, control: Control) -> None:
-        session, model = self.session, self.session.model
-        accelerator = session.accelerator
-        begin = time.perf_counter()
-        progress = control.watched(control.work.part(self._learn_work, f"stage {self.number + 1}  "), accelerator)
-        before = {name: value.clone() for name, value in segmenter_that_learns(model).state_dict().items()}
-        try:
-            loss, hits = self._learn(*self._features(progress), control, progress)
-            check = control.watched(control.work.part(len(session.check_on), f"stage {self.number + 1}  "), accelerator)
-            found = validate(session, model, "none", check)
-        except Stopped:
-            # nothing of it is kept: it begins again
-            segmenter_that_learns(model).load_state_dict(before)
-            run.checkpoint(model)
-            raise Interrupted(str(run.folder)) from None
-        seconds = time.perf_counter() - begin
-        row = {
-            **self.row(self.section.epochs - 1),
-            "batch": self.batches,
-            "loss": round(loss, 5),
-            "pixel_accuracy": round(100 * hits, 3),
-            "seconds": round(seconds, 2),
-        }
-        values = {f"val_{key}": value for key, value in found.row().items()}
-        run.add({"event": "epoch", **row, **values}, (self.epochs_before + self.section.epochs) * self.batches)
-        run.save(model, found.score, (self.number + 1, self.section.epochs))
-        control.log(
-            f"{self.title}: loss {loss:.4f}, train {scores_text(row)}, dense val {scores_text(found.row())}, "
-            f"{seconds:.0f} s"
-        )
-        run.position = Position(stage=self.number + 1)
-        run.checkpoint(model)
-        if control.stopping(accelerator):
-            raise Interrupted(str(run.folder))
+    def teach(self, control: Control, progress: Progress) -> tuple[dict[str, Any], str]:
+        loss, hits = self._learn(*self._features(progress), control, progress)
+        found = {"batch": self.batches, "loss": round(loss, 5), "pixel_accuracy": round(100 * hits, 3)}
+        return found, f"loss {loss:.4f}, train {scores_text(found)}"
 
     @torch.no_grad()
-    def _features(self, progress: Any) -> tuple[Tensor, Tensor]:
+    def _features(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """Of every training image the dense model's patches (n, D, rows, columns), in float16, and targets (n, h, w).
 
         Raises:
@@ -122,7 +94,7 @@ class HeadStage(Stage):
             images.flip = flip
         return torch.cat(patches), torch.cat(targets)
 
-    def _learn(self, patches: Tensor, targets: Tensor, control: Control, progress: Any) -> tuple[float, float]:
+    def _learn(self, patches: Tensor, targets: Tensor, control: Control, progress: Progress) -> tuple[float, float]:
         """Teach the head; return the mean loss and the share of right pixels of the last epoch."""
         session, model, section = self.session, self.session.model, self.section
         choose_parameters(model, section)
@@ -159,4 +131,4 @@ class HeadStage(Stage):
         clock = time.perf_counter()
         with session.accelerator.autocast(), model.running(mode="none"):
             model.patch_map(images)
-        return (time.perf_counter() - clock) / len(images) * self._batch_size * self._learn_work
+        return (time.perf_counter() - clock) / len(images) * self._batch_size * self.teaching
