@@ -22,8 +22,9 @@ from slimcli.data.read import read_image
 from slimcli.deployment import export as exporting
 from slimcli.deployment.export import Checked, Inexact, export_model
 from slimcli.deployment.prediction import predictor_of_export
+from slimcli.errors import SlimError
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime, runtimes
-from slimcli.runtimes.onnx import graph
+from slimcli.runtimes.onnx import check_free, graph
 from slimcli.session.session import Request, open_session
 from slimcli.store.model_folder import save_model
 
@@ -344,3 +345,11 @@ def test_predict_says_what_it_cannot_do(refused, exported, photograph):
     assert "no effect" in refused("predict", photograph, "--model", exported, "--keep-rate", "0.5")
     assert "no embeddings" in refused("predict", photograph, "--model", exported, "--embeddings", "a.npz")
     assert "expected a name" in refused("predict", photograph, "--embeddings", "a.txt")
+
+
+def test_a_graph_that_kept_the_number_of_images_is_no_export_for_any_number():
+    model = Forward(planned())
+    value = partial(onnx.helper.make_tensor_value_info, "images", onnx.TensorProto.FLOAT)
+    check_free(value(["batch", 3, 32, 32]), model)
+    with pytest.raises(SlimError, match=r"any number of images: its code reads how many .* batch_size"):
+        check_free(value([2, 3, 32, 32]), model)

@@ -1,5 +1,7 @@
 """Semantic segmentation: images beside label maps, a head on all patches, and what is measured of class maps."""
 
+import contextlib
+import io
 import json
 import shutil
 import tarfile
@@ -16,10 +18,13 @@ from slimcli.backbones.segmenter import add_segmenter
 from slimcli.calibration import search
 from slimcli.data import open_dataset
 from slimcli.data.segmentation import IGNORED
+from slimcli.deployment.export import export_model
+from slimcli.deployment.prediction import predictor_of_model
 from slimcli.measure.evaluation import evaluate
 from slimcli.measure.segments import Segments, jackknife, miou
 from slimcli.plugins import build_model, find_backbone
 from slimcli.recipe import DataSection, load_recipe
+from slimcli.runtimes import find_runtime
 from slimcli.slimming import rival
 
 CLASSES = ["wall", "door", "floor"]
@@ -163,6 +168,56 @@ def test_all_commands_take_a_run_with_a_head(trained, slim, tmp_path, monkeypatc
     assert "mIoU (%)" in (tmp_path / "table" / "compare.md").read_text()
     result = slim("profile", "calibrated", "--seconds", "0", "--batch-size", "1", "--device", "cpu")
     assert result.exit_code == 0, result.output
+
+
+def test_class_maps_are_predicted_in_the_size_of_the_photograph(trained, rooms, slim, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, images = str(trained[0]), rooms / "val" / "images"
+    result = slim("predict", images, "--model", run, "--keep-rate", "0.7", "--maps", "maps", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["images"]
+    shares = {row["class"]: row["probability"] for row in rows[0]["classes"]}
+    assert set(shares) <= set(CLASSES) and sum(shares.values()) == pytest.approx(1, abs=1e-4)
+    model = slimcli.load(run)
+    model.keep_rate = 0.7
+    for row in rows:
+        own = images / row["image"].rpartition("/")[2]
+        with Image.open(tmp_path / "maps" / str(own).lstrip("/")) as labels, Image.open(own) as picture:
+            assert labels.size == picture.size and labels.mode == "P"
+            large = F.interpolate(model(model.transform()(own)[None]), (48, 80), mode="bilinear", align_corners=False)
+            assert (numpy.array(labels) == large.argmax(dim=1)[0].numpy()).mean() > 0.999
+    # what is there stays
+    again = slim("predict", images, "--model", run, "--maps", "maps")
+    assert again.exit_code == 2 and "--maps maps: is there already" in again.output
+    other = slim("predict", images, "--model", "quickstart", "--maps", "more")
+    assert other.exit_code == 2 and "has no segmentation head" in other.output and not (tmp_path / "more").exists()
+
+
+def test_an_artefact_gives_class_maps(trained, rooms, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    image, kept = rooms / "val" / "images" / "0.png", slimcli.load(trained[0])
+    args = {"img_size": [24, 40], "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    dense = build_model("vit_tiny_patch16_224", segments=3, **args)
+    model = slimcli.slim(dense, 0.5, life_layer=1, drop_layers=[1]).eval()
+    model.segmenter.load_state_dict(kept.segmenter.state_dict())
+    prepare = kept.transform().prepare
+    config = {"model": {"name": "vit_tiny_patch16_224"}, "preprocessing": prepare, "class_names": CLASSES}
+    inputs = torch.randn(3, 3, 24, 40)
+    checked = export_model(model, find_runtime("onnx"), tmp_path / "artefact", config, [inputs, inputs[:1]])
+    assert checked.images == 4 and checked.agreement > 99.9
+    (given,) = slimcli.open_predictor(tmp_path / "artefact").predict([image])
+    (own,) = predictor_of_model(model, prepare, CLASSES, "own").predict([image])
+    assert given.kind == "maps" and given.output.shape == (3, 24, 40)
+    torch.testing.assert_close(given.output, own.output, atol=1e-4, rtol=1e-4)
+    card = (tmp_path / "artefact" / "README.md").read_text()
+    program = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / "artefact")
+    monkeypatch.setattr("sys.argv", ["card", str(image)])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program, {})
+    name, share = CLASSES[own.top(1)[0][0]], own.top(1)[0][1]
+    assert printed.getvalue().splitlines()[0] == f"{100 * share:.2f} %  {name}"
 
 
 def test_the_backbone_learns_with_its_head_slimmed(trained, rooms):

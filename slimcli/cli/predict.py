@@ -37,6 +37,7 @@ PATH = click.Path(path_type=Path)
     metavar="FILE",
     help="Write embeddings in place of classes: FILE.npz, FILE.safetensors, or Parquet parts to DIR.parquet.",
 )
+@click.option("--maps", type=PATH, metavar="DIR", help="Write each image's class map to DIR, as a PNG of its size.")
 @click.option("--part-rows", type=click.IntRange(min=1), help="Images in a Parquet part.  [default: 4096]")
 @click.option("--shard", metavar="N/M", help="Of M equal shares of the images take the Nth: 3/16.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: 16]")
@@ -53,6 +54,7 @@ def command(
     csv: Path | None,
     parquet: Path | None,
     embeddings: Path | None,
+    maps: Path | None,
     part_rows: int | None,
     shard: str | None,
     batch_size: int | None,
@@ -61,6 +63,8 @@ def command(
 ) -> None:
     """Classes and probabilities of images, or their embeddings.
 
+    With a segmentation head the classes are those of the pixels, with their shares of the image.
+
     IMAGE is a file, a folder (with all folders below it), a .tar of images such as WebDataset's shards
     ('shards/{000..015}.tar' names sixteen), or - for names on stdin, a line each. Results come in that order. An image
     that cannot be read is named and left out, and the exit code is then 1.
@@ -68,7 +72,7 @@ def command(
     from slimcli.deployment.inputs import Inputs, Shard
     from slimcli.deployment.workflow import Output, predict_images
 
-    output = Output(csv, parquet, embeddings, as_json, top, part_rows)
+    output = Output(csv, parquet, embeddings, as_json, top, part_rows, maps)
     output.check()
     inputs = Inputs(images, None if shard is None else Shard.parse(shard), sys.stdin)
     from slimcli.api.prediction import open_predictor

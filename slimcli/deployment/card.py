@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from slimcli.documents import in_markdown
-from slimcli.runtimes.base import EMBEDDINGS, IMAGES, Conversion
+from slimcli.runtimes.base import EMBEDDINGS, IMAGES, MAPS, Conversion
 from slimcli.slimming import SlimModel
 from slimcli.version import __version__
 
@@ -70,12 +70,19 @@ def _program(runtime: str, prepare: dict[str, Any], conversion: Conversion, outp
     hint = {"hint": "bf16" if conversion.precision == "bfloat16" else "f32"}
     fixed = conversion.batch_size
     more = [f"batch = numpy.repeat(batch, {fixed}, axis=0)"] if fixed not in (None, 1) else []
+    chances = (
+        [
+            "pixels = output[0].argmax(axis=0)",
+            "chances = numpy.bincount(pixels.ravel(), minlength=output.shape[1]) / pixels.size",
+        ]
+        if output == MAPS
+        else ["chances = numpy.exp(output[0] - output[0].max())", "chances /= chances.sum()"]
+    )
     printing = (
         ["print(output[0])"]
         if output == EMBEDDINGS
         else [
-            "chances = numpy.exp(output[0] - output[0].max())",
-            "chances /= chances.sum()",
+            *chances,
             'names = json.load(open("config.json", encoding="utf-8"))["class_names"]',
             "for number in chances.argsort()[::-1][:5]:",
             '    print(f"{100 * chances[number]:.2f} %  {names[number] if names else number}")',

@@ -20,6 +20,7 @@ from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable, write_error, write_file, write_json
 from slimcli.progress import Progress, no_progress
 from slimcli.runtimes import Conversion, Forward, Program, Runtime, find_runtime
+from slimcli.runtimes.base import EMBEDDINGS
 from slimcli.runtimes.eager import TorchProgram
 from slimcli.slimming import SlimModel
 from slimcli.store.model_folder import save_model, slimming_config
@@ -133,7 +134,8 @@ def export_model(
         progress("checking", 2, 3)
         program = runtime.open(place, precision)
         try:
-            checked = check(program, TorchProgram(forward, torch.float32), images, forward.classifies, batch_size)
+            own_program = TorchProgram(forward, torch.float32)
+            checked = check(program, own_program, images, forward.output != EMBEDDINGS, batch_size)
         finally:
             program.close()
         if problem := checked.problem(precision):
@@ -186,7 +188,9 @@ def check(
         scale = max(scale, float(expected.abs().max()))
         apart, whole = apart + float((found - expected).abs().sum()), whole + float(expected.abs().sum())
         if classifies:
-            agree += float((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
+            # of class maps the share of equal pixels
+            equal = found.argmax(dim=1) == expected.argmax(dim=1)
+            agree += float(equal.reshape(len(batch), -1).double().mean(dim=1).sum())
         else:
             agree += float(torch.cosine_similarity(found, expected, dim=1).sum())
         count += batch.shape[0]
@@ -222,7 +226,7 @@ class ExportConfig(BaseModel):
     runtime: str
     precision: str
     batch_size: int | None = Field(default=None, gt=0)
-    output: Literal["logits", "embeddings"]
+    output: Literal["logits", "maps", "embeddings"]
     files: dict[str, str]
     preprocessing: Preprocessing
     class_names: ClassNames | None = None

@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from slimcli.data.read import read_image
 from slimcli.data.transform import ImageTransform
@@ -23,7 +24,7 @@ from slimcli.documents import json_text
 from slimcli.errors import DataError, SlimError, parameter
 from slimcli.layout import optimize
 from slimcli.runtimes import Conversion, Program, find_runtime
-from slimcli.runtimes.base import EMBEDDINGS, Forward
+from slimcli.runtimes.base import EMBEDDINGS, LOGITS, MAPS, Forward
 from slimcli.slimming import SlimModel
 from slimcli.store.model_folder import slimming_config
 
@@ -36,33 +37,60 @@ Source = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Item
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an image gave: its output (C,), float32 in main memory, or why it could not be read."""
+    """What an image gave: its output, float32 in main memory, or why it could not be read.
+
+    That is logits (C,), an embedding (D,), or the logits (C, H, W) of a class map: `kind` says which.
+    """
 
     image: str
     output: Tensor | None = None
     error: str | None = None
-    #: whether the output is logits, not an embedding
-    classifies: bool = True
+    #: `logits`, `maps` or `embeddings`
+    kind: str = LOGITS
+    #: height and width of the image as it was read
+    size: tuple[int, int] | None = None
 
     def top(self, count: int) -> list[tuple[int, float]]:
-        """The most likely classes, as numbers, with their probabilities.
+        """The most likely classes, as numbers, with their probabilities; of a class map the shares of the pixels.
 
         Raises:
             SlimError: where the image could not be read, or the output is an embedding.
         """
-        if self.output is None:
-            raise SlimError(f"{self.image}: gave no output: {self.error}")
-        if not self.classifies:
+        output = self._given()
+        if self.kind == EMBEDDINGS:
             raise SlimError(f"{self.image}: this model gives embeddings, which have no classes: take its output")
-        chances = self.output.softmax(dim=0)
+        if self.kind == MAPS:
+            chances = output.argmax(dim=0).flatten().bincount(minlength=len(output)) / output[0].numel()
+        else:
+            chances = output.softmax(dim=0)
         # equal ones in the order of their numbers
         order = chances.argsort(descending=True, stable=True)[:count]
         return [(int(number), float(chances[number])) for number in order]
 
+    def label_map(self) -> Tensor:
+        """The class of every pixel of the image as it was read, (H, W), int64.
+
+        Raises:
+            SlimError: where the image could not be read, or the model has no segmentation head.
+        """
+        output = self._given()
+        if self.kind != MAPS:
+            raise SlimError(
+                f"{self.image}: this model gives {self.kind}, and no class map: it has no segmentation head"
+            )
+        if self.size is not None and self.size != output.shape[1:]:
+            output = functional.interpolate(output[None], self.size, mode="bilinear", align_corners=False)[0]
+        return output.argmax(dim=0)
+
+    def _given(self) -> Tensor:
+        if self.output is None:
+            raise SlimError(f"{self.image}: gave no output: {self.error}")
+        return self.output
+
 
 @dataclass
 class Predictor:
-    """What turns images into logits or embeddings: a model in torch, or an exported one in its runtime.
+    """What turns images into logits, class maps or embeddings: a model in torch, or an exported one in its runtime.
 
     `slimcli.open_predictor` makes one. It is run from one thread at a time.
     """
@@ -72,14 +100,19 @@ class Predictor:
     #: how images are prepared, as config.json says it
     preprocessing: dict[str, Any]
     class_names: list[str] | None
-    #: whether outputs are logits, not embeddings
-    classifies: bool
+    #: what it gives: `logits`, `maps` or `embeddings`
+    kind: str
     #: the number of images that it always takes; None: any
     batch_size: int | None = None
     #: tells this model, with all that was set, from every other one
     identity: Callable[[], str] = lambda: ""
     #: what a user must know, such as parts of the model that were never taught
     notes: tuple[str, ...] = ()
+
+    @property
+    def classifies(self) -> bool:
+        """Whether outputs are of classes, and not embeddings."""
+        return self.kind != EMBEDDINGS
 
     def name_of(self, number: int) -> str:
         """The name of a class, or its number where names are not known."""
@@ -91,7 +124,7 @@ class Predictor:
         return ImageTransform(self.preprocessing)
 
     def run(self, images: Tensor) -> Tensor:
-        """Prepared images (B, 3, H, W), float32 in main memory, to logits or embeddings (B, C), the same.
+        """Prepared images (B, 3, H, W), float32 in main memory, to their outputs (B, ...), the same.
 
         Where the number of images is fixed, a smaller batch is filled up and a larger one is a `SlimError`.
         """
@@ -116,21 +149,20 @@ class Predictor:
             )
         size = self.batch_size or batch_size or BATCH
         transform = self.transform()
-        waiting: list[tuple[str, Tensor | str]] = []
+        waiting: list[_Read] = []
         for number, image in enumerate(images, 1):
-            item = _item(image, number)
-            waiting.append((item.name, _read(item, transform)))
-            if sum(isinstance(found, Tensor) for _, found in waiting) == size or len(waiting) >= 4 * size:
+            waiting.append(_read(_item(image, number), transform))
+            if sum(read.error is None for read in waiting) == size or len(waiting) >= 4 * size:
                 yield from self._run(waiting)
                 waiting = []
         yield from self._run(waiting)
 
-    def _run(self, waiting: Sequence[tuple[str, Tensor | str]]) -> Iterator[Prediction]:
-        images = [found for _, found in waiting if isinstance(found, Tensor)]
+    def _run(self, waiting: Sequence[_Read]) -> Iterator[Prediction]:
+        images = [read.image for read in waiting if read.image is not None]
         outputs = iter(self.run(torch.stack(images)) if images else ())
-        for name, found in waiting:
-            output, error = (None, found) if isinstance(found, str) else (next(outputs), None)
-            yield Prediction(name, output, error, self.classifies)
+        for read in waiting:
+            output = None if read.image is None else next(outputs)
+            yield Prediction(read.name, output, read.error, self.kind, read.size)
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -148,11 +180,21 @@ def _item(image: Source, number: int) -> Item:
     return Item(name, lambda: read_image(source, name))
 
 
-def _read(item: Item, transform: ImageTransform) -> Tensor | str:
+class _Read(NamedTuple):
+    """An image that was prepared, with its own height and width, or why it could not be."""
+
+    name: str
+    image: Tensor | None = None
+    size: tuple[int, int] | None = None
+    error: str | None = None
+
+
+def _read(item: Item, transform: ImageTransform) -> _Read:
     try:
-        return transform(item.read())
+        found = item.read()
+        return _Read(item.name, transform(found), (found.height, found.width))
     except DataError as error:
-        return str(error)
+        return _Read(item.name, error=str(error))
 
 
 def predictor_of_model(
@@ -177,9 +219,10 @@ def predictor_of_model(
         found.require(precision)
         found.require_device(parameter.device)
     forward = Forward(optimize(model))
-    forward.classifies = forward.classifies and not embeddings
+    if embeddings:
+        forward.output = EMBEDDINGS
     program = found.prepare(forward, Conversion(precision, device=parameter.device))
-    classes = class_names if forward.classifies else None
+    classes = class_names if forward.output != EMBEDDINGS else None
 
     def identity() -> str:
         found = hashlib.sha256(json_text([slimming_config(model), preprocessing, classes]).encode())
@@ -188,13 +231,12 @@ def predictor_of_model(
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return found.hexdigest()
 
-    return Predictor(label, program, preprocessing, classes, forward.classifies, identity=identity)
+    return Predictor(label, program, preprocessing, classes, forward.output, identity=identity)
 
 
 def predictor_of_export(folder: Path, trust_code: bool = False) -> Predictor:
     """The artefact that `slim export` wrote to a folder; `SlimError` where it is damaged, or holds code not trusted."""
     config, program = open_export(folder, trust_code)
-    classifies = config.output != EMBEDDINGS
     prepare = config.preprocessing.model_dump()
     kept = json_text([config.files, prepare, config.class_names])
     return Predictor(
@@ -202,7 +244,7 @@ def predictor_of_export(folder: Path, trust_code: bool = False) -> Predictor:
         program,
         prepare,
         config.class_names,
-        classifies,
+        config.output,
         config.batch_size,
         identity=lambda: hashlib.sha256(kept.encode()).hexdigest(),
     )

@@ -11,12 +11,14 @@ from typing import Any, BinaryIO
 
 from slimcli.deployment.embeddings import write_embeddings
 from slimcli.deployment.inputs import Inputs
+from slimcli.deployment.maps import MapFolder
 from slimcli.deployment.parts import ROWS, Parts, check_parts
 from slimcli.deployment.prediction import Prediction, Predictor
 from slimcli.documents import json_text
 from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable, write_file
 from slimcli.progress import Progress, no_progress
+from slimcli.runtimes.base import MAPS
 
 EMBEDDINGS = (".npz", ".safetensors", ".parquet")
 
@@ -26,6 +28,7 @@ class Output:
     """What is written of predictions, and where; without any place, a line an image.
 
     `embeddings` ends in .npz or .safetensors, or in .parquet for a folder of parts. `part_rows` is for parts alone.
+    `maps` is a folder for class maps, written beside whatever else is.
     """
 
     csv: Path | None = None
@@ -34,6 +37,7 @@ class Output:
     json: bool = False
     top: int = 5
     part_rows: int | None = None
+    maps: Path | None = None
 
     @property
     def parts(self) -> Path | None:
@@ -53,6 +57,11 @@ class Output:
             )
         if self.part_rows is not None and self.parts is None:
             raise SlimError(f"{parameter('part_rows', self.part_rows)} has no effect without {parameter('parquet')}")
+        if self.maps is not None:
+            if self.parts is not None or self.embeddings is not None:
+                other = parameter("parquet" if self.parquet is not None else "embeddings")
+                raise SlimError(f"{parameter('maps')} and {other} are both given: choose one")
+            MapFolder(self.maps).check()
         if self.parts is not None:
             check_parts(self.parts)
         elif place := self.csv or self.embeddings:
@@ -90,6 +99,10 @@ def predict_images(
         raise SlimError(
             f"{predictor.label}: has no classifier: write its embeddings with {parameter('embeddings', 'FILE.npz')}"
         )
+    if output.maps is not None and predictor.kind != MAPS:
+        raise SlimError(
+            f"{parameter('maps')}: {predictor.label} has no segmentation head: leave it out, or name another model"
+        )
     found = Predicted()
     parts = None
     if output.parts is not None:
@@ -107,6 +120,10 @@ def predict_images(
         found.written = f"{parts.folder}: {found.images} images by {predictor.label}"
         return found
     predictions = watched(predictor.predict(inputs.items(), batch_size))
+    if output.maps is not None:
+        folder = MapFolder(output.maps)
+        predictions = folder.kept(predictions)
+        found.written = f"{folder.folder}: class maps by {predictor.label}"
     if output.embeddings is not None:
         count = write_embeddings(output.embeddings, predictions)
         found.written = f"{output.embeddings}: embeddings of {count} images by {predictor.label}"

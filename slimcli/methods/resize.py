@@ -110,7 +110,7 @@ class Resize(ByCost):
         with self.running(exact_savings=False):
             tokens, _ = self._tokens(images)
         patches = self.backbone.features(tokens)[:, self.backbone.num_prefix_tokens :]
-        patches = patches.transpose(1, 2).reshape(len(images), -1, *self.grid_of(self.schedule))
+        patches = patches.transpose(1, 2).reshape(images.shape[0], -1, *self.grid_of(self.schedule))
         return F.interpolate(patches, self.backbone.grid_size, mode="bilinear", align_corners=False)
 
 

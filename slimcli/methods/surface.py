@@ -241,7 +241,7 @@ class DenseSurface(BlockRunner):
             tokens = self.backbone.final_norm(tokens) if norm else tokens
             patches = tokens[:, prefix:]
             if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).reshape(len(x), -1, *self._grid(x, patches.shape[1]))
+                patches = patches.transpose(1, 2).reshape(x.shape[0], -1, *self._grid(x, patches.shape[1]))
             outputs.append((patches, tokens[:, :prefix]) if return_prefix_tokens and prefix else patches)
         return outputs if intermediates_only else (self.backbone.features(found[-1]), outputs)
 

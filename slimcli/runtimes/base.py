@@ -19,12 +19,14 @@ from slimcli.errors import SlimError
 from slimcli.methods.slim_model import SlimModel
 
 CPU = torch.device("cpu")
-#: names of an artefact's input and of its output, with a classifier and without
-IMAGES, LOGITS, EMBEDDINGS = "images", "logits", "embeddings"
+#: names of an artefact's input, and of its output: with a classifier, with a segmentation head, and without either
+IMAGES, LOGITS, MAPS, EMBEDDINGS = "images", "logits", "maps", "embeddings"
 
 
 class Forward(nn.Module):
-    """A slimmed model as a function of images (B, 3, H, W) alone: logits (B, C), or without a classifier embeddings.
+    """A slimmed model as a function of images (B, 3, H, W) alone: `output` says of what it gives.
+
+    `logits` (B, C); with a segmentation head `maps`, logits (B, C, H, W); without either `embeddings` (B, D).
 
     It runs a copy of the model's outer module, so that nothing that a conversion leaves behind stays in the model; the
     weights are shared. `dense` runs all patches.
@@ -35,13 +37,8 @@ class Forward(nn.Module):
         self.slim = model.with_schedule(model.schedule)
         self.slim.mode = "none" if dense else "hard"
         self.slim.exact_savings = model.exact_savings and not dense
-        self.classifies = model.architecture().num_outputs > 0
+        self.output = MAPS if model.segments else LOGITS if model.architecture().num_outputs else EMBEDDINGS
         self.eval()
-
-    @property
-    def output(self) -> str:
-        """What it returns: `logits` or `embeddings`."""
-        return LOGITS if self.classifies else EMBEDDINGS
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -57,7 +54,7 @@ class Forward(nn.Module):
         return slim.mode, slim.schedule, slim.exact_savings, slim.attention, *(getattr(slim, s) for s in slim.settings)
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.slim.logits(images) if self.classifies else self.slim.embedding(images)
+        found: Tensor = self.slim.embedding(images) if self.output == EMBEDDINGS else self.slim.output(images)
         return found
 
 
@@ -82,7 +79,7 @@ class Program(ABC):
 
     @abstractmethod
     def run(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32, to the output (B, C), float32, on the device where the images are."""
+        """Images (B, 3, H, W), float32, to the model's output (B, ...), float32, on the device where the images are."""
 
     def close(self) -> None:
         """Give back what it holds."""

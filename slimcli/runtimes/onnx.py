@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, parameter
 from slimcli.runtimes.base import IMAGES, Conversion, Forward, Program, Runtime, cannot_export, example, first_line
 from slimcli.runtimes.onnx_graph import split_projections, translations
 
@@ -102,9 +102,21 @@ def graph(model: Forward, conversion: Conversion, path: Path) -> None:
         assert program is not None
         split_projections(program.model)
         _check_operators(program.model_proto.graph.node, model)
+        if free is not None:
+            check_free(program.model_proto.graph.input[0], model)
         if program.model_proto.ByteSize() > LARGEST:
             raise SlimError("the model is larger than the 2 GiB that one file of ONNX holds")
         program.save(str(path), external_data=False)
+
+
+def check_free(images: Any, model: Forward) -> None:
+    """`SlimError` where a number of images became part of the graph."""
+    if not images.type.tensor_type.shape.dim[0].HasField("dim_param"):
+        raise SlimError(
+            f"the method {model.slim.method} on {type(model.slim.model).__name__} cannot be exported to ONNX for any "
+            f"number of images: its code reads how many there are, as by len(images): images.shape[0] stays free; or "
+            f"give {parameter('batch_size')}"
+        )
 
 
 def _check_operators(nodes: Sequence[Any], model: Forward) -> None:

@@ -38,7 +38,7 @@ class TinyViT(nn.Module):
 
     def embed(self, images):
         patches = self.patches(images).flatten(2).transpose(1, 2)
-        return torch.cat((self.cls.expand(len(images), -1, -1), patches), dim=1) + self.places
+        return torch.cat((self.cls.expand(images.shape[0], -1, -1), patches), dim=1) + self.places
 
     def forward(self, images):
         x = self.embed(images)
