@@ -247,7 +247,7 @@ def _asks(model: SlimModel, dense: bool, device: torch.device, dtype: torch.dtyp
     with model.running(mode="none" if dense else "hard"):
         counted = operators_of_a_pass(model, random_images(model, 1, device, dtype))
     extra = 0 if dense else sum(parameter.numel() for parameter in model.selector.parameters())
-    return {"extra_parameters": extra, "operators": counted, "exports": model.exports or dense}
+    return {"extra_parameters": extra, "operators": counted, "exports": model.no_graph is None or dense}
 
 
 def _calibrate(cell: Cell, plan: dict[Cell, SlimModel], session: Session, progress: Progress) -> None:

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimcli.attention import AttentionRecorder
-from slimcli.errors import SlimError
-from slimcli.life.lives import exports_to_onnx
 from slimcli.methods.merging import Merge, Merging, falls
 
 
@@ -29,14 +27,12 @@ class Clustering(Merging):
 
     #: how far two clusters are apart: the "average" over their pairs of patches, or the farthest pair ("complete")
     linkage: ClassVar[str]
-    exports = False
+    no_graph = "it clusters patches on the CPU with scikit-learn"
 
     def leaving(self, counts: Sequence[int]) -> tuple[int, ...]:
         return (*falls(counts), 0)
 
     def match(self, layer: int, tokens: Tensor, seen: AttentionRecorder, bias: Tensor | None, r: int) -> Merge:
-        if exports_to_onnx():
-            raise SlimError("it clusters patches on the CPU with scikit-learn, which no graph holds")
         unit = F.normalize(self.keys(seen).float(), dim=-1)
         found = clusters((1 - unit @ unit.transpose(1, 2)).cpu().numpy(), unit.shape[1] - r, self.linkage)
         return Merge(*(torch.from_numpy(places).to(tokens.device) for places in found))

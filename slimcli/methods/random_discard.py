@@ -20,8 +20,7 @@ class RandomDiscard(Method):
 
     method = "random"
     follows = True
-    # its orders are drawn while it runs
-    exports = False
+    no_graph = "its orders are drawn while it runs"
     seed = 0
     _orders: Tensor | None = None
 

@@ -49,8 +49,8 @@ class SlimModel(Described, Segmenting, ABC):
     selector_name: ClassVar[str]
     #: those of `LIFE_SETTINGS` that the rule has
     settings: ClassVar[tuple[str, ...]] = ()
-    #: whether `slim export` can write it: what runs can be said in a graph of shapes that are known before
-    exports: ClassVar[bool] = True
+    #: why no graph of shapes known before holds what it runs, and `slim export` cannot write it; None: one does
+    no_graph: ClassVar[str | None] = None
     #: whether `own_loss` compares with the dense model
     needs_teacher: ClassVar[bool] = False
 

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
-from slimcli.runtimes.base import Conversion, Forward, Program, Runtime, cannot_export, example, first_line
+from slimcli.runtimes.base import (
+    Conversion,
+    Forward,
+    Program,
+    Runtime,
+    cannot_export,
+    example,
+    first_line,
+    require_graph,
+)
 from slimcli.runtimes.eager import TorchProgram
 
 FILE = "model.pt2"
@@ -24,6 +33,7 @@ class AotInductor(Runtime):
     runs_code = True
 
     def write(self, model: Forward, folder: Path, conversion: Conversion) -> None:
+        require_graph(model, "to AOTInductor")
         free = {"images": {0: torch.export.Dim("batch", min=1)}} if conversion.batch_size is None else None
         try:
             with torch.no_grad():

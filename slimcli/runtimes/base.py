@@ -166,6 +166,16 @@ class Runtime(ABC):
         """The artefact in a folder, as a program; it needs the folder no more."""
 
 
+def require_graph(model: Forward, where: str) -> None:
+    """`SlimError` if the method is known to run what no graph holds."""
+    slim = model.slim
+    if slim.no_graph is not None and slim.mode != "none" and slim.schedule.drops_patches():
+        raise SlimError(
+            f"the method {slim.method} cannot be exported {where}: {slim.no_graph}, which no graph holds: choose "
+            "another method, or the runtime torch"
+        )
+
+
 def example(model: Forward, conversion: Conversion) -> Tensor:
     """Images (b, 3, H, W) to trace a model with: as many as asked for, two where any number is."""
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from slimcli.errors import SlimError, parameter
-from slimcli.runtimes.base import IMAGES, Conversion, Forward, Program, Runtime, cannot_export, example, first_line
+from slimcli.runtimes.base import (
+    IMAGES,
+    Conversion,
+    Forward,
+    Program,
+    Runtime,
+    cannot_export,
+    example,
+    first_line,
+    require_graph,
+)
 from slimcli.runtimes.onnx_graph import split_projections, translations
 
 FILE = "model.onnx"
@@ -81,6 +91,7 @@ def graph(model: Forward, conversion: Conversion, path: Path) -> None:
     Raises:
         SlimError: where the model's code cannot be made a graph of ONNX's operators.
     """
+    require_graph(model, "to ONNX")
     free = {"images": {0: torch.export.Dim("batch", min=1)}} if conversion.batch_size is None else None
     with _quietly():
         try:
