@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+from pathlib import PurePath
 
 import numpy
 import pytest
@@ -19,6 +20,7 @@ from slimcli.calibration import search
 from slimcli.data import open_dataset
 from slimcli.data.segmentation import IGNORED
 from slimcli.deployment.export import export_model
+from slimcli.deployment.maps import MapFolder
 from slimcli.deployment.prediction import predictor_of_model
 from slimcli.measure.evaluation import evaluate
 from slimcli.measure.segments import Segments, jackknife, miou
@@ -182,7 +184,7 @@ def test_class_maps_are_predicted_in_the_size_of_the_photograph(trained, rooms, 
     model.keep_rate = 0.7
     for row in rows:
         own = images / row["image"].rpartition("/")[2]
-        with Image.open(tmp_path / "maps" / str(own).lstrip("/")) as labels, Image.open(own) as picture:
+        with Image.open(tmp_path / "maps" / own.name) as labels, Image.open(own) as picture:
             assert labels.size == picture.size and labels.mode == "P"
             large = F.interpolate(model(model.transform()(own)[None]), (48, 80), mode="bilinear", align_corners=False)
             assert (numpy.array(labels) == large.argmax(dim=1)[0].numpy()).mean() > 0.999
@@ -191,6 +193,17 @@ def test_class_maps_are_predicted_in_the_size_of_the_photograph(trained, rooms, 
     assert again.exit_code == 2 and "--maps maps: is there already" in again.output
     other = slim("predict", images, "--model", "quickstart", "--maps", "more")
     assert other.exit_code == 2 and "has no segmentation head" in other.output and not (tmp_path / "more").exists()
+
+
+def test_a_label_map_lies_where_its_image_does(tmp_path):
+    def places(names, *roots):
+        folder = MapFolder(tmp_path, roots)
+        return [str(folder._place(PurePath(name)).relative_to(tmp_path)) for name in names]
+
+    assert places(["/data/x/1.jpg", "/data/x/a/1.jpg", "/data/x/1.png"], "/data/x") == ["1.png", "a/1.png", "1-2.png"]
+    assert places(["x/1.jpg", "y.tar/1.jpg"], "x", "y.tar") == ["x/1.png", "y.tar/1.png"]
+    assert places(["y.tar/../../1.jpg", "y.tar//etc/1.jpg"], "y.tar") == ["1.png", "etc/1.png"]
+    assert places(["x/1.jpg", "../1.jpg"], "x/1.jpg", "../1.jpg") == ["1.png", "1-2.png"]
 
 
 def test_an_artefact_gives_class_maps(trained, rooms, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
@@ -16,9 +16,14 @@ from slimcli.files import check_writable, write_file
 
 @dataclass
 class MapFolder:
-    """A folder of label maps, as `data.name = "segmentation"` reads them: each below its image's own folders."""
+    """A folder of label maps, as `data.name = "segmentation"` reads them.
+
+    `roots` are the folders and .tar files that images come from: a map lies where its image does below its root, in a
+    folder of the root's name where there are several. Any other has its image's name alone.
+    """
 
     folder: Path
+    roots: Sequence[str] = ()
     written: set[Path] = field(default_factory=set)
 
     def check(self) -> None:
@@ -36,13 +41,7 @@ class MapFolder:
             yield prediction
 
     def _write(self, prediction: Prediction) -> None:
-        # no name leads out of the folder
-        parts = [part for part in PurePath(prediction.image).parts if part not in ("/", "..", PurePath(part).anchor)]
-        place = self.folder.joinpath(*parts)
-        path = place.with_suffix(".png")
-        if path in self.written:
-            path = place.with_name(f"{place.name}.png")
-        self.written.add(path)
+        path = self._place(PurePath(prediction.image))
         labels = prediction.label_map().numpy()
         if labels.max(initial=0) < 256:
             image = Image.fromarray(labels.astype(numpy.uint8), mode="P")
@@ -51,6 +50,22 @@ class MapFolder:
             image = Image.fromarray(labels.astype(numpy.uint16))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda file: image.save(file, format="PNG"))
+
+    def _place(self, image: PurePath) -> Path:
+        """Where the map of an image goes, a name that no other has."""
+        inside = PurePath(image.name)
+        for root in map(PurePath, self.roots):
+            if image.is_relative_to(root) and image != root:
+                inside = image.relative_to(root)
+                inside = PurePath(root.name, inside) if len(self.roots) > 1 else inside
+        # a name inside a .tar leads nowhere else
+        place = self.folder.joinpath(*(part for part in inside.parts if part not in ("..", inside.anchor)))
+        path, number = place.with_suffix(".png"), 1
+        while path in self.written:
+            number += 1
+            path = place.with_name(f"{place.stem}-{number}.png")
+        self.written.add(path)
+        return path
 
 
 def _palette() -> bytes:

@@ -121,7 +121,7 @@ def predict_images(
         return found
     predictions = watched(predictor.predict(inputs.items(), batch_size))
     if output.maps is not None:
-        folder = MapFolder(output.maps)
+        folder = MapFolder(output.maps, [word for word in inputs.words if word != "-"])
         predictions = folder.kept(predictions)
         found.written = f"{folder.folder}: class maps by {predictor.label}"
     if output.embeddings is not None:
