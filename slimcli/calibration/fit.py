@@ -14,6 +14,8 @@ from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Planning
 from slimcli.slimming import LifeModel, SlimModel
 
+#: tokens in a batch that the life head is taught with, where images have many; and images in it, at most and at least
+BATCH_TOKENS, BATCH_IMAGES = 8192, (32, 8)
 #: width of the projection that patches are compared by
 SIMILARITY_DIM = 64
 #: channels of the model for each channel of the life head's own transformer block
@@ -108,6 +110,7 @@ def fit(
     backbone = model.backbone
     head = LifeHead(backbone.embed_dim, backbone.global_token)
     head.extend(model.life_head.similarity_dim, model.life_head.context_dim)
+    most, least = BATCH_IMAGES
     errors = fit_life_head(
         head,
         observed.tokens[layer],
@@ -117,6 +120,7 @@ def fit(
         backbone.num_prefix_tokens,
         device,
         steps,
+        min(most, max(least, BATCH_TOKENS // observed.tokens[layer].shape[1])),
         progress=progress,
         label=f"fitting the life head after block {layer}",
     )

@@ -39,10 +39,11 @@ class Ranking:
     redundancy: float = 3.5
     merge_importance: float = 0.7
     size_bias: float = 0.7
+    grouping: str = "ranked"
 
     def set(self, model: LifeModel) -> None:
         """Have `model` follow it."""
-        model.redundancy = self.redundancy
+        model.redundancy, model.grouping = self.redundancy, self.grouping
         model.merge_importance, model.size_bias = self.merge_importance, self.size_bias
 
 

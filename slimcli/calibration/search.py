@@ -35,8 +35,8 @@ from slimcli.slimming import LifeModel, SlimModel
 class Space:
     """What is searched, and where it starts."""
 
-    #: how the number of patches may fall: exponents of `falling_counts`; the one in the middle is tried first
-    powers: tuple[float, float, float]
+    #: how the number of patches may fall: exponents of `falling_counts`; the first is tried with every life layer
+    powers: tuple[float, ...]
     #: weights of what no other patch says already, beside a patch's importance
     redundancies: tuple[float, ...]
     #: how patches may be added to their heirs: `merge_importance` and `size_bias` of the slimmed model
@@ -45,11 +45,14 @@ class Space:
 
 
 #: of each purpose. For its feature, a patch counts as much as any other: it is seldom attended to, but looked at; those
-#: that are most like others leave first, and many early, while they are alike
+#: that are most like others leave first, whichever those are, and all of them at once: late in the model as many
+#: features have to be left as early
 SPACES = {
-    "class": Space((0.5, 0.7, 1.0), (2.0, 3.5, 6.0), ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7)), Ranking()),
-    "patches": Space((0.35, 0.5, 0.7), (6.0, 20.0, 100.0), ((0.0, 1.0), (0.0, 0.7)), Ranking(100.0, 0.0, 1.0)),
-    "both": Space((0.35, 0.5, 0.7), (3.5, 6.0, 100.0), ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7)), Ranking(6.0, 0.0, 1.0)),
+    "class": Space((0.7, 0.5, 1.0), (2.0, 3.5, 6.0), ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.2, 0.7)), Ranking()),
+    "patches": Space((0.0, 0.2, 0.5), (6.0, 20.0, 100.0), ((0.0, 1.0), (0.0, 0.7)), Ranking(100.0, 0.0, 1.0, "pairs")),
+    "both": Space(
+        (0.35, 0.0, 0.7), (3.5, 6.0, 100.0), ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7)), Ranking(6.0, 0.0, 1.0, "pairs")
+    ),
 }
 #: batches of 32 images that the life head is taught with: as many as there are images, within these bounds
 STEPS = (200, 1000)
@@ -268,7 +271,7 @@ def search(
     What `attempt` gives None for cannot be had.
     """
     space = SPACES[purpose]
-    powers, power, start = space.powers, space.powers[1], space.start
+    powers, power, start = space.powers, space.powers[0], space.start
     first = [falling_schedule(model, goal, layer, power) for layer in layers]
     total = len(layers) + 2 * (len(powers) - 1)
     label = "searching how patches should leave"

@@ -19,6 +19,7 @@ from slimcli.life.lives import (
     take_patches,
     take_rows,
 )
+from slimcli.life.pairs import plan_pairs
 
 __all__ = [
     "HEAD_CHANNELS",
@@ -40,6 +41,7 @@ __all__ = [
     "normalised",
     "place_by_value",
     "plan",
+    "plan_pairs",
     "prefix_bias",
     "shares",
     "sort_patches",

@@ -18,6 +18,8 @@ from slimcli.schedule import Architecture, Planning, Schedule, check_keep_rate, 
 
 #: `discard`: a dead patch is gone (the paper). `heir`: it is added to the living patch most like it (hard mode).
 DEAD = ("discard", "heir")
+#: `ranked`: who leaves is cheapest to join to a more important patch, by `redundancy`. `pairs`: to any other patch.
+GROUPINGS = ("ranked", "pairs")
 
 
 @final
@@ -41,6 +43,7 @@ class LifeModel(SlimModel):
         #: weight of what a patch says that no more important one says, beside its importance, in who leaves first; with
         #: 0 the least important leave first. See `slimcli.life.plan`.
         self.redundancy = 0.0
+        self.grouping = "ranked"
         #: how much more an important patch weighs in the token that it becomes part of: the weight in the mean is the
         #: exponential of its standardised score, times this. 0 weighs all alike.
         self.merge_importance = 0.0
@@ -78,6 +81,22 @@ class LifeModel(SlimModel):
         if dead not in DEAD:
             raise SlimError(f"dead = {dead!r} is not possible: expected one of {', '.join(DEAD)}")
         self._dead = dead
+
+    @property
+    def grouping(self) -> str:
+        """To whom patches are joined when it is planned who leaves: one of `GROUPINGS`."""
+        return self._grouping
+
+    @grouping.setter
+    def grouping(self, grouping: str) -> None:
+        if grouping not in GROUPINGS:
+            raise SlimError(f"grouping = {grouping!r} is not possible: expected one of {', '.join(GROUPINGS)}")
+        self._grouping = grouping
+
+    @property
+    def _compares(self) -> bool:
+        """Whether who leaves first follows from what patches say beside each other, not from importance alone."""
+        return self.redundancy > 0 or self.grouping == "pairs"
 
     @property
     def has_heirs(self) -> bool:
@@ -143,8 +162,9 @@ class LifeModel(SlimModel):
         if schedule is None:
             return architecture.multiply_adds()
         head = self.life_head
-        heirs, ranks = self.dead == "heir", self.redundancy > 0
-        plan = Planning(head.similarity_dim, head.context_dim, heirs or ranks, ranks, heirs)
+        heirs, ranks = self.dead == "heir", self._compares
+        pairs = self.grouping == "pairs"
+        plan = Planning(head.similarity_dim, head.context_dim, heirs or ranks, ranks, heirs, pairs)
         layers = range(1, schedule.depth)
         taken_over = sum(self._taken_over(architecture, layer, schedule) for layer in layers)
         return architecture.multiply_adds(schedule.resolve(self.num_patches), plan) - taken_over
@@ -160,12 +180,13 @@ class LifeModel(SlimModel):
     ) -> tuple[Tensor, Tensor | None]:
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         inherit = self.dead == "heir" and self.mode == "hard"
-        score, features = self.life_head.read(tokens, prefix, inherit or self.redundancy > 0)
+        score, features = self.life_head.read(tokens, prefix, inherit or self._compares)
         plan = None
         if features is not None:
             steps = tuple(dict.fromkeys(counts))
-            plan = lives.plan(features, score, steps, self.redundancy, self.merge_importance)
-        planned = plan if self.redundancy > 0 else None
+            planner = lives.plan_pairs if self.grouping == "pairs" else lives.plan
+            plan = planner(features, score, steps, self.redundancy, self.merge_importance)
+        planned = plan if self._compares else None
         if planned is not None and self.mode == "hard":
             order = planned.order
             self._remember((order, counts))

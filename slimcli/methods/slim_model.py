@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 #: `threshold`: a patch is masked once the layer exceeds its life; both are slow, for checking.
 MODES = ("none", "soft", "straight", "hard", "mask", "threshold")
 #: what can be said of life regression alone, as it stands in [slimming], and the values that ask for nothing
-LIFE_SETTINGS: Mapping[str, Any] = {"dead": "discard", "redundancy": 0.0, "merge_importance": 0.0, "size_bias": 1.0}
+LIFE_SETTINGS: Mapping[str, Any] = {
+    "dead": "discard",
+    "grouping": "ranked",
+    "redundancy": 0.0,
+    "merge_importance": 0.0,
+    "size_bias": 1.0,
+}
 
 
 class SlimModel(Described, Segmenting, ABC):

@@ -62,6 +62,9 @@ class SlimmingSection(Section):
     dead: Literal["discard", "heir"] = Field(
         "heir", description="what becomes of a patch whose life is over: gone, or added to the one most like it"
     )
+    grouping: Literal["ranked", "pairs"] = Field(
+        "ranked", description="to whom patches are joined when it is planned who leaves: a more important one, or any"
+    )
     redundancy: Weight = Field(
         0.0, description="weight, beside a patch's importance, of what no more important one says, in who leaves first"
     )

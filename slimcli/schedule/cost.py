@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slimcli.schedule.counts import planned_counts
+from slimcli.schedule.counts import planned_counts, rounds_of_pairs
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Planning:
 
     `similarity_dim` and `context_dim` are the widths of its projection and of its transformer block, 0 without;
     `compares`: patches are compared with each other, by their tokens where there is no projection; `ranks`: that also
-    says which of them leave; `adds`: those that leave are added to others, by one product each time.
+    says which of them leave; `adds`: those that leave are added to others, by one product each time. `pairs`: half of
+    them are compared with the other half instead, in several rounds.
     """
 
     similarity_dim: int = 0
@@ -112,6 +113,7 @@ class Planning:
     compares: bool = True
     ranks: bool = True
     adds: bool = False
+    pairs: bool = False
 
     def multiply_adds(self, counts: Sequence[int], embed_dim: int, num_prefix_tokens: int) -> int:
         """Multiply-adds of one image under the schedule N_1..N_L."""
@@ -124,6 +126,11 @@ class Planning:
         total += patches * self.similarity_dim * (embed_dim + width)
         channels = self.similarity_dim or embed_dim
         for n, stay in itertools.pairwise(planned_counts(counts)):
+            if self.pairs:
+                # the means and their squares, the products of the two halves, and what they weigh
+                halves = [(k // 2, k - k // 2) for k in rounds_of_pairs(n, stay)[:-1]]
+                total += sum(2 * (a + b) * channels + a * b * (channels + 3) for a, b in halves)
+                continue
             total += (n - stay) * stay * channels + (n**2 * (channels + 1) if self.ranks else 0)
         for n, stay in itertools.pairwise(dict.fromkeys(counts)):
             total += (n - stay) * (num_prefix_tokens + stay) * embed_dim if self.adds else 0

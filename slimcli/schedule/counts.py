@@ -39,16 +39,19 @@ def highest_keep_rate(cost: Callable[[float], float], target: float) -> float | 
 def falling_counts(num_patches: int, depth: int, life_layer: int, power: float, leave: float) -> tuple[int, ...]:
     """N_t that falls after every block from the life layer l on: N - leave ((t - l) / (L - l))^power, at least 1.
 
-    `leave` is how many patches have left before the last block; with a power below 1 most of them leave early.
+    `leave` is how many patches have left before the last block; with a power below 1 most of them leave early, with 0
+    all of them after block l.
     """
-    shares = [(max(0, layer - life_layer) / (depth - life_layer)) ** power for layer in range(1, depth + 1)]
+    past = [max(0, layer - life_layer) / (depth - life_layer) for layer in range(1, depth + 1)]
+    shares = [share**power if share > 0 else 0.0 for share in past]
     return tuple(max(1, round(num_patches - leave * share)) for share in shares)
 
 
 def counts_with_total(counts: Sequence[int], total: int) -> tuple[int, ...] | None:
     """N_t that falls as `counts` does, but N_1 + ... + N_L is `total`; None if no fall of that form comes to it.
 
-    The share of patches in each block is raised to a common power, so that few are left late and never none.
+    The share of patches in each block is raised to a common power, so that few are left late and never none. Blocks
+    that have as many patches as each other still do, for which up to one patch a block may be missing from the total.
     """
     first = counts[0]
 
@@ -64,9 +67,13 @@ def counts_with_total(counts: Sequence[int], total: int) -> tuple[int, ...] | No
     found = real(high)
     # the patches that rounding down loses go to the blocks that lost most, so that the total comes out
     whole = [math.floor(n + 1e-9) for n in found]
-    most_lost = sorted(range(len(found)), key=lambda t: (whole[t] - found[t], t))
-    for t in most_lost[: total - sum(whole)]:
-        whole[t] += 1
+    alike = [[t for t, n in enumerate(counts) if n == count] for count in dict.fromkeys(counts)]
+    missing = total - sum(whole)
+    for blocks in sorted(alike, key=lambda blocks: (whole[blocks[0]] - found[blocks[0]], blocks)):
+        if len(blocks) <= missing and blocks[0] > 0 and whole[blocks[0]] < whole[blocks[0] - 1]:
+            missing -= len(blocks)
+            for t in blocks:
+                whole[t] += 1
     return tuple(whole)
 
 
@@ -96,3 +103,16 @@ def planned_counts(counts: Iterable[int]) -> tuple[int, ...]:
     times = len(steps) - 1
     rounds = min(times, PLANNING_ROUNDS)
     return tuple(steps[round(i * times / rounds)] for i in range(rounds + 1)) if rounds else steps
+
+
+#: the largest share of all groups that join others in one round of pairs: with less it is hardly nearer to one by one
+MOST_OF_A_ROUND = 0.14
+
+
+def rounds_of_pairs(count: int, stay: int) -> tuple[int, ...]:
+    """How many groups there are before, between and after rounds of pairs that join `count` groups to `stay`.
+
+    Their number falls by the same share, about, in each round.
+    """
+    rounds = max(1, math.ceil(math.log(stay / count) / math.log(1 - MOST_OF_A_ROUND) - 1e-9))
+    return tuple(dict.fromkeys(round(count * (stay / count) ** (i / rounds)) for i in range(rounds + 1)))

@@ -34,7 +34,7 @@ RECIPES = (".toml", ".yaml", ".yml")
 #: forms of a schedule: one that is set takes the place of what the target had
 SCHEDULES = ("drop_layers", "drops", "patches_per_layer")
 #: fields of [slimming] that only life regression reads
-LIFE_ONLY = tuple(f"slimming.{name}" for name in ("dead", "redundancy", "merge_importance", "size_bias"))
+LIFE_ONLY = tuple(f"slimming.{name}" for name in ("dead", "grouping", "redundancy", "merge_importance", "size_bias"))
 
 _TRAINING = ("stages", "optimizer", "augmentation", "tracker", "checkpoint_minutes", "data.cache", "data.cache_gib")
 _OF_A_RUN = ("name", "description", "seed", "output", *_TRAINING)
