@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimcli.errors import SlimError
 from slimcli.runtimes.base import IMAGES, Conversion, Forward, Program, Runtime, cannot_export, example, first_line
-from slimcli.runtimes.onnx_graph import split_projections, translations
+from slimcli.runtimes.onnx_graph import tidy, translations
 
 FILE = "model.onnx"
 #: the first one with GELU
@@ -100,7 +100,7 @@ def graph(model: Forward, conversion: Conversion, path: Path) -> None:
         except Exception as error:  # whatever a model's code does that ONNX cannot
             raise cannot_export(model, error, "to ONNX") from error
         assert program is not None
-        split_projections(program.model)
+        tidy(program.model)
         _check_operators(program.model_proto.graph.node, model)
         if program.model_proto.ByteSize() > LARGEST:
             raise SlimError("the model is larger than the 2 GiB that one file of ONNX holds")
