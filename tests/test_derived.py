@@ -10,7 +10,7 @@ import slimcli
 from slimcli import SlimError, slim
 from slimcli.backbones.counting import counted
 from slimcli.backbones.timm_families import SMALL
-from slimcli.life import highest_first, normalise_life, place_by_value
+from slimcli.life import normalise_life
 
 METHODS = ("life", "evit", "evit-nofuse", "dynamicvit", "tome", "random")
 
@@ -132,13 +132,6 @@ def test_lives_of_equal_scores_have_no_gradient_and_others_keep_theirs():
     (lives * torch.randn(8)).sum().backward()
     assert torch.equal(score.grad[0], torch.zeros(8))
     assert score.grad[1].abs().max() > 0 and score.grad.isfinite().all()
-
-
-def test_an_order_without_a_sort_is_the_stable_sort():
-    values = torch.randint(0, 4, (5, 20), generator=torch.Generator().manual_seed(0)).float()
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    assert torch.equal(highest_first(values), order)
-    assert torch.equal(place_by_value(values), order.argsort(dim=-1))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from slimcli.layout import is_plain_linear
 from slimcli.life.correction import Correction
-from slimcli.life.lives import normalise_life
+from slimcli.life.lives import exports_to_onnx, normalise_life
 
 #: channels of an attention head in the life head's own transformer block
 HEAD_CHANNELS = 32
@@ -45,7 +45,7 @@ def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _plus(found: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
     """`found` (B, n, C), float32, and what a linear layer without bias says of x (B, n, D): in one product."""
-    if not is_plain_linear(layer) or layer.weight.dtype != torch.float32:
+    if not is_plain_linear(layer) or layer.weight.dtype != torch.float32 or exports_to_onnx():
         more: Tensor = layer(x)
         return found + more.float()
     return torch.baddbmm(found, x, layer.weight.t().expand(x.shape[0], -1, -1))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.lives import exports_to_onnx, highest_first, normalise_life, take_rows
-from slimcli.life.tables import place_table, row_table, table
+from slimcli.life.lives import exports_to_onnx, highest_first, in_order, inverse, normalise_life, take_rows
+from slimcli.life.tables import place_table, table
 from slimcli.schedule.counts import PLANNING_ROUNDS, planned_counts
 
 #: the highest exponent of a patch's mass: what a few outliers weigh is finite then
@@ -53,22 +53,21 @@ def plan(
     leave, whether they are like others or not.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
-    ranked, names = _ranked(standard)
+    ranked, names = in_order(standard, descending=True)
     weight = _power(standard, merge_importance) if merge_importance else None
     features = features.float()
     groups = take_rows(features if weight is None else features * weight.unsqueeze(-1), names)
     if redundancy > 0:
         groups = torch.cat((groups, _power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
     left: list[tuple[Tensor, Tensor]] = []
-    for n, stay in itertools.pairwise(planned_counts(counts)):
+    for _, stay in itertools.pairwise(planned_counts(counts)):
         unit = _unit(groups[..., : features.shape[-1]])
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
-            rows = (order + row_table(order.shape[0], n, order.device)).flatten()
-            unit = unit.flatten(0, 1).index_select(0, rows).view(unit.shape)
+            unit = take_rows(unit, order)
             if stay > counts[-1]:
-                groups = groups.flatten(0, 1).index_select(0, rows).view(groups.shape)
+                groups = take_rows(groups, order)
         heirs = torch.bmm(unit[:, stay:], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
         left.append((names[:, stay:], names.gather(1, heirs)))
         names = names[:, :stay]
@@ -76,8 +75,7 @@ def plan(
             where = heirs.unsqueeze(-1).expand(-1, -1, groups.shape[-1])
             groups = groups[:, :stay].scatter_add(1, where, groups[:, stay:])
     order, heirs = (torch.cat((names, *parts[::-1]), dim=1) for parts in zip(*left, strict=True))
-    places = place_table(order.shape[1], order.device).expand_as(order)
-    heirs = places.scatter(1, order, places).gather(1, heirs)
+    heirs = inverse(order).gather(1, heirs)
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
 
 
@@ -86,14 +84,6 @@ def _unit(features: Tensor) -> Tensor:
     channels, device = features.shape[-1], features.device
     scale = table(lambda: torch.full((channels,), channels**-0.5, device=device), "unit", channels, device)
     return F.layer_norm(features, (channels,), scale, None, LEAST_VARIANCE)
-
-
-def _ranked(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (B, n), the highest first, and their indices, as `highest_first` has them."""
-    if not exports_to_onnx():
-        return values.sort(dim=-1, descending=True, stable=True)
-    places = highest_first(values)
-    return values.gather(1, places), places
 
 
 def _power(standard: Tensor, times: float) -> Tensor:
@@ -118,13 +108,13 @@ def _cheapest_last(unit: Tensor, root: Tensor, stay: int) -> Tensor:
     scaled = root * unit
     cost = torch.baddbmm(apart, scaled, scaled.transpose(1, 2), alpha=-1).amin(dim=-1)
     dearest = highest_first(cost)
-    return torch.cat((dearest[:, :stay].sort(dim=-1).values, dearest[:, stay:]), dim=1)
+    return torch.cat((in_order(dearest[:, :stay])[0], dearest[:, stay:]), dim=1)
 
 
 class Shares(NamedTuple):
     """What tokens become when heirs take over, for all K times at once; see `take_over`.
 
-    `share` (B, K, P + N, 1): the share of each token, when the k-th leave, in the token that it is part of then. `adds`
+    `share` (B, P + N, K): the share of each token, when the k-th leave, in the token that it is part of then. `adds`
     (B, P + N, P + N) is 1 where the token of the column is added to that of the row. `log_size` (B, K + 1, P + N): the
     logarithm of how many patches a token stands for, before any leave and after each time.
     """
@@ -152,8 +142,7 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     # one that took over leaves to an heir of its own, once a round
     for _ in range((min(times, PLANNING_ROUNDS) - 1).bit_length()):
         part_of = part_of.gather(2, part_of)
-    ones = table(lambda: torch.ones(tokens, device=device), "ones", tokens, device)
-    nothing = table(lambda: torch.zeros(tokens, tokens, device=device, dtype=dtype), "zeros", tokens, dtype, device)
+    ones = table(lambda: torch.ones(tokens, device=device), "ones", tokens, torch.float32, device)
     # how many patches each stands for and, where they weigh otherwise, what they weigh: summed in one
     kinds = 1 if found.weight is None else 2
     sums = table(lambda: torch.zeros(kinds, times + 1, tokens, device=device), "sums", kinds, times + 1, tokens, device)
@@ -165,9 +154,17 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     summed = sums.expand(shape).scatter_add(3, index, values.unsqueeze(2).expand(shape))
     size, weight = summed[:, 0], summed[:, -1]
     share = weight[:, :-1] / weight[:, 1:].gather(2, heir[:, 1:])
-    one = ones.to(dtype).expand(batch, 1, tokens)
-    adds = nothing.expand(batch, -1, -1).scatter(1, heirs.unsqueeze(1), one)
-    return Shares(share.to(dtype).unsqueeze(-1), adds, size.log())
+    return Shares(share.to(dtype).transpose(1, 2), _added(heirs, dtype), size.log())
+
+
+def _added(heirs: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, n, n): 1 where the heir of the token of the column, in `heirs` (B, n), is that of the row."""
+    (batch, n), device = heirs.shape, heirs.device
+    if exports_to_onnx():
+        return (heirs.unsqueeze(1) == place_table(n, device).unsqueeze(1)).to(dtype)
+    nothing = table(lambda: torch.zeros(n, n, device=device, dtype=dtype), "zeros", n, dtype, device)
+    one = table(lambda: torch.ones(n, device=device, dtype=dtype), "ones", n, dtype, device).expand(batch, 1, n)
+    return nothing.expand(batch, -1, -1).scatter(1, heirs.unsqueeze(1), one)
 
 
 def take_over(tokens: Tensor, found: Shares, time: int, stay: int) -> Tensor:
@@ -177,5 +174,5 @@ def take_over(tokens: Tensor, found: Shares, time: int, stay: int) -> Tensor:
     """
     n = tokens.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
-        weighted = tokens * found.share[:, time, :n]
+        weighted = tokens * found.share[:, :n, time : time + 1]
         return torch.baddbmm(weighted[:, :stay], found.adds[:, :stay, stay:n], weighted[:, stay:])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.tables import patch_rows, prefix_rows, row_table, table
+from slimcli.life.tables import patch_rows, place_table, prefix_rows, row_table, table
 
 
 def normalise_life(score: Tensor, life_mean: float, life_std: float, eps: float = 1e-6) -> Tensor:
@@ -52,34 +52,40 @@ def log_straight_weight(life: Tensor, used: Tensor, layer: int, temperature: flo
 
 
 def exports_to_onnx() -> bool:
-    """Whether the model is being exported to ONNX, which has no stable sort."""
-    return torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+    """Whether the model is being exported to ONNX, which has no stable sort, but whose TopK is stable."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def in_order(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Values (B, n) sorted, the lowest first or the highest, and their indices; ties in their order, everywhere."""
+    if exports_to_onnx():
+        return values.topk(values.shape[1], largest=descending)
+    return values.sort(dim=-1, descending=descending, stable=True)
 
 
 def highest_first(values: Tensor) -> Tensor:
     """Indices (B, n) of values (B, n), the highest first; ties in their order, wherever it runs."""
-    if not exports_to_onnx():
-        return values.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(values.shape[1], device=values.device).expand(values.shape)
-    return torch.zeros_like(places).scatter(1, place_by_value(values), places)
+    return in_order(values, descending=True)[1]
 
 
-def place_by_value(values: Tensor) -> Tensor:
-    """How many of an image's values (B, n) come before each: higher ones, and equal ones that stand earlier; (B, n)."""
-    one, other = values.unsqueeze(2), values.unsqueeze(1)
-    # [i, j]: j stands before i
-    earlier = torch.ones(values.shape[1], values.shape[1], device=values.device).tril(-1) > 0
-    return ((other > one) | ((other == one) & earlier)).sum(dim=2)
+def inverse(order: Tensor) -> Tensor:
+    """Where each of n stands in `order` (B, n), which names each once: (B, n)."""
+    if exports_to_onnx():
+        return in_order(order)[1]
+    places = place_table(order.shape[1], order.device).expand_as(order)
+    return places.scatter(1, order, places)
 
 
 def longest_lives_first(life: Tensor, count: int) -> Tensor:
     """Indices (B, count) of the `count` patches with the longest lives, longest first; ties in raster order."""
+    if exports_to_onnx():
+        return life.topk(count).indices
     return highest_first(life)[:, :count]
 
 
 def life_rank(life: Tensor) -> Tensor:
     """Position (B, N) of every patch in the order of lives: 0 for the longest."""
-    return place_by_value(life) if exports_to_onnx() else highest_first(life).argsort(dim=-1)
+    return inverse(highest_first(life))
 
 
 def take_patches(patches: Tensor, order: Tensor) -> Tensor:
@@ -94,6 +100,8 @@ def take_rows(tokens: Tensor, places: Tensor) -> Tensor:
     Whole rows are copied: gathering element by element takes five times as long.
     """
     batch, n, width = tokens.shape
+    if exports_to_onnx():  # rows are taken whole there too, by `slimcli.runtimes.onnx_graph`
+        return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
     rows = (places + row_table(batch, n, tokens.device)).flatten()
     return tokens.reshape(batch * n, width).index_select(0, rows).reshape(batch, -1, width)
 
@@ -111,6 +119,9 @@ def add_rows(tokens: Tensor, places: Tensor, more: Tensor) -> Tensor:
 def sort_patches(tokens: Tensor, order: Tensor, num_prefix_tokens: int) -> Tensor:
     """Tokens (B, P + N, D) with the patches gathered in `order` (B, n), behind the prefix tokens: (B, P + n, D)."""
     batch, n, width = tokens.shape
+    if exports_to_onnx():
+        patches = take_rows(tokens, order + num_prefix_tokens if num_prefix_tokens else order)
+        return torch.cat((tokens[:, :num_prefix_tokens], patches), dim=1) if num_prefix_tokens else patches
     rows = order + patch_rows(batch, n, num_prefix_tokens, tokens.device)
     if num_prefix_tokens:
         rows = torch.cat((prefix_rows(batch, n, num_prefix_tokens, tokens.device), rows), dim=1)

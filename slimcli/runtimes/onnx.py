@@ -26,7 +26,7 @@ from slimcli.runtimes.base import (
     first_line,
     require_graph,
 )
-from slimcli.runtimes.onnx_graph import split_projections, translations
+from slimcli.runtimes.onnx_graph import tidy, translations
 
 FILE = "model.onnx"
 #: the first one with GELU
@@ -111,7 +111,7 @@ def graph(model: Forward, conversion: Conversion, path: Path) -> None:
         except Exception as error:  # whatever a model's code does that ONNX cannot
             raise cannot_export(model, error, "to ONNX") from error
         assert program is not None
-        split_projections(program.model)
+        tidy(program.model)
         _check_operators(program.model_proto.graph.node, model)
         if free is not None:
             check_free(program.model_proto.graph.input[0], model)

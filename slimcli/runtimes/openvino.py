@@ -57,7 +57,7 @@ class OpenVino(Runtime):
         with tempfile.TemporaryDirectory(prefix="slim-") as place:
             path = Path(place) / "model.onnx"
             graph(model, conversion, path)
-            converted = openvino.Core().read_model(str(path))
+            converted = read_graph(path)
             if conversion.precision == "int8":
                 converted = _quantized(converted, path, model, conversion)
             openvino.save_model(converted, str(folder / XML), compress_to_fp16=False)
@@ -79,6 +79,18 @@ class OpenVino(Runtime):
             return OpenVinoProgram(core.compile_model(model, "CPU", options))
         except (RuntimeError, OSError, ValueError) as error:
             raise SlimError(f"{folder / XML}: cannot be opened by OpenVINO: {first_line(error)}") from error
+
+
+def read_graph(path: Path) -> Any:
+    """A graph of ONNX's as OpenVINO's own."""
+    import openvino
+
+    found = openvino.Core().read_model(str(path))
+    for operation in found.get_ops():
+        # who comes first among equals: ONNX says so, and OpenVINO only if it is told to
+        if operation.get_type_name() == "TopK":
+            operation.set_attribute("stable", True)
+    return found
 
 
 def _bytes(content: bytes) -> Any:
