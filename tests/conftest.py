@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,24 @@ REPORT = report.report_of_training
 report.report_of_training = lambda folder, *_args, **_options: f"{folder}: no report in this test"
 
 
-def pytest_collection_finish() -> None:
+_modules_at_freeze = 0
+
+
+def freeze() -> None:
     """Each stage of a training collects garbage, and need not look through all that was imported."""
-    gc.collect()
-    gc.freeze()
+    global _modules_at_freeze
+    if len(sys.modules) > _modules_at_freeze + 100:
+        gc.collect()
+        gc.freeze()
+        _modules_at_freeze = len(sys.modules)
+
+
+def pytest_collection_finish() -> None:
+    freeze()
+
+
+def pytest_runtest_teardown() -> None:
+    freeze()
 
 
 # the same examples each time, so that nobody's change fails for a reason that is not its own; `long` looks for new ones

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tarfile
 from collections.abc import Sequence
@@ -90,14 +91,20 @@ class _Digits:
         return f"digit {self.numbers[index]}"
 
 
-def _digits(train: bool) -> ImageSamples:
-    """scikit-learn's digits; every fifth is for validation: 1,437 to train on and 360 to test."""
+@functools.cache
+def _all_digits() -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
+    """All pixels (1797, 8, 8) and classes; the file is text, and read once."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    chosen = [i for i in range(len(digits.images)) if (i % DIGITS_EVERY != 0) == train]
-    pixels = numpy.round(digits.images[chosen] * (255 / 16)).astype(numpy.uint8)
-    source = _Digits(pixels, digits.target[chosen], chosen)
+    return numpy.round(digits.images * (255 / 16)).astype(numpy.uint8), digits.target
+
+
+def _digits(train: bool) -> ImageSamples:
+    """scikit-learn's digits; every fifth is for validation: 1,437 to train on and 360 to test."""
+    pixels, targets = _all_digits()
+    chosen = [i for i in range(len(pixels)) if (i % DIGITS_EVERY != 0) == train]
+    source = _Digits(pixels[chosen], targets[chosen], chosen)
     return ImageSamples(source.read, source.name, len(chosen), DIGITS)
 
 
