@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import tarfile
 from collections.abc import Sequence
@@ -93,11 +94,20 @@ class _Digits:
 
 @functools.cache
 def _all_digits() -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
-    """All pixels (1797, 8, 8) and classes; the file is text, and read once."""
-    from sklearn.datasets import load_digits
+    """All pixels (1797, 8, 8) and classes of scikit-learn's digits."""
+    spec = importlib.util.find_spec("sklearn")
+    places = (spec.submodule_search_locations if spec is not None else None) or ()
+    files = [Path(place) / "datasets" / "data" / "digits.csv.gz" for place in places]
+    if files and files[0].is_file():
+        # scikit-learn's function reads this file too, but takes seconds to import
+        table = numpy.loadtxt(files[0], delimiter=",")
+        images, targets = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+    else:
+        from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    return numpy.round(digits.images * (255 / 16)).astype(numpy.uint8), digits.target
+        images, targets = load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8)
+    return numpy.round(images * (255 / 16)).astype(numpy.uint8), targets
 
 
 def _digits(train: bool) -> ImageSamples:
