@@ -102,7 +102,7 @@ def test_eval_without_a_target_takes_the_latest_run(slim, run_folder):
 
 
 def test_eval_without_anything_takes_the_embedded_model(slim):
-    result = slim("eval", "--keep-rate", "0.7", "--limit", 120)
+    result = slim("eval", "--keep-rate", "0.7", "--limit", 8)
     assert result.exit_code == 0, result.output
     assert "the embedded model" in result.stdout
     found = document(slim("eval", "--keep-rate", "0.7", "--json"))
@@ -160,7 +160,8 @@ def test_the_same_images_in_a_tar_give_the_same_accuracy(slim, tiny_recipe, phot
 
 
 def test_profile_from_a_name_alone(slim):
-    found = document(slim("profile", "digits_vit", "--keep-rate", "1.0,0.7", "--seconds", 0, "--per-layer", "--json"))
+    words = ["--keep-rate", "1.0,0.7", "--batch-size", 4]
+    found = document(slim("profile", "digits_vit", *words, "--seconds", 0, "--per-layer", "--json"))
     assert set(found) >= FACTS
     dense, full, slimmed = found["rows"]
     assert {"latency_ms_p50", "latency_ms_p95", "peak_memory_mib", "realised"} | ROW <= set(dense)
@@ -173,7 +174,7 @@ def test_profile_from_a_name_alone(slim):
 
 
 def test_profile_table_fits_eighty_columns(slim):
-    lines = slim("profile", "digits_vit", "--seconds", 0, "--per-layer").stdout.splitlines()
+    lines = slim("profile", "digits_vit", "--batch-size", 4, "--seconds", 0, "--per-layer").stdout.splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[1].split()[:3] == ["Keep", "G", "MACs"]
 
@@ -204,7 +205,7 @@ def test_what_is_calibrated_with_heirs_trains_the_backbone_alone(slim, tiny_reci
 
 
 def test_calibrate_finds_a_better_schedule_than_three_drops(slim):
-    words = ["--target-flops", "0.05", "--images", 256, "--limit", 100, "--batch-size", 16, "--json"]
+    words = ["--target-flops", "0.05", "--images", 96, "--limit", 100, "--batch-size", 16, "--json"]
     report = document(slim("calibrate", "quickstart", *words))
     chosen, paper = report["chosen"], report["paper"]
     assert chosen["gmacs"] <= 0.05 and paper["gmacs"] <= 0.05
@@ -258,7 +259,7 @@ def test_calibrate_finds_a_measured_speedup_or_says_that_it_cannot(slim, refused
 
 
 def test_calibrate_teaches_the_head_without_labels(slim):
-    words = ["--images", 200, "--limit", 100, "--batch-size", 16, "--json"]
+    words = ["--images", 96, "--limit", 60, "--batch-size", 16, "--json"]
     report = document(slim("calibrate", "quickstart", "--keep-rate", "0.5", *words))
     # 2 is the error of a head that knows nothing, 1 that of one that says the same of every patch
     assert report["chosen"]["fit_error"] < 0.5

@@ -40,11 +40,25 @@ def test_batches_of_one_size_are_compiled_once(model):
         x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1
-    # another size is another program, not a broken one
-    compiled(images(model, 5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["hard-discard", "hard-heir-exact-planned"], indirect=True)
+def test_another_size_is_another_program_and_not_a_broken_one(model):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    for count in (2, 5):
+        torch.testing.assert_close(compiled(images(model, count)), model(images(model, count)), atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 2
 
 
+# each mode, rule and saving once
+@pytest.mark.parametrize(
+    "model",
+    ["hard-discard", "hard-heir-exact-planned", "soft-discard-planned", "soft-discard-exact", "none-discard-exact"],
+    indirect=True,
+)
 def test_a_compiled_training_step_has_the_gradients(model):
     torch._dynamo.reset()
     model.train()

@@ -7,6 +7,7 @@ experiments are not run, but held against click, argparse, and the files and ext
 
 import argparse
 import difflib
+import hashlib
 import re
 import runpy
 import shutil
@@ -29,6 +30,9 @@ import slimcli
 from slimcli import plugins
 from slimcli.calibration import search
 from slimcli.cli import main
+from slimcli.runtimes import onnx
+from slimcli.runtimes.onnx import graph
+from slimcli.store.model_folder import slimming_config
 
 SHELL = ("sh", "bash", "console", "")
 MANUAL = [page for page in PAGES if not page.is_relative_to(ROOT / "plugins")]
@@ -88,10 +92,28 @@ def furnished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported_once(tmp_path_factory):
+    """Writes the ONNX graph of a model; pages export the same run, and each time takes seconds."""
+    known = tmp_path_factory.mktemp("graphs")
+
+    def write(model, conversion, path):
+        digest = hashlib.sha256(repr((slimming_config(model.slim), conversion.batch_size)).encode())
+        for value in model.slim.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        kept = known / digest.hexdigest()
+        if not kept.exists():
+            graph(model, conversion, kept)
+        shutil.copy(kept, path)
+
+    return write
+
+
 @pytest.fixture
-def room(furnished, tmp_path, monkeypatch):
+def room(furnished, exported_once, tmp_path, monkeypatch):
     """A copy of that folder, as the current one, where a calibration takes fewer steps."""
     monkeypatch.setattr(search, "STEPS", (32, 1000))
+    monkeypatch.setattr(onnx, "graph", exported_once)
     shutil.copytree(furnished, tmp_path / "room", symlinks=True)
     monkeypatch.chdir(tmp_path / "room")
     return tmp_path / "room"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import slimcli
 from slimcli import LifeModel, Method, SlimError, SlimModel, plugins
+from slimcli.backbones import likeness
 from slimcli.backbones.counting import counted
 from slimcli.methods import dynamicvit
 from slimcli.methods.base import facts
@@ -353,6 +354,8 @@ def test_without_halves_patches_leave_after_the_block(monkeypatch):
     split = made("evit", 0.6)
     known = split.multiply_adds()
     monkeypatch.setattr(type(split.backbone), "halves", lambda self, layer: None)
+    # what was found of models with halves
+    monkeypatch.setattr(likeness, "_FOUND", {})
     for name in ("evit", "tome"):
         whole = made(name, 0.6)
         assert facts(whole.backbone).mlp_weights is None

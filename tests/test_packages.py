@@ -42,7 +42,7 @@ assert slimcli.__file__.startswith({str(installed)!r})
 from slimcli.cli import main
 if {words[0]!r} == "eval":
     from slimcli.measure import evaluation
-    evaluation.MOST_SECONDS = 0.2
+    evaluation.MOST_SECONDS = 0.05
 main()
 """
     command = [sys.executable, "-c", code, *words]

@@ -27,13 +27,6 @@ from slimcli.report.trade_off import Point, trade_off
 CPU = find_device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def every_training_reports():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "report_of_training", REPORT)
-        yield
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of the tiny recipe, with three more keep rates measured afterwards."""
@@ -46,7 +39,9 @@ def trained(tmp_path_factory):
         assert result.exit_code == 0, result.output
         return result
 
-    trained = run("train", recipe, "--set", f'output="{folder}"')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "report_of_training", REPORT)
+        trained = run("train", recipe, "--set", f'output="{folder}"')
     (run_folder,) = folder.glob("tiny-*")
     shutil.copy(run_folder / "report.html", folder / "by-train.html")
     evaluated = run("eval", run_folder, "--keep-rate", "0.9,0.6,0.3")
@@ -230,7 +225,7 @@ def test_a_feature_model_is_reported_by_cosine(slim, tiny_recipe, tmp_path):
     assert "Features that slimming moved least" in page.text
 
 
-def test_a_training_without_a_classifier_ends_with_a_report(slim, tiny_recipe, tmp_path):
+def test_a_training_without_a_classifier_ends_with_a_report(slim, reports, tiny_recipe, tmp_path):
     tiny_recipe.write_text(tiny_recipe.read_text().replace('mode = "soft"', 'mode = "soft"\nloss = "cosine"'))
     result = slim("train", tiny_recipe, "--set", "model.num_classes=0")
     assert result.exit_code == 0 and "tells the run in pictures" in result.stdout, result.output
@@ -284,7 +279,7 @@ def test_a_run_whose_data_has_gone_is_reported_without_pictures(slim, run_folder
     assert "/gone/away" in page.text and not page.images and "Dense against slimmed" in page.text
 
 
-def test_a_dense_run_is_reported_without_lives(slim, tiny_recipe, tmp_path):
+def test_a_dense_run_is_reported_without_lives(slim, reports, tiny_recipe, tmp_path):
     dense = re.sub(
         r"\[\[stages\]\].*\[aug",
         '[[stages]]\nlearns = "backbone"\nmode = "none"\nlr = 1e-3\n\n[aug',
@@ -298,7 +293,7 @@ def test_a_dense_run_is_reported_without_lives(slim, tiny_recipe, tmp_path):
     assert "Dense against slimmed" in page.text and not page.images
 
 
-def test_names_of_classes_and_files_cannot_become_part_of_the_page(slim, tmp_path, tiny_recipe):
+def test_names_of_classes_and_files_cannot_become_part_of_the_page(slim, reports, tmp_path, tiny_recipe):
     for split in ("train", "val"):
         for number, name in enumerate(("<b>cat&dog<b>", "plain")):
             (tmp_path / "photos" / split / name).mkdir(parents=True)
@@ -326,7 +321,7 @@ def test_what_is_no_run_is_refused(refused, tmp_path):
     assert "is not a run" in refused("report", "empty")
 
 
-def test_a_report_that_fails_does_not_fail_the_training(slim, tiny_recipe, monkeypatch, tmp_path):
+def test_a_report_that_fails_does_not_fail_the_training(slim, reports, tiny_recipe, monkeypatch, tmp_path):
     def fail(*_words, **_options):
         raise RuntimeError("no fonts\non this machine")
 

@@ -20,6 +20,7 @@ from slimcli.backbones.counting import (
     parameter_shapes,
     without_computing,
 )
+from slimcli.backbones.likeness import once_for_alike
 from slimcli.errors import SlimError
 from slimcli.schedule import Architecture, default_drop_layers, default_life_layer
 
@@ -256,11 +257,11 @@ class Backbone(ABC):
         return output, attention[:, :, 0, prefix:].mean(dim=1)
 
     def derived(self, name: str, find: Callable[[], T]) -> T:
-        """What `find` reads off the model, found again when the model has got other shapes; kept under `name`."""
+        """What `find` reads off the model's shapes; kept under `name`, found again when the model has got others."""
         known: dict[str, tuple[Any, T]] = self.__dict__.setdefault("_derived", {})
         shapes = self._shapes()
         if name not in known or known[name][0] != shapes:
-            known[name] = shapes, find()
+            known[name] = shapes, once_for_alike(self, name, find)
         return known[name][1]
 
     def _shapes(self) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import tarfile
 from collections.abc import Sequence
@@ -90,14 +92,29 @@ class _Digits:
         return f"digit {self.numbers[index]}"
 
 
+@functools.cache
+def _all_digits() -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
+    """All pixels (1797, 8, 8) and classes of scikit-learn's digits."""
+    spec = importlib.util.find_spec("sklearn")
+    places = (spec.submodule_search_locations if spec is not None else None) or ()
+    files = [Path(place) / "datasets" / "data" / "digits.csv.gz" for place in places]
+    if files and files[0].is_file():
+        # scikit-learn's function reads this file too, but takes seconds to import
+        table = numpy.loadtxt(files[0], delimiter=",")
+        images, targets = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+    else:
+        from sklearn.datasets import load_digits
+
+        images, targets = load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8)
+    return numpy.round(images * (255 / 16)).astype(numpy.uint8), targets
+
+
 def _digits(train: bool) -> ImageSamples:
     """scikit-learn's digits; every fifth is for validation: 1,437 to train on and 360 to test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    chosen = [i for i in range(len(digits.images)) if (i % DIGITS_EVERY != 0) == train]
-    pixels = numpy.round(digits.images[chosen] * (255 / 16)).astype(numpy.uint8)
-    source = _Digits(pixels, digits.target[chosen], chosen)
+    pixels, targets = _all_digits()
+    chosen = [i for i in range(len(pixels)) if (i % DIGITS_EVERY != 0) == train]
+    source = _Digits(pixels[chosen], targets[chosen], chosen)
     return ImageSamples(source.read, source.name, len(chosen), DIGITS)
 
 

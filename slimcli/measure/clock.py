@@ -17,6 +17,8 @@ from slimcli.progress import Progress, no_progress
 
 #: fewer rounds than these have no 95 % interval
 ROUNDS_OF_AN_INTERVAL = 6
+#: rounds that a 95th percentile of latencies is of at least
+LATENCIES = 20
 #: rounds after which no more are made
 MOST_ROUNDS = 5000
 

@@ -62,7 +62,9 @@ def profile(
         with steps.step() as part:
             timing = clock.take_turns(runs, device, 5, min_seconds, most, progress=part, label="throughput")
         with steps.step() as part:
-            latencies = clock.interleave(singles, device, 20, min_seconds / 2, progress=part, label="latency")
+            latencies = clock.interleave(
+                singles, device, clock.LATENCIES, min_seconds / 2, progress=part, label="latency"
+            )
         rows: list[Row] = []
         with steps.step() as part:
             for index, variant in enumerate(variants):

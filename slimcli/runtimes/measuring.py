@@ -195,7 +195,9 @@ def profile_places(
             )
         singles = [partial(run.program.run, images[:1]) for run in runs]
         with steps.step() as part:
-            latencies = clock.interleave(singles, device, 20, min_seconds / 2, progress=part, label="latency")
+            latencies = clock.interleave(
+                singles, device, clock.LATENCIES, min_seconds / 2, progress=part, label="latency"
+            )
     rows: list[Row] = []
     for index, (run, figures) in enumerate(zip(runs, _figures(runs, timing), strict=True)):
         row = describe(model, run.variant.schedule, run.variant.exact_savings)

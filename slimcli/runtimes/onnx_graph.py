@@ -155,9 +155,8 @@ class _Cut(NamedTuple):
 
     @classmethod
     def of(cls, node: Any) -> _Cut | None:
-        found = [_list(value) for value in node.inputs[1:]]
-        steps = found[3] if len(found) > 3 else [1]
-        if len(found) < 3 or None in found or steps is None or any(step != 1 for step in steps):
+        found = [part for value in node.inputs[1:] if (part := _list(value)) is not None]
+        if len(found) < max(3, len(node.inputs) - 1) or any(step != 1 for step in (found[3:] or [[1]])[0]):
             return None
         return cls(*found[:3])
 
