@@ -37,10 +37,12 @@ def markdown(document: dict[str, Any]) -> str:
         cost = "-" if line.row.gmacs is None else f"{line.row.gmacs:.4f}"
         text.append(f"| {' | '.join([line.title, line.rate, line.setting_text, cost, *line.cells(errors=True)])} |")
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    # None where the command did not run in a checkout
+    commit = f"; commit {document['git_commit']}" if document["git_commit"] else ""
     text += [
         "",
         f"{lines[0].row.images} images, {document['precision']}, batch {document['batch_size']}, "
-        f"{document['device_name']}, {document['threads']} threads; {versions}; commit {document['git_commit']}.",
+        f"{document['device_name']}, {document['threads']} threads; {versions}{commit}.",
         "Every method costs at most what three drops with discarding cost at the keep rate. Speed-up is over the dense "
         "model, measured in turn on the same batch; of ideal: speed-up over the ratio of multiply-adds.",
         *explained(document),
