@@ -14,28 +14,41 @@ from torch.nn import functional as F
 
 from slimcli.life.heirs import MOST, Plan
 from slimcli.life.lives import highest_first, normalise_life, take_rows
-from slimcli.life.tables import place_table
+from slimcli.life.tables import place_table, table
 from slimcli.schedule.counts import planned_counts, rounds_of_pairs
+
+#: what the squared distance of two patches adds to that of their features, in halves of the image's shorter side:
+#: between patches that are alike, it lets neighbours join
+NEARNESS = 0.02
 
 
 @torch.no_grad()
 def plan_pairs(
-    features: Tensor, score: Tensor, counts: Sequence[int], redundancy: float = 0.0, merge_importance: float = 0.0
+    features: Tensor,
+    score: Tensor,
+    counts: Sequence[int],
+    redundancy: float = 0.0,
+    merge_importance: float = 0.0,
+    grid: tuple[int, int] | None = None,
 ) -> Plan:
     """As `slimcli.life.plan`, but a patch may be joined to any other, not only to a more important one.
 
     It is Ward's clustering, in rounds: every other group is a candidate, and those that are cheapest to join to one of
     the others are. Joining two costs m_i m_j / (m_i + m_j) |f_i - f_j|^2, with m the mass of a group and f the mean
     of the `features` (B, N, C) of its patches, each at first without its mean and of length 1. The mass of a patch is
-    exp(s / `redundancy`), with s its standardised `score` (B, N); with `redundancy` 0 all have the same.
+    exp(s / `redundancy`), with s its standardised `score` (B, N); with `redundancy` 0 all have the same. Where patches
+    lie in a `grid` of rows and columns, how near they are counts a little too.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
     weight = (merge_importance * standard).clamp(-MOST, MOST).exp() if merge_importance else None
     exponent = standard / redundancy if redundancy > 0 else torch.zeros_like(standard)
     mass = exponent.clamp(-MOST, MOST).exp().unsqueeze(-1)
     centred = features.float() - features.float().mean(dim=-1, keepdim=True)
+    unit = F.normalize(centred, dim=-1)
+    if grid is not None:
+        unit = torch.cat((unit, _positions(grid, unit.device).expand(unit.shape[0], -1, -1)), dim=-1)
     # a group is the sum of its patches' features, and its mass
-    groups = torch.cat((F.normalize(centred, dim=-1) * mass, mass), dim=-1)
+    groups = torch.cat((unit * mass, mass), dim=-1)
     names = place_table(score.shape[1], score.device).expand(score.shape)
     left: list[tuple[Tensor, Tensor]] = []
     for n, stay in itertools.pairwise(planned_counts(counts)):
@@ -62,6 +75,16 @@ def plan_pairs(
     places = place_table(order.shape[1], order.device).expand_as(order)
     heirs = places.scatter(1, order, places).gather(1, heirs)
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
+
+
+def _positions(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Where patches lie, in raster order (N, 2): their squared distances are `NEARNESS` of those in half sides."""
+
+    def make() -> Tensor:
+        sides = [torch.arange(n, device=device) - (n - 1) / 2 for n in grid]
+        return torch.cartesian_prod(*sides) * (2 * NEARNESS**0.5 / max(1, min(grid) - 1))
+
+    return table(make, "positions", grid, device)
 
 
 def _cheapest(groups: Tensor, leave: int) -> tuple[Tensor, Tensor]:

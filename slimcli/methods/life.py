@@ -169,6 +169,12 @@ class LifeModel(SlimModel):
         taken_over = sum(self._taken_over(architecture, layer, schedule) for layer in layers)
         return architecture.multiply_adds(schedule.resolve(self.num_patches), plan) - taken_over
 
+    @property
+    def _whole_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the patches, where all of them lie in a grid."""
+        rows, columns = self.backbone.grid_size
+        return (rows, columns) if rows * columns == self.num_patches else None
+
     def _taken_over(self, architecture: Architecture, layer: int, schedule: Schedule) -> int:
         """Multiply-adds of one image that block `layer` does without, since heirs take over before its queries."""
         if self.dead != "heir" or not schedule.life_layer < layer < schedule.depth:
@@ -184,8 +190,10 @@ class LifeModel(SlimModel):
         plan = None
         if features is not None:
             steps = tuple(dict.fromkeys(counts))
-            planner = lives.plan_pairs if self.grouping == "pairs" else lives.plan
-            plan = planner(features, score, steps, self.redundancy, self.merge_importance)
+            if self.grouping == "pairs":
+                plan = lives.plan_pairs(features, score, steps, self.redundancy, self.merge_importance, self._whole_grid)
+            else:
+                plan = lives.plan(features, score, steps, self.redundancy, self.merge_importance)
         planned = plan if self._compares else None
         if planned is not None and self.mode == "hard":
             order = planned.order

@@ -128,8 +128,9 @@ class Planning:
         for n, stay in itertools.pairwise(planned_counts(counts)):
             if self.pairs:
                 # the means and their squares, the products of the two halves, and what they weigh
+                # channels of features, two of positions
                 halves = [(k // 2, k - k // 2) for k in rounds_of_pairs(n, stay)[:-1]]
-                total += sum(2 * (a + b) * channels + a * b * (channels + 3) for a, b in halves)
+                total += sum(2 * (a + b) * (channels + 2) + a * b * (channels + 5) for a, b in halves)
                 continue
             total += (n - stay) * stay * channels + (n**2 * (channels + 1) if self.ranks else 0)
         for n, stay in itertools.pairwise(dict.fromkeys(counts)):
