@@ -114,6 +114,7 @@ def test_blank_images_give_finite_logits_and_gradients(name, method):
     if method == "life":
         model.life_head.extend(16, 16)
         ways += [("hard", {"dead": "heir"}), ("hard", {"dead": "heir", "redundancy": 3.0, "merge_importance": 3.0})]
+        ways += [("hard", {"grouping": "pairs", "redundancy": 0.0}), ("hard", {"redundancy": 0.01})]
     for mode, settings in ways:
         model.configure(settings)
         model.zero_grad()
