@@ -157,7 +157,7 @@ def print_candidates(display: Display, done: Calibrated) -> None:
             ]
         )
     titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
-    rule = ", ".join(f"{name} {value:g}" for name, value in vars(tried[0].ranking).items())
+    rule = ", ".join(f"{name} {value}" for name, value in vars(tried[0].ranking).items())
     meaning = "squared error of the dense model's logits, over their variance; Agrees: same class"
     if done.purpose == "patches":
         meaning = "squared error of the features of all patches, over their squares; Agrees: 100 times the cosine"
