@@ -191,7 +191,9 @@ class LifeModel(SlimModel):
         if features is not None:
             steps = tuple(dict.fromkeys(counts))
             if self.grouping == "pairs":
-                plan = lives.plan_pairs(features, score, steps, self.redundancy, self.merge_importance, self._whole_grid)
+                plan = lives.plan_pairs(
+                    features, score, steps, self.redundancy, self.merge_importance, self._whole_grid
+                )
             else:
                 plan = lives.plan(features, score, steps, self.redundancy, self.merge_importance)
         planned = plan if self._compares else None
