@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.lives import exports_to_onnx, highest_first, in_order, inverse, normalise_life, take_rows
+from slimcli.life.lives import exports_to_onnx, highest_first, in_order, inverse, normalise_life, take_rows, take_rows_of_all
 from slimcli.life.tables import place_table, table
 from slimcli.schedule.counts import planned_rounds
 
@@ -64,9 +64,8 @@ def plan(
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
-            unit = take_rows(unit, order)
-            if stay > counts[-1]:
-                groups = take_rows(groups, order)
+            unit, *rest = take_rows_of_all((unit, groups) if stay > counts[-1] else (unit,), order)
+            groups = rest[0] if rest else groups
         heirs = _most_like(unit, step)
         left.append((names[:, stay:], names.gather(1, heirs)))
         names = names[:, :stay]
