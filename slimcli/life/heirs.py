@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.lives import exports_to_onnx, highest_first, in_order, inverse, normalise_life, take_rows, take_rows_of_all
+from slimcli.life.lives import (
+    exports_to_onnx,
+    highest_first,
+    in_order,
+    inverse,
+    normalise_life,
+    take_rows,
+    take_rows_of_all,
+)
 from slimcli.life.tables import place_table, table
 from slimcli.schedule.counts import planned_rounds
 
