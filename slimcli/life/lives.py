@@ -109,7 +109,7 @@ def take_rows_of_all(tokens: Sequence[Tensor], places: Tensor) -> list[Tensor]:
     if exports_to_onnx():  # rows are taken whole there too, by `slimcli.runtimes.onnx_graph`
         return [part.gather(1, places.unsqueeze(-1).expand(-1, -1, part.shape[-1])) for part in tokens]
     rows = (places + row_table(batch, n, places.device)).flatten()
-    return [part.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, -1)) for part in tokens]
+    return [part.flatten(0, 1).index_select(0, rows).reshape(batch, -1, part.shape[-1]) for part in tokens]
 
 
 def add_rows(tokens: Tensor, places: Tensor, more: Tensor) -> Tensor:
