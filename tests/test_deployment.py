@@ -258,6 +258,15 @@ def test_tolerances_are_of_outputs_and_of_predictions():
     assert "differ" in Checked(10, float("nan"), float("nan"), 100.0).problem("int8")
 
 
+def test_a_plan_for_few_patches_is_said_to_gain_little_in_fast_arithmetic():
+    model = planned()
+    said = exporting.small_gain(model, "int8")
+    assert "with 16 patches" in said and "bfloat16" in exporting.small_gain(model, "bfloat16")
+    assert exporting.small_gain(model, "float32") is None
+    assert exporting.small_gain(slimmed(tiny_vit(), 0.5, life_layer=1), "int8") is None
+    assert exporting.small_gain(planned(img_size=96), "int8") is None
+
+
 def test_int8_keeps_the_life_head_in_float(exported):
     from slimcli.runtimes.onnx_int8 import kept_in_float
 

@@ -29,6 +29,8 @@ from slimcli.store.schema import ClassNames, Preprocessing, inside, read_json, v
 from slimcli.version import __version__
 
 FORMAT, VERSION = "slim-export", 1
+#: with so many or fewer, the products of a ViT-S take no longer in int8 than all else
+FEW_PATCHES = 100
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,18 @@ def export_model(
         raise write_error(folder, error) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def small_gain(model: SlimModel, precision: str) -> str | None:
+    """What to tell somebody whose model plans for so few patches that little is gained in `precision`; None if not."""
+    plans = model.has_heirs or model.configuration().get("redundancy", 0.0) > 0
+    if precision == "float32" or not (plans and model.schedule.drops_patches()) or model.num_patches > FEW_PATCHES:
+        return None
+    return (
+        f"with {model.num_patches} patches a plan and heirs take much of the time that they save in {precision}, and a "
+        "single image may take longer than in the dense model: measure it with slim profile --runtime; discarding "
+        '(dead = "discard") and fewer drops take less'
+    )
 
 
 def require(runtime: Runtime, precision: str, calibration: Sequence[Tensor]) -> None:

@@ -5,7 +5,6 @@ Shapes: B images, P prefix tokens, N patches, C channels of the features, K time
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,9 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.lives import exports_to_onnx, highest_first, in_order, inverse, normalise_life, take_rows
+from slimcli.life.lives import (
+    exports_to_onnx,
+    highest_first,
+    in_order,
+    inverse,
+    normalise_life,
+    take_rows,
+    take_rows_of_all,
+)
 from slimcli.life.tables import place_table, table
-from slimcli.schedule.counts import PLANNING_ROUNDS, planned_counts
+from slimcli.schedule.counts import planned_rounds
 
 #: the highest exponent of a patch's mass: what a few outliers weigh is finite then
 MOST = 40.0
@@ -48,9 +55,8 @@ def plan(
     f_j)), with r the correlation: the mass m of a group is the sum of exp(s / `redundancy`) over its patches, with s
     their standardised `score` (B, N), and f the mean of their `features` (B, N, C), weighted by exp(`merge_importance`
     s). Each is added to the group most like its own among those that stay. It is agglomerative clustering, close to
-    Ward's, in four rounds at most: those that leave between two of `planned_counts` are decided on together, the
-    cheapest leave first, and their heirs stay past the second of the two. With `redundancy` 0 the least important
-    leave, whether they are like others or not.
+    Ward's, in three rounds at most, `planned_rounds`: those that leave in a round are decided on together, and the
+    cheapest leave first. With `redundancy` 0 the least important leave, whether they are like others or not.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
     ranked, names = in_order(standard, descending=True)
@@ -60,15 +66,15 @@ def plan(
     if redundancy > 0:
         groups = torch.cat((groups, _power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
     left: list[tuple[Tensor, Tensor]] = []
-    for _, stay in itertools.pairwise(planned_counts(counts)):
+    for step in planned_rounds(counts):
+        stay = step[-1]
         unit = _unit(groups[..., : features.shape[-1]])
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
-            unit = take_rows(unit, order)
-            if stay > counts[-1]:
-                groups = take_rows(groups, order)
-        heirs = torch.bmm(unit[:, stay:], unit[:, :stay].transpose(1, 2)).argmax(dim=-1)
+            unit, *rest = take_rows_of_all((unit, groups) if stay > counts[-1] else (unit,), order)
+            groups = rest[0] if rest else groups
+        heirs = _most_like(unit, step)
         left.append((names[:, stay:], names.gather(1, heirs)))
         names = names[:, :stay]
         if stay > counts[-1]:
@@ -111,6 +117,25 @@ def _cheapest_last(unit: Tensor, root: Tensor, stay: int) -> Tensor:
     return torch.cat((in_order(dearest[:, :stay])[0], dearest[:, stay:]), dim=1)
 
 
+def _most_like(unit: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The heirs (B, n - n'') of those that leave when n groups become n' and at last n'': the group most like each.
+
+    `unit` (B, n, C) are the groups' features, of length 1, in the order in which they leave, the last to leave first.
+    An heir is among those that stay when its patch leaves.
+    """
+    first, last, device = counts[1], counts[-1], unit.device
+    leave, there = unit[:, last:], unit[:, :first].transpose(1, 2)
+    if first == last:
+        return torch.bmm(leave, there).argmax(dim=-1)
+
+    def make() -> Tensor:
+        stay = torch.tensor([next(n for n in counts if n <= place) for place in range(last, counts[0])])
+        gone = torch.arange(first) >= stay.unsqueeze(1)
+        return torch.zeros(gone.shape).masked_fill(gone, float("-inf")).to(device)
+
+    return torch.baddbmm(table(make, "not later", counts, device), leave, there).argmax(dim=-1)
+
+
 class Shares(NamedTuple):
     """What tokens become when heirs take over, for all K times at once; see `take_over`.
 
@@ -139,8 +164,9 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     gone = table(lambda: places >= prefix + torch.tensor(counts, device=device).unsqueeze(1), "gone", *key)
     heir = torch.where(gone, heirs.unsqueeze(1), places)
     part_of = heir
-    # one that took over leaves to an heir of its own, once a round
-    for _ in range((min(times, PLANNING_ROUNDS) - 1).bit_length()):
+    # one that took over leaves to an heir of its own: once a round, in the last one at each time
+    *rounds, last = planned_rounds(counts)
+    for _ in range((len(rounds) + len(last) - 2).bit_length()):
         part_of = part_of.gather(2, part_of)
     ones = table(lambda: torch.ones(tokens, device=device), "ones", tokens, torch.float32, device)
     # how many patches each stands for and, where they weigh otherwise, what they weigh: summed in one

@@ -6,6 +6,7 @@ Equation numbers are the paper's. Shapes: B images, P prefix tokens, N patches, 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -99,11 +100,16 @@ def take_rows(tokens: Tensor, places: Tensor) -> Tensor:
 
     Whole rows are copied: gathering element by element takes five times as long.
     """
-    batch, n, width = tokens.shape
+    return take_rows_of_all((tokens,), places)[0]
+
+
+def take_rows_of_all(tokens: Sequence[Tensor], places: Tensor) -> list[Tensor]:
+    """`take_rows` of several, each (B, n, D) with a D of its own."""
+    batch, n = tokens[0].shape[:2]
     if exports_to_onnx():  # rows are taken whole there too, by `slimcli.runtimes.onnx_graph`
-        return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
-    rows = (places + row_table(batch, n, tokens.device)).flatten()
-    return tokens.reshape(batch * n, width).index_select(0, rows).reshape(batch, -1, width)
+        return [part.gather(1, places.unsqueeze(-1).expand(-1, -1, part.shape[-1])) for part in tokens]
+    rows = (places + row_table(batch, n, places.device)).flatten()
+    return [part.flatten(0, 1).index_select(0, rows).reshape(batch, -1, part.shape[-1]) for part in tokens]
 
 
 def add_rows(tokens: Tensor, places: Tensor, more: Tensor) -> Tensor:

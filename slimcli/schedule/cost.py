@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slimcli.schedule.counts import planned_counts, rounds_of_pairs
+from slimcli.schedule.counts import planned_counts, planned_rounds, rounds_of_pairs
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,15 @@ class Planning:
             return total
         total += patches * self.similarity_dim * (embed_dim + width)
         channels = self.similarity_dim or embed_dim
-        for n, stay in itertools.pairwise(planned_counts(counts)):
-            if self.pairs:
-                # the means and their squares, the products of the two halves, and what they weigh
-                # channels of features, two of positions
+        if self.pairs:
+            for n, stay in itertools.pairwise(planned_counts(counts)):
+                # the means and their squares, the products of the two halves, and what they weigh; two channels more
+                # are where the patches lie
                 halves = [(k // 2, k - k // 2) for k in rounds_of_pairs(n, stay)[:-1]]
                 total += sum(2 * (a + b) * (channels + 2) + a * b * (channels + 5) for a, b in halves)
-                continue
-            total += (n - stay) * stay * channels + (n**2 * (channels + 1) if self.ranks else 0)
+        else:
+            for n, *later in planned_rounds(counts):
+                total += (n - later[-1]) * later[0] * channels + (n**2 * (channels + 1) if self.ranks else 0)
         for n, stay in itertools.pairwise(dict.fromkeys(counts)):
             total += (n - stay) * (num_prefix_tokens + stay) * embed_dim if self.adds else 0
         return total

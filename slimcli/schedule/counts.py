@@ -5,6 +5,7 @@ Layers are counted from 1, as in the paper. Plain Python: no torch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -91,17 +92,35 @@ def life_moments(counts: Sequence[int]) -> tuple[float, float]:
 
 
 #: in how many rounds who leaves and who takes over is decided, however often patches leave
-PLANNING_ROUNDS = 4
+PLANNING_ROUNDS = 3
+
+
+def planned_rounds(counts: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+    """The rounds in which it is decided who leaves as the falling patch counts N_1..N_L say, three at most.
+
+    Each is the counts that it starts from and comes to; the last has those between them too. The first two end after
+    two ninths and four ninths of the times that patches leave: who leaves early decides what groups there are later.
+    """
+    steps = tuple(dict.fromkeys(counts))
+    times = len(steps) - 1
+    if times <= PLANNING_ROUNDS:
+        return tuple(itertools.pairwise(steps))
+    first, second = round(2 * times / 9), round(4 * times / 9)
+    return (steps[0], steps[first]), (steps[first], steps[second]), steps[second:]
+
+
+#: how often it is decided anew who leaves where groups are joined in pairs
+PAIRED_TIMES = 4
 
 
 def planned_counts(counts: Iterable[int]) -> tuple[int, ...]:
-    """Of the falling patch counts N_1..N_L those, five at most, at which it is decided anew who leaves next.
+    """Of the falling patch counts N_1..N_L those, five at most, that groups are joined to in pairs.
 
     The first, the last, and those that lie evenly between them in the number of times that patches leave.
     """
     steps = tuple(dict.fromkeys(counts))
     times = len(steps) - 1
-    rounds = min(times, PLANNING_ROUNDS)
+    rounds = min(times, PAIRED_TIMES)
     return tuple(steps[round(i * times / rounds)] for i in range(rounds + 1)) if rounds else steps
 
 

@@ -57,7 +57,8 @@ def export_session(
     batch = batch_size or BATCH
     batches = (pixels for pixels, _ in islice(session.loader(images, batch), -(-count // batch)))
     calibration = session.first_batches(calibration_images, batch) if precision == "int8" else []
-    for line in (*found.notes, *session.notes):
+    small = deployment.small_gain(model, precision)
+    for line in (*found.notes, *session.notes, *([small] if small else [])):
         warn(line)
     return deployment.export_model(
         model, runtime, folder, config, batches, precision, batch_size, calibration, progress
