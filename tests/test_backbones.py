@@ -11,6 +11,8 @@ import torch
 from conftest import tiny_vit
 
 import slimcli
+from slimcli.backbones import likeness
+from slimcli.backbones.base import Backbone
 from slimcli.backbones.timm_families import VARIANTS, small_models
 from slimcli.conformance import CHECKS, awake, check_backbone
 from slimcli.errors import SlimError
@@ -172,3 +174,26 @@ def test_a_module_of_timms_without_a_filter_takes_weights_as_they_are(monkeypatc
     model = tiny_vit()
     monkeypatch.delattr(timm.models.vision_transformer, "checkpoint_filter_fn")
     assert find_backbone(model).adapt_weights(model.state_dict()).keys() == model.state_dict().keys()
+
+
+def test_models_that_are_built_alike_are_counted_once_and_others_for_themselves(monkeypatch):
+    monkeypatch.setattr(likeness, "_FOUND", {})
+
+    def key(**changes):
+        return likeness.likeness(find_backbone(tiny_vit(**changes)))
+
+    assert key() is not None and key() == key()
+    others = [{"num_heads": 4}, {"depth": 3}, {"num_classes": 9}, {"global_pool": "avg"}, {"qk_norm": True}]
+    assert len({key(), *(key(**changes) for changes in others)}) == 1 + len(others)
+    # a hook may compute anything, and so may an attribute that nobody knows
+    hooked, odd = tiny_vit(), tiny_vit()
+    hooked.blocks[0].register_forward_hook(lambda *_: None)
+    odd.blocks[0].strange = object()
+    assert likeness.likeness(find_backbone(hooked)) is likeness.likeness(find_backbone(odd)) is None
+
+    count, counts = Backbone._count, []
+    monkeypatch.setattr(Backbone, "_count", lambda self: counts.append(1) or count(self))
+    first, second = (find_backbone(tiny_vit()).architecture() for _ in range(2))
+    assert first == second and counts == [1]
+    other = find_backbone(tiny_vit(mlp_ratio=2.0)).architecture()
+    assert other.block_weights != first.block_weights and counts == [1, 1]

@@ -37,7 +37,7 @@ def tiny_recipe(tiny_recipe):
 @pytest.fixture
 def few_images(monkeypatch):
     """Calibrations on fewer images and in fewer steps, to save time."""
-    monkeypatch.setattr(cells, "FIT_IMAGES", 64)
+    monkeypatch.setattr(cells, "FIT_IMAGES", 32)
     monkeypatch.setattr(cells, "CHECK_IMAGES", 16)
 
 

@@ -5,10 +5,12 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import document
 from PIL import Image
+from sklearn import datasets
 
 from slimcli.data import DecodedImages, keep_decoded, open_dataset, train_loader
 from slimcli.errors import DataError
@@ -133,3 +135,13 @@ def test_training_on_cached_images_gives_the_same_model(slim, tiny_recipe, photo
         rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows])
     assert losses[0] == losses[1]
+
+
+def test_the_digits_are_scikit_learns():
+    digits = datasets.load_digits()
+    samples = [open_dataset(DataSection(name="digits"), train=train) for train in (True, False)]
+    assert [len(each) for each in samples] == [1437, 360]
+    for place, index in ((0, 1), (3, 4), (4, 6)):
+        image, target = samples[0][place]
+        assert (numpy.asarray(image)[..., 0] == (digits.images[index] * (255 / 16)).round()).all()
+        assert target == digits.target[index]

@@ -23,12 +23,13 @@ import torch
 from click.testing import CliRunner
 from conftest import TINY_RECIPE
 from documents import PAGES, ROOT, blocks, commands, name_of, slim_arguments
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image
 from test_documents import parse
 
 import slimcli
 from slimcli import plugins
-from slimcli.calibration import search
 from slimcli.cli import main
 from slimcli.runtimes import onnx
 from slimcli.runtimes.onnx import graph
@@ -109,11 +110,19 @@ def exported_once(tmp_path_factory):
     return write
 
 
+def undrawn(draw, _title):
+    """What is plotted, not made a drawing."""
+    draw(Figure().add_subplot())
+    return Markup("<svg></svg>")
+
+
 @pytest.fixture
 def room(furnished, exported_once, tmp_path, monkeypatch):
-    """A copy of that folder, as the current one, where a calibration takes fewer steps."""
-    monkeypatch.setattr(search, "STEPS", (32, 1000))
+    """A copy of that folder, as the current one."""
     monkeypatch.setattr(onnx, "graph", exported_once)
+    # how reports look is tested where they are; drawing takes most of their time
+    for module in ("plots", "trade_off"):
+        monkeypatch.setattr(f"slimcli.report.{module}.plot_of", undrawn)
     shutil.copytree(furnished, tmp_path / "room", symlinks=True)
     monkeypatch.chdir(tmp_path / "room")
     return tmp_path / "room"

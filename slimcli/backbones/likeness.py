@@ -47,10 +47,11 @@ def once_for_alike(thing: Any, name: str, find: Callable[[], T]) -> T:
 
 
 def likeness(thing: Any) -> tuple[Any, ...] | None:
-    """All that decides what `thing` computes but the numbers in its tensors; None where that cannot be told."""
-    parts: list[Any] = []
+    """All that decides what a backbone computes but the numbers in its tensors; None where that cannot be told."""
+    parts: list[Any] = [type(thing)]
+    own = {name: value for name, value in vars(thing).items() if name != "_derived"}
     try:
-        _walk(thing, parts, {})
+        _walk_attributes(own, parts, {id(thing): 0})
     except (_Unlike, RecursionError, TypeError):
         return None
     return tuple(parts)
@@ -87,8 +88,8 @@ def _walk_inside(value: Any, parts: list[Any], seen: dict[int, int]) -> None:
         if any(own[name] for name in _OWN - _IDLE if name in own):
             raise _Unlike
         _walk_attributes({name: each for name, each in own.items() if name not in _OWN}, parts, seen)
-    elif is_dataclass(value) or hasattr(value, "_derived"):
-        _walk_attributes({name: each for name, each in vars(value).items() if name != "_derived"}, parts, seen)
+    elif is_dataclass(value):
+        _walk_attributes(vars(value), parts, seen)
     else:
         raise _Unlike
 

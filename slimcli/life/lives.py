@@ -73,8 +73,8 @@ def inverse(order: Tensor) -> Tensor:
     """Where each of n stands in `order` (B, n), which names each once: (B, n)."""
     if exports_to_onnx():
         return in_order(order)[1]
-    places = place_table(order.shape[1], order.device).expand_as(order)
-    return places.scatter(1, order, places)
+    places = place_table(order.shape[-1], order.device).expand_as(order)
+    return places.scatter(-1, order, places)
 
 
 def longest_lives_first(life: Tensor, count: int) -> Tensor:
@@ -85,7 +85,7 @@ def longest_lives_first(life: Tensor, count: int) -> Tensor:
 
 
 def life_rank(life: Tensor) -> Tensor:
-    """Position (B, N) of every patch in the order of lives: 0 for the longest."""
+    """Position (B, N), or (N,), of every patch in the order of lives: 0 for the longest."""
     return inverse(highest_first(life))
 
 

@@ -77,5 +77,5 @@ class PairMerging(ByStrength, Merging):
         return matching(self.keys(seen), r, self.backbone.num_prefix_tokens)
 
     def match_cost(self, num_patches: int, r: int) -> int:
-        even, odd = sides(num_patches, self.architecture().num_prefix_tokens)
+        even, odd = sides(num_patches, self.backbone.num_prefix_tokens)
         return even * odd * (self._facts.key_channels or 0)

@@ -75,8 +75,12 @@ def plot_of(draw: Callable[[Axes], str], title: str) -> Markup:
         axes.set_axisbelow(True)
         described = draw(axes)
         # the layout depends on the ticks and the ticks on the layout: once is not enough
-        for _ in range(2):
-            figure.draw_without_rendering()
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        for _ in range(3):
+            layout.execute(figure)
+        # saving would lay it out and draw it once more
+        figure.set_layout_engine("none")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), title, described)

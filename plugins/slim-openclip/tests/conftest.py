@@ -16,7 +16,7 @@ def slim(tmp_path, monkeypatch):
     """Run a command in an empty folder: its exit code and what it printed."""
     # the page that ends a training takes longer than the training, and its figures need not be narrow
     monkeypatch.setattr("slimcli.report.report_of_training", lambda *_args: "no report in a test")
-    monkeypatch.setattr("slimcli.measure.evaluation.MOST_SECONDS", 0.2)
+    monkeypatch.setattr("slimcli.measure.evaluation.MOST_SECONDS", 0.05)
     monkeypatch.chdir(tmp_path)
 
     main = entry_points(group="console_scripts", name="slim")["slim"].load()
