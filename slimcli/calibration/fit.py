@@ -61,7 +61,9 @@ def fit_life_head(
 
     learns = [parameter for module in (head, line) for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(learns, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    # a rise of one step has no length to divide by
+    rise = max(0.1, 2 / steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise)
     generator = torch.Generator().manual_seed(0)
     errors: list[tuple[float, float]] = []
     num_images = tokens.shape[0]

@@ -163,7 +163,7 @@ def small_gain(model: SlimModel, precision: str) -> str | None:
         return None
     return (
         f"with {model.num_patches} patches a plan and heirs take much of the time that they save in {precision}, and a "
-        "single image may take longer than in the dense model: measure it with slim profile --runtime; discarding "
+        "single image may take longer than in the dense model: measure it with `slim profile --runtime`; discarding "
         '(dead = "discard") and fewer drops take less'
     )
 

@@ -194,9 +194,9 @@ def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(slim, tm
             "0.7",
             "--keep-schedule",
             "--images",
-            "64",
-            "--limit",
             "32",
+            "--limit",
+            "16",
         ),
         *("--output", "slimmed"),
         *photos,
@@ -212,7 +212,7 @@ def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(slim, tm
     head = slimcli.load(tmp_path / "slimmed").life_head.state_dict()
     for model in (one, other):
         model.eval().life_head.load_state_dict(head)
-    images = _images(32)
+    images = _images(16)
     with torch.no_grad():
         torch.testing.assert_close(here(pixel_values=images).logits, theirs(images), atol=1e-4, rtol=0)
         torch.testing.assert_close(one(pixel_values=images).logits, other(images), atol=1e-3, rtol=0)
