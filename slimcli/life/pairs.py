@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimcli.life.heirs import MOST, Plan
-from slimcli.life.lives import highest_first, normalise_life, take_rows
+from slimcli.life.lives import highest_first, inverse, normalise_life, take_rows
 from slimcli.life.tables import place_table, table
 from slimcli.schedule.counts import planned_counts, rounds_of_pairs
 
@@ -57,8 +57,7 @@ def plan_pairs(
         for after in sizes[1:]:
             order, to = _cheapest(groups, groups.shape[1] - after)
             rest, leaving = order[:, :after], order[:, after:]
-            where = torch.zeros_like(order).scatter(1, rest, place_table(after, order.device).expand_as(rest))
-            to = where.gather(1, to)
+            to = inverse(order).gather(1, to)
             moved = take_rows(groups, order)
             index = to.unsqueeze(-1).expand(-1, -1, groups.shape[-1])
             groups = moved[:, :after].scatter_add(1, index, moved[:, after:])
@@ -72,8 +71,7 @@ def plan_pairs(
         leaving = torch.cat(gone[::-1], dim=1)
         left.append((leaving, heirs.gather(1, leaving)))
     order, heirs = (torch.cat((names, *parts[::-1]), dim=1) for parts in zip(*left, strict=True))
-    places = place_table(order.shape[1], order.device).expand_as(order)
-    heirs = places.scatter(1, order, places).gather(1, heirs)
+    heirs = inverse(order).gather(1, heirs)
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
 
 
