@@ -98,18 +98,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     titles = {"gmacs": "G multiply-adds an image", "milliseconds_an_image": "ms an image"}
-    lost = {"agreement": "agrees with dense (%)", "similarity": "cosine with dense"}
-    titles |= {key: title for key, title in lost.items() if any(key in row for row in rows)}
+    lost = {"logit_error": "error of the logits", "similarity": "cosine with dense"}
+    titles |= {key: title for key, title in lost.items() if any(row.get(key) is not None for row in rows)}
     figure, axes = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.6), squeeze=False, layout="constrained")
     for axis, (key, title) in zip(axes[0], titles.items(), strict=True):
-        for name in dict.fromkeys(row["row"] for row in rows):
+        # the dense model loses nothing, and keeps its colour
+        for number, name in enumerate(dict.fromkeys(row["row"] for row in rows)):
             own = sorted((row["size"], row[key]) for row in rows if row["row"] == name and row.get(key) is not None)
             if own:
-                axis.plot(*zip(*own, strict=True), "o-" if name == "dense" else "s--", label=name)
+                axis.plot(*zip(*own, strict=True), "o-" if name == "dense" else "s--", label=name, color=f"C{number}")
         axis.set(xlabel="image size (px)", ylabel=title)
         axis.grid(alpha=0.3)
         if key not in lost:
             axis.set_ylim(bottom=0)
+        if key == "logit_error":
+            axis.set_yscale("log")
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=110)
 

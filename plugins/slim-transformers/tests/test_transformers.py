@@ -185,34 +185,27 @@ def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(slim, tm
     ours = dinov2_from_timm(state, 12)
     ours.save_pretrained(tmp_path / "dinov2")
 
-    photos = ("--data", SHARED / "data" / "cifar10", "--batch-size", "16", "--json")
-    made = slim(
-        *(
-            "calibrate",
-            f"hf:{tmp_path / 'dinov2'}",
-            "--keep-rate",
-            "0.7",
-            "--keep-schedule",
-            "--images",
-            "32",
-            "--limit",
-            "16",
-        ),
-        *("--output", "slimmed"),
-        *photos,
-    )
+    photographs = _photographs(64)
+    for number, (photograph, label) in enumerate(photographs):
+        folder = tmp_path / "photos" / ("train" if number % 2 else "validation") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        photograph.save(folder / f"{number}.png")
+    photos = ("--data", "photos", "--batch-size", "4", "--json")
+    goal = ("--keep-rate", "0.7", "--keep-schedule", "--images", "24", "--limit", "8")
+    made = slim("calibrate", f"hf:{tmp_path / 'dinov2'}", *goal, "--output", "slimmed", *photos)
     assert made.returncode == 0, made.stderr
-    evaluated = slim("eval", "slimmed", "--limit", "64", *photos)
+    evaluated = slim("eval", "slimmed", *photos)
     assert evaluated.returncode == 0, evaluated.stderr
     dense, slimmed = json.loads(evaluated.stdout)["rows"]
-    assert dense["top1"] > 85 and slimmed["top1"] > 75
+    assert dense["images"] == 32 and dense["top1"] > 85 and slimmed["top1"] > 75
 
     here = transformers.Dinov2ForImageClassification.from_pretrained(tmp_path / "dinov2", dtype=torch.float32)
     one, other = slimcli.slim(here.eval()), slimcli.slim(theirs)
     head = slimcli.load(tmp_path / "slimmed").life_head.state_dict()
     for model in (one, other):
         model.eval().life_head.load_state_dict(head)
-    images = _images(16)
+    prepare = timm.data.create_transform(112, crop_pct=1.0, interpolation="bicubic")
+    images = torch.stack([prepare(photograph) for photograph, _ in photographs[:16]])
     with torch.no_grad():
         torch.testing.assert_close(here(pixel_values=images).logits, theirs(images), atol=1e-4, rtol=0)
         torch.testing.assert_close(one(pixel_values=images).logits, other(images), atol=1e-3, rtol=0)
@@ -220,11 +213,10 @@ def test_real_weights_give_timms_logits_dense_and_timms_classes_slimmed(slim, tm
         assert (one(pixel_values=images).logits - here(pixel_values=images).logits).abs().max() > 1e-2
 
 
-def _images(count):
-    """The first photographs of CIFAR-10's validation set here, prepared as the model wants them."""
-    from timm.data import create_dataset, create_transform
+def _photographs(count):
+    """Photographs of CIFAR-10's validation set and their classes, spread over all of it."""
+    from timm.data import create_dataset
 
     dataset = create_dataset("", root=str(SHARED / "data" / "cifar10" / "val.tar"))
-    prepare = create_transform(112, crop_pct=1.0, interpolation="bicubic")
     step = len(dataset) // count
-    return torch.stack([prepare(dataset[i * step][0].convert("RGB")) for i in range(count)])
+    return [(image.convert("RGB"), label) for image, label in (dataset[i * step] for i in range(count))]
