@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # the figures need not be narrow here
 evaluation.MOST_SECONDS, goal.TIMED_SECONDS, clock.LATENCIES = 0.05, 0.2, 4
-# nor a life head that is fitted on a few images be good: `well_taught` where a test is about that
-WELL_TAUGHT, search.STEPS = search.STEPS, (24, 1000)
+# nor a life head that is fitted on a few images be good
+search.STEPS = (24, 1000)
 # nothing that a test writes has to survive a power failure
 os.fsync = lambda _file: None  # type: ignore[assignment]
 # the page that ends a training takes longer than the training; tests of the page have `reports` or `REPORT`
@@ -153,12 +153,6 @@ def slim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training ends with its report, as it does for users."""
     monkeypatch.setattr(report, "report_of_training", REPORT)
-
-
-@pytest.fixture
-def well_taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A life head is fitted in as many steps as it is for users."""
-    monkeypatch.setattr(search, "STEPS", WELL_TAUGHT)
 
 
 @pytest.fixture
