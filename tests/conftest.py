@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from PIL import Image
 from torch import nn
 
 from slimcli import report, train  # noqa: F401
+from slimcli.backbones.timm_families import small_models
 from slimcli.calibration import goal, search
 from slimcli.cli import main
 from slimcli.measure import clock, evaluation
+from slimcli.plugins import find_backbone
 
 # tests run side by side: one thread each is faster than two that compete
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -153,6 +156,16 @@ def slim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training ends with its report, as it does for users."""
     monkeypatch.setattr(report, "report_of_training", REPORT)
+
+
+@cache
+def families() -> list[str]:
+    """timm's families of which no earlier one has the same adapter and the same kinds of modules."""
+    first: dict[frozenset[type], str] = {}
+    for name, build in small_models().items():
+        model = build()
+        first.setdefault(frozenset({type(find_backbone(model, "timm"))} | {type(m) for m in model.modules()}), name)
+    return list(first.values())
 
 
 @pytest.fixture

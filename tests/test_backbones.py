@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import tiny_vit
+from conftest import families, tiny_vit
 
 import slimcli
 from slimcli.backbones import likeness
@@ -22,24 +21,13 @@ from slimcli.plugins import build_model, find_backbone
 DOCS = Path(__file__).parent.parent / "docs" / "backbones.md"
 
 
-#: the check that takes longest: it traces the code of the blocks, once for all families that have the same
+#: the check that takes longest: one of the families with the same kinds of modules is traced
 TRACED = "no graph break and no host sync"
-
-
-@cache
-def traced_families() -> list[str]:
-    """The first of those families whose adapter, blocks and other parts are of the same kinds."""
-    first: dict[object, str] = {}
-    for name in VARIANTS:
-        model = small_models()[name]()
-        kinds = {type(find_backbone(model, "timm"))} | {type(module) for module in model.modules()}
-        first.setdefault(frozenset(kinds), name)
-    return list(first.values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_family_passes_the_conformance_kit(name):
-    checks = [check for check in CHECKS if check != TRACED or name in traced_families()]
+    checks = [check for check in CHECKS if check != TRACED or name in families()]
     model = small_models()[name]()
     outcomes = [run_check(check, model, plugin="timm") for check in checks]
     assert [outcome for outcome in outcomes if not outcome.passed] == []

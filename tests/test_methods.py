@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import document, tiny_vit
+from conftest import document, families, tiny_vit
 from published import attended, images, made
 from torch.nn import functional as F
 
@@ -323,9 +323,9 @@ def test_a_model_that_a_method_cannot_serve_is_refused_with_the_reason(name, bui
         slim(dense, 0.7, method=name)
 
 
-@pytest.mark.parametrize("model", sorted(plugins.check_models("timm")))
+@pytest.mark.parametrize("model", families())
 @torch.no_grad()
-def test_every_backbone_runs_every_method_or_is_refused(model):
+def test_every_kind_of_backbone_runs_every_method_or_is_refused(model):
     ran = []
     for name in NAMES:
         torch.manual_seed(0)
