@@ -140,13 +140,15 @@ class Shares(NamedTuple):
     """What tokens become when heirs take over, for all K times at once; see `take_over`.
 
     `share` (B, P + N, K): the share of each token, when the k-th leave, in the token that it is part of then. `adds`
-    (B, P + N, P + N) is 1 where the token of the column is added to that of the row. `log_size` (B, K + 1, P + N): the
-    logarithm of how many patches a token stands for, before any leave and after each time.
+    (B, P + N, P + N) is 1 where the token of the column is added to that of the row; None where a kernel adds them, by
+    the plan's `heirs` (B, N). `log_size` (B, K + 1, P + N): the logarithm of how many patches a token stands for,
+    before any leave and after each time.
     """
 
     share: Tensor
-    adds: Tensor
+    adds: Tensor | None
     log_size: Tensor
+    heirs: Tensor
 
 
 @torch.no_grad()
@@ -180,10 +182,10 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     summed = sums.expand(shape).scatter_add(3, index, values.unsqueeze(2).expand(shape))
     size, weight = summed[:, 0], summed[:, -1]
     share = weight[:, :-1] / weight[:, 1:].gather(2, heir[:, 1:])
-    return Shares(share.to(dtype).transpose(1, 2), _added(heirs, dtype), size.log())
+    return Shares(share.to(dtype).transpose(1, 2), added(heirs, dtype), size.log(), found.heirs)
 
 
-def _added(heirs: Tensor, dtype: torch.dtype) -> Tensor:
+def added(heirs: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, n, n): 1 where the heir of the token of the column, in `heirs` (B, n), is that of the row."""
     (batch, n), device = heirs.shape, heirs.device
     if exports_to_onnx():
@@ -199,6 +201,7 @@ def take_over(tokens: Tensor, found: Shares, time: int, stay: int) -> Tensor:
     A token becomes the mean of what it stands for, weighted as the plan says; (B, stay, D).
     """
     n = tokens.shape[1]
+    assert found.adds is not None
     with torch.autocast(tokens.device.type, enabled=False):
         weighted = tokens * found.share[:, :n, time : time + 1]
         return torch.baddbmm(weighted[:, :stay], found.adds[:, :stay, stay:n], weighted[:, stay:])

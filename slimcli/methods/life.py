@@ -241,7 +241,7 @@ class LifeModel(SlimModel):
         """
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         steps = tuple(dict.fromkeys(counts))
-        shares = lives.shares(plan, steps, prefix, tokens.dtype)
+        shares = lives.shares(plan, steps, prefix, tokens.dtype, learns=torch.is_grad_enabled())
         # a token that stands for several patches counts as many keys
         sizes = shares.log_size if self.size_bias == 1 else self.size_bias * shares.log_size
         biases = sizes.to(tokens.dtype)
