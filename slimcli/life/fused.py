@@ -1,4 +1,4 @@
-"""`slimcli.life.heirs` on a CUDA device: each of its steps in one launch or a few, where the operators of torch take 70.
+"""`slimcli.life.heirs` on a CUDA device: a launch or a few for what takes 70 operators of torch.
 
 On a CPU, in an exported program and without Triton, the operators of `slimcli.life.heirs` run as they are. So they do
 where the kernels were found not to say the same, which is looked at once for each shape and device.
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from slimcli.life import heirs as plain
 from slimcli.life.heirs import Plan, Shares
@@ -58,7 +59,7 @@ def plan(
 def shares(
     found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: torch.dtype, learns: bool = False
 ) -> Shares:
-    """`slimcli.life.heirs.shares`, by a kernel where it can run; `learns`: gradients go through what follows from it."""
+    """`slimcli.life.heirs.shares`, by a kernel where it can run. `learns`: gradients are to go through `take_over`."""
     way = "operators" if learns else _way(found.heirs)
     if way == "operators":
         return plain.shares(found, counts, num_prefix_tokens, dtype)
@@ -146,12 +147,12 @@ def _plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order, heirs and weights (B, N) of a `Plan`; no weights without `merge_importance`."""
     device, (n, channels) = features.device, features.shape[1:]
-    settings = (tuple(counts), redundancy, merge_importance)
+    settings: tuple[tuple[int, ...], float, float] = (tuple(counts), redundancy, merge_importance)
 
     def agree() -> bool:
-        given = _random(device, 2, n, channels), _random(device, 2, n)
-        order, heirs, weight = _launch_plan(*given, *settings)
-        known = plain.plan(*given, *settings)
+        features, score = _random(device, 2, n, channels), _random(device, 2, n)
+        order, heirs, weight = _launch_plan(features, score, *settings)
+        known = plain.plan(features, score, *settings)
         same = _told(order, heirs, counts) == _told(known.order, known.heirs, counts)
         if known.weight is not None:
             same = same & torch.isclose(weight.sort()[0], known.weight.sort()[0], rtol=1e-3)
@@ -228,7 +229,7 @@ def _shares(
         places, times = torch.arange(share.shape[2], device=share.device), torch.tensor(counts, device=share.device)
         there = places < (times + num_prefix_tokens).unsqueeze(1)
         close = torch.isclose(share, known.share.transpose(1, 2), rtol=1e-2) | ~there[:-1]
-        return bool((close.all() & (torch.isclose(log_size, known.log_size, atol=1e-4) | ~there).all()))
+        return bool(close.all() & (torch.isclose(log_size, known.log_size, atol=1e-4) | ~there).all())
 
     if _trusted(heirs.device, ("shares", weighted, *settings), agree):
         return _launch_shares(heirs, weight, *settings)
@@ -256,24 +257,21 @@ def _take_over(tokens: Tensor, heirs: Tensor, share: Tensor, stay: int) -> Tenso
     """The first `stay` of tokens (B, n, D), with what `heirs` (B, N) and `share` (B, P + N) give them."""
     width, dtype, prefix = tokens.shape[-1], tokens.dtype, share.shape[1] - heirs.shape[1]
 
-    def whole(heirs: Tensor, share: Tensor) -> Shares:
-        adds = plain.added(torch.nn.functional.pad(heirs + prefix, (prefix, 0)), dtype)
-        return Shares(share.unsqueeze(2), adds, share, heirs)
+    def by_operators(tokens: Tensor, heirs: Tensor, share: Tensor, stay: int) -> Tensor:
+        adds = plain.added(F.pad(heirs + prefix, (prefix, 0)), dtype)
+        return plain.take_over(tokens, Shares(share.unsqueeze(2), adds, share, heirs), 0, stay)
 
     def agree() -> bool:
-        device = tokens.device
-        given, places = _random(device, 2, 48, width).to(dtype), torch.arange(48, device=device).expand(2, -1)
-        share = _random(device, 2, 48).sigmoid().to(dtype)
-        close = torch.isclose(
-            _launch_take_over(given, places % 7, share, 20),
-            plain.take_over(given, Shares(share.unsqueeze(2), plain.added(places % 7, dtype), share, places % 7), 0, 20),
-            rtol=1e-5 if dtype == torch.float32 else 5e-2, atol=1e-5 if dtype == torch.float32 else 5e-2,
-        )  # fmt: skip
-        return bool(close.all())
+        device, patches = tokens.device, 48
+        heirs = (torch.arange(patches, device=device) % 7).expand(2, -1)
+        share = _random(device, 2, prefix + patches).sigmoid().to(dtype)
+        given = (_random(device, 2, prefix + patches, width).to(dtype), heirs, share, prefix + 20)
+        least = 1e-4 if dtype == torch.float32 else 5e-2
+        return torch.allclose(_launch_take_over(*given), by_operators(*given), rtol=least, atol=least)
 
-    if _trusted(tokens.device, ("take over", width, dtype), agree):
+    if _trusted(tokens.device, ("take over", width, prefix, dtype), agree):
         return _launch_take_over(tokens, heirs, share, stay)
-    return plain.take_over(tokens, whole(heirs, share), 0, stay)
+    return by_operators(tokens, heirs, share, stay)
 
 
 def _launch_take_over(tokens: Tensor, heirs: Tensor, share: Tensor, stay: int) -> Tensor:

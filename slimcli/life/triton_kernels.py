@@ -139,7 +139,7 @@ def _heirs(
     # how many are there when it leaves
     there = tl.zeros([TILE], tl.int32) + stay
     if last:
-        for k in range(0, K + 1):
+        for k in range(K + 1):
             step = tl.load(steps + k)
             there = tl.where(step <= place, tl.maximum(there, step), there)
     best = tl.full([TILE], float("-inf"), tl.float32)
@@ -194,9 +194,7 @@ def _merge(
     else:
         c = tl.arange(0, CPAD)
         groups, mass = f + (round % 2) * (N * C), f + 3 * N * C + (round % 2) * N
-        sums = tl.load(
-            groups + own[:, None] * C + c[None, :], mask=staying[:, None] & (c < C)[None, :], other=0.0
-        )
+        sums = tl.load(groups + own[:, None] * C + c[None, :], mask=staying[:, None] & (c < C)[None, :], other=0.0)
         masses = tl.load(mass + own, mask=staying, other=0.0)
         for start in range(stay, n, 16):
             leaving = start + tl.arange(0, 16)
@@ -238,7 +236,8 @@ def plan(
     f, i = floats + b * (3 * N * C + 4 * N), ints + b * (7 * N)
     score, order, heirs, weight = score + b * N, order + b * N, heirs + b * N, weight + b * N
     features += b * image_stride
-    if PHASE == ALL or PHASE == BEGIN:
+    whole: tl.constexpr = PHASE == ALL
+    if whole or PHASE == BEGIN:
         for tile in range(mine, tl.cdiv(N, ROWS), programs):
             _begin(
                 score, features, stride, f, i, inverse, importance, tile, N, C, CPAD, ROWS, TILE, WIDE, WEIGHTED
@@ -246,23 +245,23 @@ def plan(
         tl.debug_barrier()
     for round in range(first, end):
         n, stay, last = tl.load(rounds + 2 * round), tl.load(rounds + 2 * round + 1), round == ROUNDS - 1
-        if PHASE == ALL or PHASE == COST:
+        if whole or PHASE == COST:
             for tile in range(mine, tl.cdiv(n, TILE), programs):
                 _cost(f, tile, n, round, N, C, CHUNK, TILE, RANKED)
             tl.debug_barrier()
-        if PHASE == ALL or PHASE == RANK:
+        if whole or PHASE == RANK:
             for tile in range(mine, tl.cdiv(n, TILE), programs):
                 _rank(f, i, tile, n, N, C, TILE)
             tl.debug_barrier()
-        if PHASE == ALL or PHASE == HEIRS:
+        if whole or PHASE == HEIRS:
             for tile in range(mine, tl.cdiv(n - stay, TILE), programs):
                 _heirs(f, i, order, steps, K, tile, n, stay, round, last, N, C, CHUNK, TILE)
             tl.debug_barrier()
-        if PHASE == ALL or PHASE == MERGE:
+        if whole or PHASE == MERGE:
             for tile in range(mine, tl.cdiv(n, ROWS), programs):
                 _merge(f, i, order, tile, n, stay, round, last, N, C, CPAD, ROWS, TILE)
             tl.debug_barrier()
-    if PHASE == ALL or PHASE == END:
+    if whole or PHASE == END:
         _end(f, i, order, heirs, weight, N, C, WIDE, WEIGHTED)
 
 
@@ -289,7 +288,7 @@ def shares(
     log_size = log_size + b * (K + 1) * T
     # how many patches each stands for, and what these weigh: before and after a time, in turns
     size, sums = scratch + b * 4 * T, scratch + b * 4 * T + 2 * T
-    for tile in range(0, tl.cdiv(T, TILE)):
+    for tile in range(tl.cdiv(T, TILE)):
         own = tile * TILE + tl.arange(0, TILE)
         tl.store(size + own, tl.full([TILE], 1.0, tl.float32), mask=own < T)
         tl.store(log_size + own, tl.zeros([TILE], tl.float32), mask=own < T)
@@ -298,10 +297,10 @@ def shares(
             known = tl.load(weight + own - P, mask=(own >= P) & (own < T), other=1.0)
         tl.store(sums + own, known, mask=own < T)
     tl.debug_barrier()
-    for k in range(0, K):
+    for k in range(K):
         n, stay = tl.load(steps + k) + P, tl.load(steps + k + 1) + P
         old, new = (k % 2) * T, ((k + 1) % 2) * T
-        for tile in range(0, tl.cdiv(T, TILE)):
+        for tile in range(tl.cdiv(T, TILE)):
             own = tile * TILE + tl.arange(0, TILE)
             patches = _inherited(size + old, heirs, tile, n, stay, P, TILE)
             tl.store(size + new + own, patches, mask=own < T)
@@ -309,7 +308,7 @@ def shares(
             tl.store(log_size + (k + 1) * T + own, log, mask=own < T)
             tl.store(sums + new + own, _inherited(sums + old, heirs, tile, n, stay, P, TILE), mask=own < T)
         tl.debug_barrier()
-        for tile in range(0, tl.cdiv(T, TILE)):
+        for tile in range(tl.cdiv(T, TILE)):
             own = tile * TILE + tl.arange(0, TILE)
             leaves = (own >= stay) & (own < n)
             heir = tl.where(leaves, tl.load(heirs + own - P, mask=leaves, other=0).to(tl.int32) + P, own)
