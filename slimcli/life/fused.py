@@ -190,8 +190,10 @@ def _launch_plan(
     order, heirs = (torch.empty(batch, n, dtype=torch.int64, device=device) for _ in range(2))
     weight = torch.empty(batch, n if merge_importance else 0, device=device)
     padded = max(16, _power_of_two(channels))
-    sizes = {"N": n, "C": channels, "CPAD": padded, "CHUNK": 16, "TILE": 32, "WIDE": _power_of_two(n)}
-    sizes |= {"ROWS": max(16, min(64, 4096 // padded)), "ROUNDS": len(rounds), "num_warps": 8, "num_stages": 1}
+    alone = n <= ONE_LAUNCH
+    sizes = {"N": n, "C": channels, "CPAD": padded, "CHUNK": 32, "TILE": 64 if alone else 32, "WIDE": _power_of_two(n)}
+    sizes |= {"ROWS": max(16, min(64, 4096 // padded)), "ROUNDS": len(rounds)}
+    sizes |= {"num_warps": 16 if alone else 8, "num_stages": 1}
     inverse = 1 / redundancy if redundancy > 0 else 0.0
 
     def run(phase: Any, programs: int, first: int = 0, end: int = 0) -> None:
@@ -201,7 +203,7 @@ def _launch_plan(
             RANKED=redundancy > 0, WEIGHTED=bool(merge_importance), PHASE=phase.value, **sizes,
         )  # fmt: skip
 
-    if n <= ONE_LAUNCH:
+    if alone:
         run(kernels.ALL, 1, 0, len(rounds))
         return order, heirs, weight
     tiles = -(-n // sizes["TILE"])

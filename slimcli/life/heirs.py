@@ -60,15 +60,15 @@ def plan(
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
     ranked, names = in_order(standard, descending=True)
-    weight = _power(standard, merge_importance) if merge_importance else None
+    weight = power(standard, merge_importance) if merge_importance else None
     features = features.float()
     groups = take_rows(features if weight is None else features * weight.unsqueeze(-1), names)
     if redundancy > 0:
-        groups = torch.cat((groups, _power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
+        groups = torch.cat((groups, power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
     left: list[tuple[Tensor, Tensor]] = []
     for step in planned_rounds(counts):
         stay = step[-1]
-        unit = _unit(groups[..., : features.shape[-1]])
+        unit = unit_features(groups[..., : features.shape[-1]])
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
@@ -85,14 +85,14 @@ def plan(
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_features(features: Tensor) -> Tensor:
     """Features (B, n, C), their means taken out, and of length 1: their products are correlations."""
     channels, device = features.shape[-1], features.device
     scale = table(lambda: torch.full((channels,), channels**-0.5, device=device), "unit", channels, device)
     return F.layer_norm(features, (channels,), scale, None, LEAST_VARIANCE)
 
 
-def _power(standard: Tensor, times: float) -> Tensor:
+def power(standard: Tensor, times: float) -> Tensor:
     """exp of standardised scores (B, n) `times` a number, finite whatever it is."""
     exponent = standard if times == 1 else times * standard
     # none of n standardised scores lies further than sqrt(n - 1) from 0
