@@ -24,14 +24,10 @@ from slimcli.slimming import SlimModel
 #: the parts of a pass, in the order in which they run. `drops` is all that a rule does between the blocks.
 PARTS = ("embedding", "blocks", "life head", "plan", "drops", "head")
 #: operators that only look at the memory of a tensor in another way, or ask for some: nothing is launched for them
-VIEWS = (
-    {"empty", "empty_strided", "new_empty"}
-    | {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "lift_fresh", "permute"}
-    | {
-        *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze"),
-        "view",
-    }
-)
+VIEWS = {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "lift_fresh", "permute"} | {
+    *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze"),
+    *("view", "empty", "empty_strided", "new_empty"),
+}
 
 
 @torch.no_grad()
@@ -47,7 +43,8 @@ def operators(
     """For the dense model, each keep rate and each method `against`: operators of one pass, and bytes read and written.
 
     Operators are torch's own (aten), views left out, and launches of slim's own kernels where they run; each has
-    `operators` and `bytes` for each of `PARTS` under `parts`, and in all. Those that a compiler would fuse, and the kernels that one operator launches, are not known.
+    `operators` and `bytes` for each of `PARTS` under `parts`, and in all. Those that a compiler would fuse, and the kernels that one
+    operator launches, are not known.
     """
     model = model.to(device, dtype).eval()
     found = []
