@@ -43,8 +43,8 @@ def operators(
     """For the dense model, each keep rate and each method `against`: operators of one pass, and bytes read and written.
 
     Operators are torch's own (aten), views left out, and launches of slim's own kernels where they run; each has
-    `operators` and `bytes` for each of `PARTS` under `parts`, and in all. Those that a compiler would fuse, and the kernels that one
-    operator launches, are not known.
+    `operators` and `bytes` for each of `PARTS` under `parts`, and in all. Those that a compiler would fuse, and the
+    kernels that one operator of torch launches, are not known.
     """
     model = model.to(device, dtype).eval()
     found = []
