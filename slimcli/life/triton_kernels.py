@@ -223,7 +223,8 @@ def _end(f, i, order, heirs, weight, N: tl.constexpr, C: tl.constexpr, WIDE: tl.
         tl.store(weight + place, tl.load(f + 3 * N * C + 3 * N + name, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit
+# numbers that differ from call to call: not compiled anew for each kind of them
+@triton.jit(do_not_specialize=["K", "first", "end"])
 def plan(
     score, features, image_stride, stride, steps, K, rounds, floats, ints, order, heirs, weight, inverse, importance,
     first, end, ROUNDS: tl.constexpr,
@@ -278,7 +279,7 @@ def _inherited(sums, heirs, tile, n, stay, P, TILE: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def shares(
     heirs, weight, steps, K, P, T, scratch, share, log_size, TILE: tl.constexpr, WEIGHTED: tl.constexpr
 ):  # fmt: skip
@@ -318,7 +319,7 @@ def shares(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stay", "share_stride", "N"])
 def take_over(
     tokens, image_stride, stride, heirs, share, share_stride, out, n, stay, P, N, D,
     WIDTH: tl.constexpr, LEAVING: tl.constexpr,
