@@ -563,6 +563,6 @@ def test_what_is_run_in_another_way_is_restored_after_an_error():
         model.exact_savings = True
         raise RuntimeError
     assert (model.mode, model.schedule, model.exact_savings) == ("hard", schedule, False)
-    with pytest.raises(SlimError, match="mode 'best'"), model.running(exact_savings=True, mode="best"):
+    with pytest.raises(SlimError, match="mode = 'best'"), model.running(exact_savings=True, mode="best"):
         pass
     assert not model.exact_savings
