@@ -51,7 +51,7 @@ def plan(
     if way == "operators":
         return plain.plan(features, score, counts, redundancy, merge_importance)
     run = _plan_op if way == "one operator" else _plan
-    order, heirs, weight = run(features, score.detach(), list(counts), redundancy, merge_importance)
+    order, heirs, weight = run(features, score.detach(), list(counts), float(redundancy), float(merge_importance))
     return Plan(order, heirs, weight if merge_importance else None)
 
 
