@@ -2,7 +2,8 @@
 
 What matters most comes first, and nothing begins that `--minutes` has no time for: what was left out is said. Rows are
 printed, and the JSON document written, as they come. Times are of events on the device, medians of rounds in which all
-take turns; `host ms` is what one pass keeps the host busy for, and kernels are counted once for each model.
+take turns; `host ms` is what one pass keeps the host busy for, and kernels are counted once for each model. `fused` are
+the launches of slim's own kernels among them: none where torch's operators plan and join.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from slimcli.attention.kernels import attend
 from slimcli.calibration.fit import head_widths
 from slimcli.calibration.goal import Cost, falling_schedule
 from slimcli.device import environment, synchronise
+from slimcli.life import fused, heirs
 from slimcli.measure import clock
 from slimcli.measure.evaluation import describe
 from slimcli.measure.profiling import random_images
@@ -67,6 +69,7 @@ class Contender:
     gmacs: float
     forward: Forward
     kernels: int | None = None
+    fused: int | None = None
 
 
 @dataclass
@@ -78,13 +81,14 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     training: list[dict[str, Any]] = field(default_factory=list)
     attention: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def write(self) -> None:
         if self.path is not None:
             document = {"benchmark": "GPU", "compared": {"realised": "higher", "speedup": "higher"}}
             document |= {"environment": self.facts, "rows": self.rows, "training": self.training}
-            document |= {"attention": self.attention, "notes": self.notes}
+            document |= {"attention": self.attention, "plans": self.plans, "notes": self.notes}
             self.path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     def note(self, line: str) -> None:
@@ -201,6 +205,7 @@ def rows_of(
             "host_milliseconds": round(1000 * host, 4),
             "images_per_second": round(batch / statistics.median(taken), 1),
             "kernels": contender.kernels,
+            "fused": contender.fused,
             "speedup": round(faster, 4),
             "arithmetic": round(arithmetic, 4),
             "realised": round(faster / arithmetic, 4),
@@ -239,6 +244,10 @@ def inference(
     if found[0].kernels is None:
         for contender in found:
             contender.forward(images)
+            launched: list[Any] = []
+            with fused.launches_noted(launched.append):
+                contender.forward(images)
+            contender.fused = len(launched)
             try:
                 contender.kernels = kernels(partial(contender.forward, images), device)
             except RuntimeError as error:  # a profiler that may not look at the device
@@ -353,6 +362,52 @@ def attention(report: Report, shapes: Sequence[tuple[int, int, int]], device: to
             say(f"| {name} | {batch} | {tokens} | {micro} |")
 
 
+@torch.inference_mode()
+def plans(report: Report, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
+    """Who leaves and into whom, in eight drops: by operators, and by kernels in one launch or phase by phase."""
+    say("\n| plan | images | patches | launches | eager µs | in a graph µs |\n|---|---|---|---|---|---|")
+    for batch, n in shapes:
+        counts = tuple(round(n * (0.4 ** (k / 8))) for k in range(9))
+        features, score = torch.randn(batch, n, 64, device=device), torch.randn(batch, n, device=device)
+
+        def run(limit: int) -> object:
+            way = heirs.plan if limit < 0 else fused.plan
+            fused.ONE_LAUNCH = limit
+            return way(features, score, counts, 3.5, 0.7)  # noqa: B023
+
+        usual = fused.ONE_LAUNCH
+        try:
+            for name, limit in (("operators", -1), ("one launch", n), ("phases", 0)):
+                # each way is compared with the operators before it runs
+                fused._CHECKED.clear()
+                launched: list[Any] = []
+                call = partial(run, limit)
+                call()
+                with fused.launches_noted(launched.append):
+                    call()
+                eager = statistics.median(turns([call], device, 0.3)[0][0])
+                graph = None if device.type != "cuda" else in_a_graph(call, device)
+                row = {"way": name, "images": batch, "patches": n, "launches": len(launched)}
+                micro = {"eager": round(1e6 * eager, 1), "graph": None if graph is None else round(1e6 * graph, 1)}
+                report.plans.append({**row, **micro})
+                say(f"| {name} | {batch} | {n} | {len(launched)} | {micro['eager']} | {micro['graph']} |")
+        finally:
+            fused.ONE_LAUNCH = usual
+
+
+def in_a_graph(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes on the device, captured in a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return statistics.median(turns([graph.replay], device, 0.3)[0][0])
+
+
 #: a name, about how many seconds it takes, and what does it
 Part = tuple[str, float, Callable[[], None]]
 
@@ -384,12 +439,14 @@ def parts(report: Report, chosen: argparse.Namespace, device: torch.device) -> l
         return [
             *infers("tiny", (1, 2), 1),
             ("attention", 1, partial(attention, report, ((2, 2, 17),), device, dtype)),
+            ("plans", 1, partial(plans, report, ((2, 16),), device)),
             ("training", 1, partial(train, "tiny", 2)),
             ("compile", 1, partial(compile_all, "tiny", (2, 3))),
         ]
     shapes = ((128, 6, 197), (128, 6, 138), (128, 6, 68), (8, 6, 197), (8, 6, 1374), (8, 6, 700))
     return [
         *infers("DeiT-S", (32, 128, 8, 1, 512), 12),
+        ("plans", 30, partial(plans, report, ((1, 196), (32, 196), (512, 196), (8, 1369)), device)),
         ("training", 15, partial(train, "DeiT-S", 128)),
         *infers("ViT-S/14 518 px", (8, 32, 1), 15),
         *infers("DeiT-B", (128, 32, 8, 1), 12),
@@ -438,7 +495,8 @@ def main() -> None:
     eager = [row for row in report.rows if row["runtime"] == "eager"]
     counts = {f"{row['method']} {row['keep_rate'] or ''}".strip(): row["kernels"] for row in eager}
     hosts = {f"{row['method']} {row['keep_rate'] or ''}".strip(): row["host_milliseconds"] for row in eager}
-    say(f"\nkernels of the last model: {counts}\n\nhost ms of a pass: {hosts}")
+    own = {f"{row['method']} {row['keep_rate'] or ''}".strip(): row["fused"] for row in eager if row["fused"]}
+    say(f"\nkernels of the last model: {counts}\n\nof these slim's own: {own or 'none'}\n\nhost ms of a pass: {hosts}")
     say(f"\n{sum(goal['met'] for goal in goals)} of {len(goals)} goals met; {time.perf_counter() - began:.0f} s.")
     report.write()
 

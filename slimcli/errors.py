@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _MARKED = re.compile("\x02(\\w+)(=?)\x03")
@@ -34,6 +34,17 @@ class SlimError(Exception):
             return f"{options[name]}{' ' if equals else ''}" if name in options else f"{name}{equals}"
 
         return _MARKED.sub(spell, super().__str__())
+
+
+def check_word(name: str, value: object, words: Iterable[str], whose: str = "") -> None:
+    """Raise `SlimError` where the value of the setting `name` is none of the words that there are for it, or for whose.
+
+    `whose` is put behind the refusal: "for the method tome".
+    """
+    known = tuple(words)
+    if value not in known:
+        whose = f" {whose}" if whose else ""
+        raise SlimError(f"{name} = {value!r} is not possible{whose}: expected one of {', '.join(known)}")
 
 
 class DataError(SlimError):

@@ -337,3 +337,12 @@ def test_straight_mode_sees_what_hard_mode_sees_and_teaches_the_life_head():
     assert torch.allclose(found, hard, atol=5e-3)
     found.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.life_head.parameters())
+
+
+@pytest.mark.parametrize("name", ["dead", "grouping", "restoring", "attention", "mode"])
+def test_a_setting_that_is_a_word_refuses_an_unknown_one(name):
+    model = slimmed([16, 12, 7, 3])
+    known = getattr(model, name)
+    with pytest.raises(SlimError, match=rf"^{name} = 'other' is not possible.*: expected one of .*{known}"):
+        setattr(model, name, "other")
+    assert getattr(model, name) == known

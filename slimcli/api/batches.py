@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimcli import data as datasets
 from slimcli.device import DTYPES, find_device, find_dtype
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, check_word
 from slimcli.layout import optimize
 from slimcli.recipe import DataSection
 from slimcli.session.session import named_data
@@ -168,8 +168,8 @@ def place_of(model: SlimModel, device: torch.device | str | None, precision: str
     weight = next(model.parameters())
     if precision is None:
         precision = next((name for name, dtype in DTYPES.items() if dtype == weight.dtype), "float32")
-    elif precision not in DTYPES:
-        raise SlimError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
+    else:
+        check_word("precision", precision, DTYPES)
     where = weight.device
     if device is not None:
         kind, _, number = str(device).partition(":")

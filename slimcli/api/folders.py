@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slimcli.device import DTYPES
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, check_word
 from slimcli.files import check_writable
 from slimcli.measure.profiling import random_images
 from slimcli.measure.scores import pooled
@@ -47,8 +47,7 @@ def save(
     """
     if not isinstance(model, SlimModel):
         raise SlimError(f"model: {type(model).__name__} is no slimmed model: expected one of slim() or load()")
-    if dtype not in DTYPES:
-        raise SlimError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_word("dtype", dtype, DTYPES)
     if model_args is not None and model_name is None:
         raise SlimError("model_args: give model_name too, whose arguments they are")
     path = Path(folder)

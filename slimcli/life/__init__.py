@@ -1,7 +1,8 @@
 """Life regression on tensors: the life head, lives and the order of the patches, and who takes over from whom."""
 
+from slimcli.life.fused import plan, shares, take_over
 from slimcli.life.head import HEAD_CHANNELS, Context, LifeHead, Similarity, normalised
-from slimcli.life.heirs import Plan, Shares, plan, shares, take_over
+from slimcli.life.heirs import Plan, Shares
 from slimcli.life.lives import (
     add_rows,
     exports_to_onnx,

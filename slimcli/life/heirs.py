@@ -60,15 +60,15 @@ def plan(
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
     ranked, names = in_order(standard, descending=True)
-    weight = _power(standard, merge_importance) if merge_importance else None
+    weight = power(standard, merge_importance) if merge_importance else None
     features = features.float()
     groups = take_rows(features if weight is None else features * weight.unsqueeze(-1), names)
     if redundancy > 0:
-        groups = torch.cat((groups, _power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
+        groups = torch.cat((groups, power(ranked, 1 / redundancy).unsqueeze(-1)), dim=-1)
     left: list[tuple[Tensor, Tensor]] = []
     for step in planned_rounds(counts):
         stay = step[-1]
-        unit = _unit(groups[..., : features.shape[-1]])
+        unit = unit_features(groups[..., : features.shape[-1]])
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
@@ -85,14 +85,14 @@ def plan(
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_features(features: Tensor) -> Tensor:
     """Features (B, n, C), their means taken out, and of length 1: their products are correlations."""
     channels, device = features.shape[-1], features.device
     scale = table(lambda: torch.full((channels,), channels**-0.5, device=device), "unit", channels, device)
     return F.layer_norm(features, (channels,), scale, None, LEAST_VARIANCE)
 
 
-def _power(standard: Tensor, times: float) -> Tensor:
+def power(standard: Tensor, times: float) -> Tensor:
     """exp of standardised scores (B, n) `times` a number, finite whatever it is."""
     exponent = standard if times == 1 else times * standard
     # none of n standardised scores lies further than sqrt(n - 1) from 0
@@ -140,13 +140,15 @@ class Shares(NamedTuple):
     """What tokens become when heirs take over, for all K times at once; see `take_over`.
 
     `share` (B, P + N, K): the share of each token, when the k-th leave, in the token that it is part of then. `adds`
-    (B, P + N, P + N) is 1 where the token of the column is added to that of the row. `log_size` (B, K + 1, P + N): the
-    logarithm of how many patches a token stands for, before any leave and after each time.
+    (B, P + N, P + N) is 1 where the token of the column is added to that of the row; None where a kernel adds them, by
+    the plan's `heirs` (B, N). `log_size` (B, K + 1, P + N): the logarithm of how many patches a token stands for,
+    before any leave and after each time.
     """
 
     share: Tensor
-    adds: Tensor
+    adds: Tensor | None
     log_size: Tensor
+    heirs: Tensor
 
 
 @torch.no_grad()
@@ -180,10 +182,10 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     summed = sums.expand(shape).scatter_add(3, index, values.unsqueeze(2).expand(shape))
     size, weight = summed[:, 0], summed[:, -1]
     share = weight[:, :-1] / weight[:, 1:].gather(2, heir[:, 1:])
-    return Shares(share.to(dtype).transpose(1, 2), _added(heirs, dtype), size.log())
+    return Shares(share.to(dtype).transpose(1, 2), added(heirs, dtype), size.log(), found.heirs)
 
 
-def _added(heirs: Tensor, dtype: torch.dtype) -> Tensor:
+def added(heirs: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, n, n): 1 where the heir of the token of the column, in `heirs` (B, n), is that of the row."""
     (batch, n), device = heirs.shape, heirs.device
     if exports_to_onnx():
@@ -199,6 +201,7 @@ def take_over(tokens: Tensor, found: Shares, time: int, stay: int) -> Tensor:
     A token becomes the mean of what it stands for, weighted as the plan says; (B, stay, D).
     """
     n = tokens.shape[1]
+    assert found.adds is not None
     with torch.autocast(tokens.device.type, enabled=False):
         weighted = tokens * found.share[:, :n, time : time + 1]
         return torch.baddbmm(weighted[:, :stay], found.adds[:, :stay, stay:n], weighted[:, stay:])

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from slimcli.life.heirs import MOST, Plan
+from slimcli.life.heirs import Plan, power, unit_features
 from slimcli.life.lives import highest_first, inverse, normalise_life, take_rows
 from slimcli.life.tables import place_table, table
 from slimcli.schedule.counts import planned_counts, rounds_of_pairs
@@ -40,11 +39,9 @@ def plan_pairs(
     lie in a `grid` of rows and columns, how near they are counts a little too.
     """
     standard = normalise_life(score.detach(), 0.0, 1.0)
-    weight = (merge_importance * standard).clamp(-MOST, MOST).exp() if merge_importance else None
-    exponent = standard / redundancy if redundancy > 0 else torch.zeros_like(standard)
-    mass = exponent.clamp(-MOST, MOST).exp().unsqueeze(-1)
-    centred = features.float() - features.float().mean(dim=-1, keepdim=True)
-    unit = F.normalize(centred, dim=-1)
+    weight = power(standard, merge_importance) if merge_importance else None
+    mass = (power(standard, 1 / redundancy) if redundancy > 0 else torch.ones_like(standard)).unsqueeze(-1)
+    unit = unit_features(features.float())
     if grid is not None:
         unit = torch.cat((unit, _positions(grid, unit.device).expand(unit.shape[0], -1, -1)), dim=-1)
     # a group is the sum of its patches' features, and its mass

@@ -24,7 +24,7 @@ def table(make: Callable[[], Tensor], *key: Hashable) -> Tensor:
 
     Made anew, and not kept, where a graph is recorded: there it becomes part of the graph.
     """
-    if _records():
+    if records():
         return make()
     found = _TABLES.pop(key, None)
     if found is None:
@@ -50,7 +50,8 @@ def tables_used() -> Iterator[list[Tensor]]:
         _NOTED[:] = [other for other in _NOTED if other is not noted]
 
 
-def _records() -> bool:
+def records() -> bool:
+    """Whether operators are recorded into a graph, or run on tensors without memory."""
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return True
     return torch._C._get_tracing_state() is not None or any(

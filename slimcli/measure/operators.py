@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimcli import life as lives
+from slimcli.life.fused import launches_noted
 from slimcli.life.head import LifeHead
 from slimcli.measure.evaluation import describe
 from slimcli.measure.profiling import compared
@@ -21,10 +23,10 @@ from slimcli.slimming import SlimModel
 
 #: the parts of a pass, in the order in which they run. `drops` is all that a rule does between the blocks.
 PARTS = ("embedding", "blocks", "life head", "plan", "drops", "head")
-#: operators that only look at the memory of a tensor in another way: nothing is launched for them
+#: operators that only look at the memory of a tensor in another way, or ask for some: nothing is launched for them
 VIEWS = {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "lift_fresh", "permute"} | {
     *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze"),
-    "view",
+    *("view", "empty", "empty_strided", "new_empty"),
 }
 
 
@@ -40,8 +42,9 @@ def operators(
 ) -> list[dict[str, Any]]:
     """For the dense model, each keep rate and each method `against`: operators of one pass, and bytes read and written.
 
-    Operators are torch's own (aten), views left out; each has `operators` and `bytes` for each of `PARTS` under
-    `parts`, and in all. Those that a compiler would fuse, and the kernels that one operator launches, are not known.
+    Operators are torch's own (aten), views left out, and launches of slim's own kernels where they run; each has
+    `operators` and `bytes` for each of `PARTS` under `parts`, and in all. Those that a compiler would fuse, and the
+    kernels that one operator of torch launches, are not known.
     """
     model = model.to(device, dtype).eval()
     found = []
@@ -51,7 +54,7 @@ def operators(
             runs = variant.rival or model
             variant.set(runs)
             runs.logits(images)  # what is made once is made
-            with _Operators(runs) as counter:
+            with _counted(runs) as counter:
                 runs.logits(images)
             row = describe(runs, variant.schedule, variant.exact_savings)
             # of a rule that has none, the keep rate that its cost stands for
@@ -73,11 +76,17 @@ def operators(
 
 @torch.no_grad()
 def operators_of_a_pass(model: SlimModel, images: Tensor) -> int:
-    """Operators of a forward pass on images (B, 3, H, W), views left out, in the model's present mode."""
+    """Operators of a forward pass on images (B, 3, H, W), as `operators` counts them, in the model's present mode."""
     model.output(images)  # what is made once is made
-    with _Operators(model) as counter:
+    with _counted(model) as counter:
         model.output(images)
     return sum(counter.count.values())
+
+
+@contextmanager
+def _counted(model: SlimModel) -> Iterator[_Operators]:
+    with _Operators(model) as counter, launches_noted(counter.launched):
+        yield counter
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -95,11 +104,17 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if func._overloadpacket.__name__ not in VIEWS:
-            part = self._part(sys._getframe(1))
-            self.count[part] += 1
-            tensors = (x for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor))
-            self.bytes[part] += sum(x.numel() * x.element_size() for x in tensors)
+            self._add(self._part(sys._getframe(1)), (args, kwargs, output))
         return output
+
+    def launched(self, args: Any) -> None:
+        """A kernel in the place of operators: every launch is one."""
+        self._add(self._part(sys._getframe(1)), args)
+
+    def _add(self, part: str, values: Any) -> None:
+        self.count[part] += 1
+        tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
+        self.bytes[part] += sum(x.numel() * x.element_size() for x in tensors)
 
     def _part(self, frame: FrameType | None) -> str:
         """The part of the outermost call that belongs to one."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimcli import life as lives
 from slimcli.attention import NEVER
 from slimcli.backbones.base import Backbone
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, check_word
 from slimcli.life.correction import Correction
 from slimcli.methods.slim_model import LIFE_SETTINGS, MODES, SlimModel
 from slimcli.schedule import Architecture, Planning, Schedule, check_keep_rate, highest_keep_rate, life_moments
@@ -78,8 +78,7 @@ class LifeModel(SlimModel):
 
     @dead.setter
     def dead(self, dead: str) -> None:
-        if dead not in DEAD:
-            raise SlimError(f"dead = {dead!r} is not possible: expected one of {', '.join(DEAD)}")
+        check_word("dead", dead, DEAD)
         self._dead = dead
 
     @property
@@ -89,8 +88,7 @@ class LifeModel(SlimModel):
 
     @grouping.setter
     def grouping(self, grouping: str) -> None:
-        if grouping not in GROUPINGS:
-            raise SlimError(f"grouping = {grouping!r} is not possible: expected one of {', '.join(GROUPINGS)}")
+        check_word("grouping", grouping, GROUPINGS)
         self._grouping = grouping
 
     @property
@@ -241,7 +239,7 @@ class LifeModel(SlimModel):
         """
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         steps = tuple(dict.fromkeys(counts))
-        shares = lives.shares(plan, steps, prefix, tokens.dtype)
+        shares = lives.shares(plan, steps, prefix, tokens.dtype, learns=torch.is_grad_enabled())
         # a token that stands for several patches counts as many keys
         sizes = shares.log_size if self.size_bias == 1 else self.size_bias * shares.log_size
         biases = sizes.to(tokens.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimcli.attention import KERNELS
 from slimcli.backbones.base import Backbone
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, check_word
 from slimcli.methods.described import Described
 from slimcli.methods.segmenting import Segmenting
 from slimcli.schedule import (
@@ -153,10 +153,7 @@ class SlimModel(Described, Segmenting, ABC):
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        if mode not in self.modes:
-            raise SlimError(
-                f"mode {mode!r} is not possible for the method {self.method}: expected one of {', '.join(self.modes)}"
-            )
+        check_word("mode", mode, self.modes, f"for the method {self.method}")
         self._mode = mode
 
     @property
@@ -287,8 +284,7 @@ class SlimModel(Described, Segmenting, ABC):
 
     @attention.setter
     def attention(self, kernel: str) -> None:
-        if kernel not in KERNELS:
-            raise SlimError(f"attention {kernel!r} is not possible: expected one of {', '.join(KERNELS)}")
+        check_word("attention", kernel, KERNELS)
         self.backbone.attention = kernel
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

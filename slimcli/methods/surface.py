@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from slimcli.errors import SlimError
+from slimcli.errors import SlimError, check_word
 from slimcli.life import sort_patches
 from slimcli.life.correction import Correction
 from slimcli.life.restore import WAYS, Whereabouts, living, stand_ins, whereabouts
@@ -77,8 +77,8 @@ class DenseSurface(BlockRunner):
 
     @restoring.setter
     def restoring(self, way: str | None) -> None:
-        if way is not None and way not in WAYS:
-            raise SlimError(f"restoring = {way!r} is not possible: expected one of {', '.join(WAYS)}")
+        if way is not None:
+            check_word("restoring", way, WAYS)
         if way in ("heir", "mix") and not (self.has_heirs or self.merges):
             raise SlimError(f"restoring = {way!r} needs heirs: here nothing stands for a patch that left; take 'own'")
         if way == "mix" and not self.corrects:
@@ -174,8 +174,7 @@ class DenseSurface(BlockRunner):
                 patches go.
         """
         depth, prefix = self.backbone.depth, self.backbone.num_prefix_tokens
-        if patches not in PATCHES:
-            raise SlimError(f"patches = {patches!r} is not possible: expected one of {', '.join(PATCHES)}")
+        check_word("patches", patches, PATCHES)
         if wrong := [layer for layer in layers if not 0 <= layer <= depth]:
             raise SlimError(f"layers = {wrong[0]}: the model has blocks 1 to {depth}, and 0 for what enters them")
         with self.following(layers) as trail:
@@ -226,8 +225,7 @@ class DenseSurface(BlockRunner):
             SlimError: for blocks that the model has not, or another output format.
         """
         depth, prefix = self.backbone.depth, self.backbone.num_prefix_tokens
-        if output_fmt not in ("NCHW", "NLC"):
-            raise SlimError(f"output_fmt = {output_fmt!r}: expected NCHW or NLC")
+        check_word("output_fmt", output_fmt, ("NCHW", "NLC"))
         try:
             taken, last = feature_take_indices(depth, list(indices) if isinstance(indices, Sequence) else indices)
         except AssertionError as error:
