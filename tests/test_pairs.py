@@ -64,12 +64,11 @@ def test_those_most_alike_are_joined_pair_by_pair(counts, redundancy):
 
 def test_of_patches_that_are_alike_neighbours_join():
     features = torch.ones(1, 16, 8) + torch.arange(8.0)
-    for grid in ((4, 4), (2, 8)):
+    for grid, most in (((4, 4), 2.0), ((2, 8), 2.0)):
         found = plan_pairs(features, torch.zeros(1, 16), (16, 8), grid=grid)
         where = torch.stack([found.order[0] // grid[1], found.order[0] % grid[1]], dim=1).float()
         apart = (where[8:] - where[found.heirs[0, 8:]]).square().sum(dim=1)
-        # many pairs are as near as each other: which of them join first leaves some no neighbour
-        assert apart.mean() <= 1.5 and apart.max() <= 4, apart
+        assert apart.max() <= most, apart
     # a likeness of features weighs more than any distance
     features = torch.eye(8).repeat_interleave(2, dim=0)[
         torch.tensor([0, 15, 2, 13, 4, 11, 6, 9, 8, 7, 10, 5, 12, 3, 14, 1])

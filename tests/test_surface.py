@@ -228,7 +228,7 @@ def test_what_cannot_be_is_said_in_one_line(tiny):
     images = images_for(tiny)
     with pytest.raises(SlimError, match=r"indices = .*blocks 0 to 2"):
         tiny.forward_intermediates(images, [3])
-    with pytest.raises(SlimError, match="NCHW or NLC"):
+    with pytest.raises(SlimError, match=r"output_fmt = .CHW.*expected one of NCHW, NLC"):
         tiny.forward_intermediates(images, output_fmt="CHW")
     with pytest.raises(SlimError, match="expected one of heir, own, mix, last"):
         tiny.restoring = "back"

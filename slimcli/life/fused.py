@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: types of device that the kernels run on
 DEVICES = {"cuda"}
-TRITON = importlib.util.find_spec("triton") is not None
+#: whether there are kernels; SLIM_KERNELS=0 leaves them out
+TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("SLIM_KERNELS") != "0"
 #: patches that one program plans alone, in one launch; with more, each phase of a round is a launch of its own
 ONE_LAUNCH = 256
 #: channels of features that fit into a program

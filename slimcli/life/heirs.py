@@ -68,7 +68,7 @@ def plan(
     left: list[tuple[Tensor, Tensor]] = []
     for step in planned_rounds(counts):
         stay = step[-1]
-        unit = unit_features(groups[..., : features.shape[-1]])
+        unit = _unit(groups[..., : features.shape[-1]])
         if redundancy > 0:
             order = _cheapest_last(unit, groups[..., -1:].sqrt(), stay)
             names = names.gather(1, order)
@@ -85,7 +85,7 @@ def plan(
     return Plan(order, heirs, None if weight is None else weight.gather(1, order))
 
 
-def unit_features(features: Tensor) -> Tensor:
+def _unit(features: Tensor) -> Tensor:
     """Features (B, n, C), their means taken out, and of length 1: their products are correlations."""
     channels, device = features.shape[-1], features.device
     scale = table(lambda: torch.full((channels,), channels**-0.5, device=device), "unit", channels, device)

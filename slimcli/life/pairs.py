@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from slimcli.life.heirs import Plan, power, unit_features
+from slimcli.life.heirs import Plan, power
 from slimcli.life.lives import highest_first, inverse, normalise_life, take_rows
 from slimcli.life.tables import place_table, table
 from slimcli.schedule.counts import planned_counts, rounds_of_pairs
@@ -41,7 +42,8 @@ def plan_pairs(
     standard = normalise_life(score.detach(), 0.0, 1.0)
     weight = power(standard, merge_importance) if merge_importance else None
     mass = (power(standard, 1 / redundancy) if redundancy > 0 else torch.ones_like(standard)).unsqueeze(-1)
-    unit = unit_features(features.float())
+    # not by layer_norm: patches that are alike shall tie exactly, so that where they lie decides
+    unit = F.normalize(features.float() - features.float().mean(dim=-1, keepdim=True), dim=-1)
     if grid is not None:
         unit = torch.cat((unit, _positions(grid, unit.device).expand(unit.shape[0], -1, -1)), dim=-1)
     # a group is the sum of its patches' features, and its mass
