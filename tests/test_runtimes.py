@@ -9,6 +9,7 @@ from conftest import document, tiny_vit
 from slimcli import SlimError
 from slimcli import slim as slimmed
 from slimcli.deployment.export import Checked, check
+from slimcli.layout import optimize
 from slimcli.measure.rows import Row
 from slimcli.runtimes import Conversion, Forward, find_runtime, runtimes
 from slimcli.runtimes.eager import TorchProgram
@@ -188,6 +189,22 @@ def test_int8_in_torch_keeps_the_life_head_in_float():
     assert checked.relative < 0.1
     float32 = find_runtime("torch").prepare(Forward(made), Conversion())
     assert program.megabytes < 0.6 * float32.megabytes
+
+
+def test_int8_in_torch_gives_queries_without_keys_and_values():
+    pytest.importorskip("torchao")
+    from slimcli.layout import rows
+    from slimcli.runtimes.torch_int8 import quantized
+
+    layer = optimize(quantized(Forward(model()))).slim.model.blocks[0].attn.qkv
+    tokens, asked = torch.randn(2, 5, 32), []
+    with torch.inference_mode():
+        whole = layer(tokens)
+        layer.forward = lambda x: asked.append(x) or whole
+        for first, last in ((0, 32), (32, 96)):
+            torch.testing.assert_close(rows(layer, tokens, first, last), whole[..., first:last])
+        assert asked == []
+        assert torch.equal(rows(layer, tokens, 0, 7), whole[..., :7]) and asked
 
 
 def linear(module):
