@@ -146,6 +146,24 @@ def test_what_int8_leaves_in_float_is_found_in_openvino_by_name(exported):
     assert len(kept) > 10 and len(products & set(names_there(there, kept))) == len(kept)
 
 
+def test_int8_in_openvino_keeps_the_life_head_in_float(exported):
+    pytest.importorskip("nncf")
+    onnx = pytest.importorskip("onnx")
+    from slimcli.runtimes.onnx_int8 import kept_in_float
+    from slimcli.runtimes.openvino import _quantized, names_there, read_graph
+
+    source, forward = exported["calibrated"] / "model.onnx", Forward(without_order("calibrated"))
+    there = read_graph(source)
+    kept = set(names_there(there, kept_in_float(onnx.load(source), forward)))
+    found = _quantized(there, source, forward, Conversion("int8", None, [images(4)]))
+    products = [op for op in found.get_ops() if op.get_type_name() == "MatMul"]
+    rounded = {
+        op.get_friendly_name() for op in products if op.input_value(0).get_node().get_type_name() == "FakeQuantize"
+    }
+    # six of each block, and the classifier
+    assert len(rounded) == 3 * 6 + 1 and not rounded & kept
+
+
 @pytest.mark.parametrize("name", ["torch", "onnx", "openvino"])
 @pytest.mark.parametrize("kind", ["discard", "calibrated"])
 def test_patches_with_equal_lives_leave_alike_in_every_runtime(name, kind, exported, tmp_path):
