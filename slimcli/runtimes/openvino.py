@@ -88,9 +88,10 @@ def read_graph(path: Path) -> Any:
 
     found = openvino.Core().read_model(str(path))
     for operation in found.get_ops():
-        # who comes first among equals: ONNX says so, and OpenVINO only if it is told to
+        # who comes first among equals: ONNX says so, and OpenVINO only if it is told to, for ten times the time. Where
+        # nobody asks for places, equals are the same
         if operation.get_type_name() == "TopK":
-            operation.set_attribute("stable", True)
+            operation.set_attribute("stable", bool(operation.output(1).get_target_inputs()))
     return found
 
 
