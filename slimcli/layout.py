@@ -127,6 +127,19 @@ def can_pack(dtype: torch.dtype) -> bool:
     return torch.allclose(found.float(), F.linear(x.float(), weight.float()), atol=0.1, rtol=0.02)
 
 
+class CutLinear(nn.Linear):
+    """A linear layer that is more than its weight and bias, and can give some of its outputs without the others."""
+
+    def rows(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Tokens (..., `in_features`) to the outputs from `first` up to `last`: (..., last - first)."""
+        raise NotImplementedError
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a layer must be called, since somebody looks at what goes in and out of it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether all that a linear layer does is in its weight and bias, so that they may be read in its place.
 
@@ -135,8 +148,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
     """
     return (
         type(layer) in (nn.Linear, PackedLinear)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and not layer._backward_pre_hooks
+        and not has_hooks(layer)
         and "forward" not in layer.__dict__
         and layer._parameters.get("weight") is not None
         # as quantized weights have it: a tensor that is made of others
@@ -149,6 +161,8 @@ def rows(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
 
     A layer that is more than its weight and bias is called, and its output cut.
     """
+    if isinstance(layer, CutLinear) and not has_hooks(layer):
+        return layer.rows(x, first, last)
     if not is_plain_linear(layer):
         found: Tensor = layer(x)[..., first:last]
         return found

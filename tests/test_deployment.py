@@ -263,7 +263,10 @@ def test_a_plan_for_few_patches_is_said_to_gain_little_in_fast_arithmetic():
     said = exporting.small_gain(model, "int8")
     assert "with 16 patches" in said and "bfloat16" in exporting.small_gain(model, "bfloat16")
     assert exporting.small_gain(model, "float32") is None
-    assert exporting.small_gain(slimmed(tiny_vit(), 0.5, life_layer=1), "int8") is None
+    discards = slimmed(tiny_vit(), 0.5, life_layer=1)
+    assert exporting.small_gain(discards, "int8") is None
+    discards.grouping = "pairs"
+    assert exporting.small_gain(discards, "int8")
     assert exporting.small_gain(planned(img_size=96), "int8") is None
 
 

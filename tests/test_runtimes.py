@@ -9,6 +9,7 @@ from conftest import document, tiny_vit
 from slimcli import SlimError
 from slimcli import slim as slimmed
 from slimcli.deployment.export import Checked, check
+from slimcli.layout import optimize
 from slimcli.measure.rows import Row
 from slimcli.runtimes import Conversion, Forward, find_runtime, runtimes
 from slimcli.runtimes.eager import TorchProgram
@@ -21,7 +22,11 @@ def images(count=3):
 
 def model(kind="discard"):
     # so wide that the exporter folds its weights no more
-    dense = tiny_vit(depth=3, embed_dim=128 if kind == "calibrated" else 32)
+    dense = tiny_vit(depth=3, embed_dim=128 if kind == "calibrated" else 32, init_values=0.5)
+    with torch.no_grad():
+        for block in dense.blocks:
+            for scale in (block.ls1, block.ls2):
+                scale.gamma.uniform_(0.4, 0.6)
     made = slimmed(dense, 0.5, life_layer=1, dead="discard" if kind == "discard" else "heir").eval()
     if kind == "calibrated":
         made.redundancy, made.merge_importance, made.exact_savings = 1.0, 0.5, True
@@ -94,6 +99,81 @@ def test_every_weight_stands_in_its_product_where_int8_finds_it(graphs):
         assert not [n for n in proto.graph.node if n.op_type in ("Slice", "Transpose") and n.input[0] in weights]
 
 
+def test_no_output_is_scaled_channel_by_channel(graphs):
+    """The weight before it is scaled instead (LayerScale)."""
+    for proto in graphs.values():
+        channels = {tensor.name for tensor in proto.graph.initializer if len(tensor.dims) == 1 and tensor.dims[0] > 16}
+        assert not [n for n in proto.graph.node if n.op_type == "Mul" and channels & set(n.input)]
+
+
+def test_products_in_int8_add_their_bias_and_give_float_at_once(exported, tmp_path):
+    """What queries, keys and values read is quantized once, and nothing that a product gives."""
+    runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    from slimcli.runtimes.onnx_int8 import kept_in_float, quantize
+
+    made, source = without_order("calibrated"), exported["calibrated"] / "model.onnx"
+    quantize(source, tmp_path / "model.onnx", Forward(made), [images(4)])
+    proto = onnx.load(tmp_path / "model.onnx")
+    kept = kept_in_float(onnx.load(source), Forward(made))
+    producers = {name: node for node in proto.graph.node for name in node.output}
+    readers = collections.defaultdict(list)
+    for node in proto.graph.node:
+        for name in node.input:
+            readers[name].append(node.op_type)
+    products = [n for n in proto.graph.node if n.op_type == "Gemm" and n.name not in kept]
+    # six of each block, and the classifier
+    assert len(products) == 3 * 6 + 1 and all(len(node.input) == 3 for node in products)
+    assert not [node for node in products if "QuantizeLinear" in readers[node.output[0]]]
+    assert not [n for n in proto.graph.node if n.op_type == "MatMul" and n.name not in kept]
+    # queries, keys and values of the first block read the same
+    assert len({producers[node.input[0]].input[0] for node in products[:3]}) == 1
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = made(images(4))
+    found = torch.from_numpy(session.run(None, {"images": images(4).numpy()})[0])
+    assert (found - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_what_int8_leaves_in_float_is_found_in_openvino_by_name(exported):
+    pytest.importorskip("openvino")
+    onnx = pytest.importorskip("onnx")
+    from slimcli.runtimes.onnx_int8 import kept_in_float
+    from slimcli.runtimes.openvino import names_there, read_graph
+
+    source = exported["calibrated"] / "model.onnx"
+    kept, there = kept_in_float(onnx.load(source), Forward(without_order("calibrated"))), read_graph(source)
+    products = {op.get_friendly_name() for op in there.get_ops() if op.get_type_name() == "MatMul"}
+    assert len(kept) > 10 and len(products & set(names_there(there, kept))) == len(kept)
+
+
+def test_openvino_sorts_stably_where_somebody_asks_for_places(exported):
+    pytest.importorskip("openvino")
+    from slimcli.runtimes.openvino import read_graph
+
+    there = read_graph(exported["calibrated"] / "model.onnx")
+    sorts = [op for op in there.get_ops() if op.get_type_name() == "TopK"]
+    asked = [bool(op.output(1).get_target_inputs()) for op in sorts]
+    assert {*asked} == {True, False} and asked == [op.get_attributes()["stable"] for op in sorts]
+
+
+def test_int8_in_openvino_keeps_the_life_head_in_float(exported):
+    pytest.importorskip("nncf")
+    onnx = pytest.importorskip("onnx")
+    from slimcli.runtimes.onnx_int8 import kept_in_float
+    from slimcli.runtimes.openvino import _quantized, names_there, read_graph
+
+    source, forward = exported["calibrated"] / "model.onnx", Forward(without_order("calibrated"))
+    there = read_graph(source)
+    kept = set(names_there(there, kept_in_float(onnx.load(source), forward)))
+    found = _quantized(there, source, forward, Conversion("int8", None, [images(4)]))
+    products = [op for op in found.get_ops() if op.get_type_name() == "MatMul"]
+    rounded = {
+        op.get_friendly_name() for op in products if op.input_value(0).get_node().get_type_name() == "FakeQuantize"
+    }
+    # six of each block, and the classifier
+    assert len(rounded) == 3 * 6 + 1 and not rounded & kept
+
+
 @pytest.mark.parametrize("name", ["torch", "onnx", "openvino"])
 @pytest.mark.parametrize("kind", ["discard", "calibrated"])
 def test_patches_with_equal_lives_leave_alike_in_every_runtime(name, kind, exported, tmp_path):
@@ -137,6 +217,22 @@ def test_int8_in_torch_keeps_the_life_head_in_float():
     assert checked.relative < 0.1
     float32 = find_runtime("torch").prepare(Forward(made), Conversion())
     assert program.megabytes < 0.6 * float32.megabytes
+
+
+def test_int8_in_torch_gives_queries_without_keys_and_values():
+    pytest.importorskip("torchao")
+    from slimcli.layout import rows
+    from slimcli.runtimes.torch_int8 import quantized
+
+    layer = optimize(quantized(Forward(model()))).slim.model.blocks[0].attn.qkv
+    tokens, asked = torch.randn(2, 5, 32), []
+    with torch.inference_mode():
+        whole = layer(tokens)
+        layer.forward = lambda x: asked.append(x) or whole
+        for first, last in ((0, 32), (32, 96)):
+            torch.testing.assert_close(rows(layer, tokens, first, last), whole[..., first:last])
+        assert asked == []
+        assert torch.equal(rows(layer, tokens, 0, 7), whole[..., :7]) and asked
 
 
 def linear(module):

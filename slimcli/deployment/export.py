@@ -158,7 +158,7 @@ def export_model(
 
 def small_gain(model: SlimModel, precision: str) -> str | None:
     """What to tell somebody whose model plans for so few patches that little is gained in `precision`; None if not."""
-    plans = model.has_heirs or model.configuration().get("redundancy", 0.0) > 0
+    plans = model.has_heirs or model.compares_patches
     if precision == "float32" or not (plans and model.schedule.drops_patches()) or model.num_patches > FEW_PATCHES:
         return None
     return (

@@ -66,13 +66,6 @@ def in_order(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
 
 def highest_first(values: Tensor) -> Tensor:
     """Indices (B, n) of values (B, n), the highest first; ties in their order, wherever it runs."""
-    if torch.compiler.is_exporting() and not exports_to_onnx():
-        # ExecuTorch has no kernel that sorts: how many values come before each, by comparing all pairs
-        one, other = values.unsqueeze(2), values.unsqueeze(1)
-        earlier = torch.ones(values.shape[1], values.shape[1], device=values.device).tril(-1) > 0
-        before = ((other > one) | ((other == one) & earlier)).sum(dim=2)
-        places = torch.arange(values.shape[1], device=values.device).expand(values.shape)
-        return torch.zeros_like(places).scatter(1, before, places)
     return in_order(values, descending=True)[1]
 
 

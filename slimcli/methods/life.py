@@ -92,8 +92,7 @@ class LifeModel(SlimModel):
         self._grouping = grouping
 
     @property
-    def _compares(self) -> bool:
-        """Whether who leaves first follows from what patches say beside each other, not from importance alone."""
+    def compares_patches(self) -> bool:
         return self.redundancy > 0 or self.grouping == "pairs"
 
     @property
@@ -160,7 +159,7 @@ class LifeModel(SlimModel):
         if schedule is None:
             return architecture.multiply_adds()
         head = self.life_head
-        heirs, ranks = self.dead == "heir", self._compares
+        heirs, ranks = self.dead == "heir", self.compares_patches
         pairs = self.grouping == "pairs"
         plan = Planning(head.similarity_dim, head.context_dim, heirs or ranks, ranks, heirs, pairs)
         layers = range(1, schedule.depth)
@@ -184,7 +183,7 @@ class LifeModel(SlimModel):
     ) -> tuple[Tensor, Tensor | None]:
         prefix, first = self.backbone.num_prefix_tokens, self.schedule.life_layer
         inherit = self.dead == "heir" and self.mode == "hard"
-        score, features = self.life_head.read(tokens, prefix, inherit or self._compares)
+        score, features = self.life_head.read(tokens, prefix, inherit or self.compares_patches)
         plan = None
         if features is not None:
             steps = tuple(dict.fromkeys(counts))
@@ -194,7 +193,7 @@ class LifeModel(SlimModel):
                 )
             else:
                 plan = lives.plan(features, score, steps, self.redundancy, self.merge_importance)
-        planned = plan if self._compares else None
+        planned = plan if self.compares_patches else None
         if planned is not None and self.mode == "hard":
             order = planned.order
             self._remember((order, counts))

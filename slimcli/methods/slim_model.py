@@ -115,6 +115,11 @@ class SlimModel(Described, Segmenting, ABC):
         """Whether patches that leave are added to others."""
         return False
 
+    @property
+    def compares_patches(self) -> bool:
+        """Whether who leaves first follows from what patches say beside each other, not from importance alone."""
+        return False
+
     def begin_step(self, answers: Tensor) -> None:
         """The right classes (B,) of the images of the next pass, for a rule that is rewarded for them."""
         return

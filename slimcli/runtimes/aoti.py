@@ -17,6 +17,7 @@ from slimcli.runtimes.base import (
     cannot_export,
     example,
     first_line,
+    free_batch,
     require_graph,
 )
 from slimcli.runtimes.eager import TorchProgram
@@ -34,10 +35,10 @@ class AotInductor(Runtime):
 
     def write(self, model: Forward, folder: Path, conversion: Conversion) -> None:
         require_graph(model, "to AOTInductor")
-        free = {"images": {0: torch.export.Dim("batch", min=1)}} if conversion.batch_size is None else None
         try:
             with torch.no_grad():
-                exported = torch.export.export(model, (example(model, conversion),), dynamic_shapes=free)
+                images, free = example(model, conversion), free_batch(conversion)
+                exported = torch.export.export(model, (images,), dynamic_shapes=free)
                 torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / FILE))
         except Exception as error:  # whatever a model's code does that a graph cannot, or a compiler says
             raise cannot_export(model, error, "to AOTInductor") from error

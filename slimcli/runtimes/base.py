@@ -182,6 +182,11 @@ def example(model: Forward, conversion: Conversion) -> Tensor:
     return torch.randn(conversion.batch_size or 2, *model.image_shape, generator=generator)
 
 
+def free_batch(conversion: Conversion) -> dict[str, dict[int, torch.export.Dim]] | None:
+    """What exporters are told of the input's sizes: that of the batch is free, from one image; None where it is set."""
+    return None if conversion.batch_size is not None else {IMAGES: {0: torch.export.Dim("batch", min=1)}}
+
+
 def first_line(error: BaseException) -> str:
     """What an exporter's error says, in a line."""
     while error.__cause__ is not None:

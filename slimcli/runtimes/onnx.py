@@ -24,6 +24,7 @@ from slimcli.runtimes.base import (
     cannot_export,
     example,
     first_line,
+    free_batch,
     require_graph,
 )
 from slimcli.runtimes.onnx_graph import tidy, translations
@@ -92,7 +93,7 @@ def graph(model: Forward, conversion: Conversion, path: Path) -> None:
         SlimError: where the model's code cannot be made a graph of ONNX's operators.
     """
     require_graph(model, "to ONNX")
-    free = {"images": {0: torch.export.Dim("batch", min=1)}} if conversion.batch_size is None else None
+    free = free_batch(conversion)
     with _quietly():
         try:
             with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy
@@ -74,9 +74,55 @@ def tidy(model: Any) -> None:
 
     # parts of weights are cut out once, however large they are
     fold_constants(model, input_size_limit=LARGEST_CONSTANT, output_size_limit=LARGEST_CONSTANT)
+    scale_weights(model)
     split_projections(model)
     take_whole_rows(model)
     cut_once(model)
+    RemoveUnusedNodesPass()(model)
+
+
+def scale_weights(model: Any) -> None:
+    """Scale a linear layer's weight and bias where its output would be, channel by channel (LayerScale)."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    for scale in [n for n in graph if n.op_type == "Mul"]:
+        factor, linear = _constant(scale.inputs[1]), _linear(scale.inputs[0])
+        if factor is None or linear is None or factor.shape != linear.weight.shape[1:] or not _read_once(scale):
+            continue
+        nodes = [ir.node("MatMul", [linear.x, _new(graph, linear.weight * factor)])]
+        if linear.bias is not None:
+            nodes.append(ir.node("Add", [nodes[0].outputs[0], _new(graph, linear.bias * factor)]))
+        graph.insert_before(scale, nodes[:-1])
+        _put(graph, scale, nodes[-1])
+
+
+def join_biases(model: Any, but: Collection[str] = ()) -> None:
+    """Make linear layers one operator, Gemm, on the rows of all images, but those whose product has one of the names.
+
+    Quantized, it adds the bias before it scales, and what several layers read is quantized once.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    graph = model.graph
+    flat: dict[Any, Any] = {}
+    for add in [n for n in graph if n.op_type == "Add"]:
+        product, bias = add.inputs[0].producer(), _constant(add.inputs[1])
+        if product is None or product.op_type != "MatMul" or product.name in but or not _read_once(add):
+            continue
+        x, weight = product.inputs[0], _constant(product.inputs[1])
+        if bias is None or weight is None or bias.shape != weight.shape[1:] or x.shape is None or len(x.shape) != 3:
+            continue
+        if not isinstance(tokens := x.shape[1], int):
+            continue
+        if x not in flat:
+            flat[x] = ir.node("Reshape", [x, _new(graph, numpy.array([-1, len(weight)], dtype=numpy.int64))])
+            graph.insert_before(product, flat[x])
+        linear = ir.node("Gemm", [flat[x].outputs[0], product.inputs[1], add.inputs[1]], name=product.name)
+        shape = _new(graph, numpy.array([-1, tokens, weight.shape[1]], dtype=numpy.int64))
+        graph.insert_before(add, linear)
+        _put(graph, add, ir.node("Reshape", [linear.outputs[0], shape]))
     RemoveUnusedNodesPass()(model)
 
 
@@ -220,6 +266,11 @@ def _linear(value: Any) -> _Linear | None:
     return None if weight is None else _Linear(node.inputs[0], weight, bias)
 
 
+def _read_once(node: Any) -> bool:
+    """Whether nothing else reads what a node reads first."""
+    return len(list(node.inputs[0].uses())) == 1
+
+
 def _sizes(value: Any) -> Any:
     found = _constant(value)
     return None if found is None or len(found) != 5 else numpy.array(found)
@@ -230,7 +281,9 @@ def _new(graph: Any, array: Any) -> Any:
     import onnx_ir as ir
 
     tensor = ir.tensor(numpy.ascontiguousarray(array))
-    name = f"part_{len(graph.initializers)}"
+    number = len(graph.initializers)
+    while (name := f"part_{number}") in graph.initializers:  # of a graph that was read from a file
+        number += 1
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

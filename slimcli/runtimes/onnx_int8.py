@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slimcli.runtimes.base import IMAGES, Forward
 from slimcli.runtimes.onnx import PRODUCTS, as_numpy
+from slimcli.runtimes.onnx_graph import join_biases
 
 
 class _Reader:
@@ -31,13 +32,17 @@ class _Reader:
 def quantize(source: Path, to: Path, model: Forward, calibration: Sequence[Tensor]) -> None:
     """Write an ONNX file in float32 once more, its products with weights in int8."""
     import onnx
+    import onnx_ir as ir
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="slim-") as folder, contextlib.redirect_stdout(io.StringIO()):
-        prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True)
+        joined, prepared = Path(folder) / "joined.onnx", Path(folder) / "prepared.onnx"
+        graph = ir.load(source)
+        join_biases(graph, kept_in_float(onnx.load(str(source)), model))
+        ir.save(graph, joined)
+        quant_pre_process(str(joined), str(prepared), skip_symbolic_shape=True, skip_optimization=True)
         quantize_static(
             str(prepared),
             str(to),
@@ -49,6 +54,8 @@ def quantize(source: Path, to: Path, model: Forward, calibration: Sequence[Tenso
             calibrate_method=CalibrationMethod.MinMax,
             op_types_to_quantize=list(PRODUCTS),
             nodes_to_exclude=kept_in_float(onnx.load(str(prepared)), model),
+            # a product gives float at once; a convolution in int8 can only give int8
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
 
 

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import warnings
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slimcli.errors import SlimError
+from slimcli.layout import CutLinear
 from slimcli.runtimes.base import Forward
+
+
+class _Parts(dict[tuple[int, int], tuple[Tensor, Tensor | None]]):
+    """Parts of a layer's weight and bias, by first and last row. A copy of a layer has the same ones."""
+
+    def __deepcopy__(self, memo: Any) -> _Parts:
+        return self
+
+
+class Int8Linear(CutLinear):
+    """A quantized layer for queries, keys and values, which gives some of them without the others.
+
+    Its weight is cut beforehand: a quantized one cannot be cut in inference mode.
+    """
+
+    parts: _Parts
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Make ready for queries alone, and for keys and values; they share the memory of the weight."""
+        third, self.parts = self.out_features // 3, _Parts()
+        # the quantized weights of other versions may not be cut: all is asked for then
+        with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
+            for first, last in ((0, third), (third, self.out_features)):
+                bias = None if self.bias is None else self.bias[first:last]
+                self.parts[first, last] = self.weight[first:last], bias
+
+    def rows(self, x: Tensor, first: int, last: int) -> Tensor:
+        if (first, last) not in self.parts:
+            return self(x)[..., first:last]
+        return F.linear(x, *self.parts[first, last])
 
 
 def require_torchao() -> None:
@@ -31,4 +67,8 @@ def quantized(model: Forward) -> Forward:
             Int8DynamicActivationInt8WeightConfig(),
             lambda layer, _name: isinstance(layer, nn.Linear) and id(layer) not in kept,
         )
+        for name, layer in model.slim.model.named_modules():
+            if name.endswith(".qkv") and type(layer) is nn.Linear:
+                layer.__class__ = Int8Linear
+                cast(Int8Linear, layer).cut()
     return model
