@@ -1,8 +1,10 @@
 """Semantic segmentation: images beside label maps, a head on all patches, and what is measured of class maps."""
 
+import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import PurePath
@@ -10,6 +12,7 @@ from pathlib import PurePath
 import numpy
 import pytest
 import torch
+from browsing import complaints, opened, requests, widths
 from PIL import Image
 from torch.nn import functional as F
 
@@ -24,6 +27,7 @@ from slimcli.deployment.maps import MapFolder
 from slimcli.deployment.prediction import predictor_of_model
 from slimcli.measure.evaluation import evaluate
 from slimcli.measure.segments import Segments, jackknife, miou
+from slimcli.pictures.pixels import class_map_image
 from slimcli.plugins import build_model, find_backbone
 from slimcli.recipe import DataSection, load_recipe
 from slimcli.runtimes import find_runtime
@@ -170,6 +174,64 @@ def test_all_commands_take_a_run_with_a_head(trained, slim, tmp_path, monkeypatc
     assert "mIoU (%)" in (tmp_path / "table" / "compare.md").read_text()
     result = slim("profile", "calibrated", "--seconds", "0", "--batch-size", "1", "--device", "cpu")
     assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="module")
+def explored(trained, tmp_path_factory):
+    """The page in which a validation image of the run can be explored."""
+    from click.testing import CliRunner
+
+    from slimcli.cli import main
+
+    path = tmp_path_factory.mktemp("explored") / "page.html"
+    result = CliRunner().invoke(main, ["show", "--run", str(trained[0]), "--count", "1", "--html", str(path)])
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def drawn(url):
+    """The colours (H, W, 3) of an image in the page."""
+    with Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))) as found:
+        return numpy.asarray(found.convert("RGB"))
+
+
+def test_a_page_has_the_class_maps_of_every_keep_rate_in_the_colours_of_its_legend(trained, explored):
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', explored.read_text(), re.DOTALL)
+    document = json.loads(data)
+    colours = {
+        line["class"]: numpy.array([int(line["colour"][i : i + 2], 16) for i in (1, 3, 5)])
+        for line in document["legend"]
+    }
+    assert set(colours) == set(CLASSES)
+    (found,) = document["scenes"]
+    truth = drawn(found["maps"]["labels"])
+    dense = drawn(found["maps"]["dense"]["image"])
+    own = sum((dense == colour).all(axis=2) for colour in colours.values())
+    assert own.all(), "every pixel has a colour of the legend"
+    # what has no class is white
+    right = (dense == truth).all(axis=2)[(truth != 255).any(axis=2)].mean()
+    assert found["maps"]["dense"]["right"] == pytest.approx(right) and right > 0.75
+    for rate in found["rates"]:
+        same = (drawn(rate["map"]["image"]) == dense).all(axis=2).mean()
+        assert rate["map"]["same"] == pytest.approx(same, abs=1e-6)
+    assert class_map_image(torch.tensor([[IGNORED]])).convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert found["rates"][0]["map"]["same"] == 1 > found["rates"][-1]["map"]["same"]
+
+
+def test_a_browser_shows_class_maps_beside_each_other(browser, explored):
+    opened(browser, explored, 390)
+    assert complaints(browser) == [] and all(address.startswith(("file:", "data:")) for address in requests(browser))
+    needed, given = widths(browser)
+    assert needed == given <= 390, "the page scrolls sideways"
+    seen = "return ['labels', 'dense', 'slim'].map(name => document.getElementById('map-' + name).naturalWidth)"
+    assert browser.execute_script(seen) == [40, 40, 40]
+    slide = "const s = document.getElementById('rate'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
+    state = "return [document.getElementById('map-slim').src, document.getElementById('same').textContent]"
+    browser.execute_script(slide, 0)
+    whole = browser.execute_script(state)
+    browser.execute_script(slide, 7)
+    least = browser.execute_script(state)
+    assert whole[1] == "100.0 % of the pixels" and whole[0] != least[0] and whole[1] != least[1]
 
 
 def test_class_maps_are_predicted_in_the_size_of_the_photograph(trained, rooms, slim, tmp_path, monkeypatch):

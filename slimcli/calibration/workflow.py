@@ -220,7 +220,7 @@ def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tu
 def goal_steps(model: SlimModel, goal: Goal, count: int) -> list[Step]:
     """The steps of `fit_to_goal` on `count` images, and about how long each takes."""
     layers = (0,) if goal.keep_schedule else candidate_life_layers(model.backbone.depth)
-    fits = plan(layers, goal.keep_schedule, count)
+    fits = plan(layers, goal.keep_schedule, count, goal.purpose)
     weight = sum(step.weight for step in fits)
     speed = [Step("measuring speed", 0.3 * weight)] if goal.speedup is not None else []
     return [*speed, Step("calibrating", weight, len(fits))]

@@ -59,7 +59,7 @@ class Album:
         """Write one page in which the images can be explored at every keep rate."""
         session, style = self.session, self.style
         scenes = [look_closely(session.model, found, style, session.device, session.dtype) for found in self.outcomes]
-        write_page(path, scenes, style.geometry, session.target.model_name)
+        write_page(path, scenes, style.geometry, session.target.model_name, style.class_names)
         return Sheet(path, tuple(scene.outcome for scene in scenes))
 
     @property

@@ -101,6 +101,15 @@ def class_colours(classes: Tensor, under: Pixels) -> Pixels:
     return cast(Pixels, numpy.where(found[..., None] >= 0, covered, 255).round().astype(numpy.uint8))
 
 
+def class_map_image(classes: Tensor) -> Image.Image:
+    """A class map (H, W) as an image of its colours alone, indexed; white where there is no class."""
+    index = numpy.where(classes.numpy() >= 0, classes.numpy() % CLASS_COLOURS.N, CLASS_COLOURS.N).astype(numpy.uint8)
+    found = Image.fromarray(index, "P")
+    colours = [*(class_colour(index) for index in range(CLASS_COLOURS.N)), (1.0, 1.0, 1.0)]
+    found.putpalette([round(255 * part) for colour in colours for part in colour])
+    return found
+
+
 def strip(outcome: Outcome, geometry: Geometry, prepare: dict[str, Any], layer: int | None = None) -> Image.Image:
     """The pictures of a row side by side, without words."""
     drawn = panels(outcome, geometry, prepare, drop_stages(geometry, layer))

@@ -119,7 +119,7 @@ def _explorer(
     for number, outcome in enumerate(shown.values(), 1):
         scenes.append(pictures.look_closely(session.model, outcome, style, session.device, session.dtype))
         progress("exploring", number, len(shown))
-    return pictures.page_of(scenes, style.geometry, session.target.model_name)
+    return pictures.page_of(scenes, style.geometry, session.target.model_name, style.class_names)
 
 
 def gallery_page(measured: Measured) -> list[dict[str, Any]]:

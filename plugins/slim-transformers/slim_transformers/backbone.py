@@ -98,6 +98,11 @@ class TransformersViT(slimcli.Backbone):
     def final_norm(self, tokens):
         return self.body.layernorm(tokens)
 
+    @property
+    def norms_maps(self):
+        """Whether the feature maps of `AutoBackbone` are of normalised tokens."""
+        return getattr(self.config, "apply_layernorm", True)
+
     def narrows(self, layer):
         return plain_parts(self.blocks[layer - 1]) is not None
 
@@ -232,6 +237,7 @@ class Beit(TransformersViT):
     """BeitForImageClassification. A patch's position is its place in the dense sequence."""
 
     normalisation = HALF, HALF
+    norms_maps = False
 
     def __init__(self, model):
         super().__init__(model)
@@ -313,7 +319,7 @@ class Dinov2Body(Body, Dinov2):
 
 
 class BeitBody(Body, Beit):
-    """BeitModel."""
+    """BeitModel, and BeitBackbone, whose own call gives feature maps alone."""
 
     output_kind = BeitModelOutputWithPooling
 
@@ -425,6 +431,7 @@ BACKBONES = {
     transformers.Dinov2WithRegistersModel: Dinov2Body,
     transformers.Dinov2WithRegistersBackbone: Dinov2Body,
     transformers.BeitModel: BeitBody,
+    transformers.BeitBackbone: BeitBody,
     transformers.CLIPVisionModel: ClipVision,
     transformers.CLIPVisionModelWithProjection: ClipProjected,
     transformers.CLIPForImageClassification: ClipClassifier,

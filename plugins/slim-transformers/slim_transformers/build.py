@@ -136,18 +136,13 @@ def small_bodies():
         return kind(config(**size, **fields)).eval()
 
     dinov2, registers = transformers.Dinov2Config, transformers.Dinov2WithRegistersConfig
+    beit = {"intermediate_size": 64, "use_relative_position_bias": True, "layer_scale_init_value": 0.1}
     return {
         "ViTModel": partial(plain, transformers.ViTModel, transformers.ViTConfig, intermediate_size=64),
         "DeiTModel": partial(plain, transformers.DeiTModel, transformers.DeiTConfig, intermediate_size=64),
         "Dinov2Backbone": partial(plain, transformers.Dinov2Backbone, dinov2, mlp_ratio=2),
         "Dinov2WithRegistersModel": partial(plain, transformers.Dinov2WithRegistersModel, registers, mlp_ratio=2),
         "Dinov2WithRegistersBackbone": partial(plain, transformers.Dinov2WithRegistersBackbone, registers, mlp_ratio=2),
-        "BeitModel": partial(
-            plain,
-            transformers.BeitModel,
-            transformers.BeitConfig,
-            intermediate_size=64,
-            use_relative_position_bias=True,
-            layer_scale_init_value=0.1,
-        ),
+        "BeitModel": partial(plain, transformers.BeitModel, transformers.BeitConfig, **beit),
+        "BeitBackbone": partial(plain, transformers.BeitBackbone, transformers.BeitConfig, **beit),
     }

@@ -66,7 +66,10 @@ class TransformersTower(nn.Module):
         if shown:
             features["hidden_states"] = tuple(after[n] if n in shown else None for n in range(depth + 1))
         if self.out_indices is not None:
-            maps = tuple(self._map(after[index], pixel_values) for index in self.out_indices)
+            maps = tuple(self._map(after[index]) for index in self.out_indices)
+            # a neck that brings the maps to four sizes
+            neck = getattr(self.slimmed.model, "fpn", None)
+            maps = maps if neck is None else neck(maps)
             output = BackboneOutput(feature_maps=maps, **features)
         else:
             features |= {"last_hidden_state": backbone.features(after[depth]), **backbone.heads(after[depth])}
@@ -78,10 +81,10 @@ class TransformersTower(nn.Module):
     #: parents call a backbone by this name
     forward_with_filtered_kwargs = forward
 
-    def _map(self, tokens, images):
+    def _map(self, tokens):
         """Tokens (B, P + N, D) as the feature map of transformers' backbones: (B, D, rows, columns), normalised."""
         backbone, config = self.slimmed.backbone, self.slimmed.model.config
-        if getattr(config, "apply_layernorm", True):
+        if backbone.norms_maps:
             tokens = backbone.final_norm(tokens)
         if not getattr(config, "reshape_hidden_states", True):
             return tokens

@@ -104,14 +104,11 @@ def test_a_model_that_drops_patches_gives_all_of_them_back_in_the_dense_shapes(n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("kind", "body"),
-    [("Dinov2Backbone", "Dinov2Model"), ("Dinov2WithRegistersBackbone", "Dinov2WithRegistersModel")],
-)
-def test_feature_maps_are_those_of_the_dense_backbone(kind, body):
-    body = awake(SMALL[body]())
+@pytest.mark.parametrize("kind", ["Dinov2Backbone", "Dinov2WithRegistersBackbone", "BeitBackbone"])
+def test_feature_maps_are_those_of_the_dense_backbone(kind):
+    body = awake(SMALL[kind.replace("Backbone", "Model")]())
     dense = SMALL[kind]()
-    dense.load_state_dict(body.state_dict())
+    (dense.beit if hasattr(dense, "beit") else dense).load_state_dict(body.state_dict(), strict=False)
     dense.out_indices = [1, 3]
     expected = dense(images())
     for found in (tower(dense, 1.0), tower(body, 1.0, out_indices=[1, -1])):
@@ -119,6 +116,17 @@ def test_feature_maps_are_those_of_the_dense_backbone(kind, body):
         assert found.channels == dense.channels == [32, 32] and found.out_features == ["stage1", "stage3"]
     (map_,) = tower(SMALL["SiglipVisionModel"](), 0.5, out_indices=2)(images()).feature_maps
     assert map_.shape == (2, 32, 4, 4)
+
+
+@torch.no_grad()
+def test_the_maps_of_beit_are_not_normalised_and_go_through_its_neck():
+    """As those of the dense one, where it reads its class token and has a neck."""
+    config = {**VISION, "num_hidden_layers": 4, "use_mean_pooling": False, "use_relative_position_bias": True}
+    dense = awake(transformers.BeitBackbone(transformers.BeitConfig(**config, add_fpn=True, out_indices=[1, 2, 3, 4])))
+    expected, found = dense(images()).feature_maps, tower(dense, 1.0)(images()).feature_maps
+    assert [one.shape[-1] for one in found] == [16, 8, 4, 2]
+    same(found, expected)
+    assert [one.shape for one in tower(dense, 0.5)(images()).feature_maps] == [one.shape for one in expected]
 
 
 @torch.no_grad()
