@@ -5,10 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_vit
 from torch.nn import functional as F
 
-import slimcli
 from slimcli.life import (
     LifeHead,
     lives_in_order,
@@ -232,13 +230,3 @@ def test_weights_bring_their_projection_and_their_block():
     assert torch.equal(plain.context.qkv.weight, taught.context.qkv.weight)
     plain.load_state_dict(random_head().state_dict())
     assert (plain.similarity_dim, plain.context_dim) == (0, 0)
-
-
-def test_an_exported_program_that_discards_sorts_nothing():
-    """ExecuTorch runs what torch.export gives, and has no kernel that sorts."""
-    model = slimcli.slim(tiny_vit(depth=2), 0.5, life_layer=1, dead="discard").eval()
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    program = torch.export.export(model, (images,))
-    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert not [name for name in names if "sort" in name or "topk" in name]
-    torch.testing.assert_close(program.module()(images), model(images))

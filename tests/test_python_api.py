@@ -130,7 +130,7 @@ def test_errors_name_parameters_not_flags(model, pairs):
         ({"keep_rate": 2}, "^keep_rate"),
         ({"num_images": 1}, "^num_images"),
         ({"device": "tpu"}, "^device=tpu"),
-        ({"precision": "half"}, "^precision 'half'"),
+        ({"precision": "half"}, "^precision = 'half'"),
         ({"batch_size": 4}, "^batch_size"),
     ):
         with pytest.raises(slimcli.SlimError, match=words):

@@ -1,7 +1,6 @@
 """transformers' models drop patches, keep their calling convention, and equal timm's on the real weights."""
 
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import slimcli
 import torch
 import transformers
 from PIL import Image
-from slimcli.conformance import CHECKS, run_check
 
 from slim_transformers.build import small_models
 
@@ -19,16 +17,7 @@ SMALL = small_models()
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_model_passes_the_conformance_kit(name):
-    # tracing takes longest: one model of each kind of block is traced
-    again = any(_kinds_of_blocks(other) == _kinds_of_blocks(name) for other in list(SMALL)[: list(SMALL).index(name)])
-    checks = [check for check in CHECKS if not (again and check == "no graph break and no host sync")]
-    model = SMALL[name]()
-    assert [made for made in (run_check(check, model) for check in checks) if not made.passed] == []
-
-
-@cache
-def _kinds_of_blocks(name):
-    return {type(module) for block in slimcli.slim(SMALL[name]()).backbone.blocks for module in block.modules()}
+    assert [check for check in slimcli.check_backbone(SMALL[name]()) if not check.passed] == []
 
 
 @pytest.mark.parametrize("name", SMALL)
