@@ -89,6 +89,13 @@ def small_models():
         args = {**SMALL, "vision_cfg": {**SMALL["vision_cfg"], **vision}, "class_texts": classes}
         return build_model("custom", False, args)
 
+    def timm_tower():
+        tower = build(timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear", image_size=64)
+        # open_clip passes no depth on to timm
+        trunk = tower.visual.trunk
+        trunk.blocks = trunk.blocks[: SMALL["vision_cfg"]["layers"]]
+        return tower
+
     return {
         "class token": build,
         "class token, zero-shot": partial(build, classes=["a cat", "a dog", ["a bird", "a parrot"]]),
@@ -99,7 +106,5 @@ def small_models():
         "norms and scales in the attention": partial(
             build, qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True
         ),
-        "timm tower": partial(
-            build, timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear", image_size=64
-        ),
+        "timm tower": timm_tower,
     }
