@@ -135,9 +135,12 @@ class CutLinear(nn.Linear):
         raise NotImplementedError
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a layer must be called, since somebody looks at what goes in and out of it."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody looks at what goes in and out of a module, or changes it: it must then be called."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
 
 
 def is_plain_linear(layer: nn.Module) -> bool:

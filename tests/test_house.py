@@ -46,6 +46,16 @@ def test_no_function_is_long():
     assert {name: length for name, length in found.items() if length > LONGEST_FUNCTION} == {}
 
 
+def test_no_object_is_given_another_class():
+    assigned = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for node in nodes(path, ast.Assign)
+        if any(isinstance(target, ast.Attribute) and target.attr == "__class__" for target in node.targets)
+    ]
+    assert assigned == []
+
+
 def test_the_library_never_prints():
     """It returns what it found and tells a progress callable how far it is; commands print."""
     library = [path for path in FILES if path.relative_to(ROOT).parts[0] != "cli"]

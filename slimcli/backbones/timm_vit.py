@@ -25,7 +25,7 @@ from slimcli.backbones.timm_names import is_fetched, plain_name
 from slimcli.backbones.timm_sizes import Resizable
 from slimcli.errors import SlimError
 from slimcli.hub import cached_where_unreached
-from slimcli.layout import rows
+from slimcli.layout import has_hooks, rows
 
 DIGITS_VIT = Path(__file__).parent.parent / "assets" / "digits_vit"
 
@@ -324,14 +324,6 @@ def fused(module: nn.Module) -> Iterator[bool]:
         finally:
             for part in off:
                 part.fused_attn = False  # type: ignore[assignment]
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody looks at what goes in and out of a module, or changes it: it must then be called."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )
 
 
 def family(kind: type) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,15 @@ class _Parts(dict[tuple[int, int], tuple[Tensor, Tensor | None]]):
 
 
 class Int8Linear(CutLinear):
-    """A quantized layer for queries, keys and values, which gives some of them without the others.
+    """A quantized `layer` for queries, keys and values, which gives some of them without the others.
 
-    Its weight is cut beforehand: a quantized one cannot be cut in inference mode.
+    Its weight is cut beforehand: a quantized one cannot be cut in inference mode. The parts share its memory.
     """
 
-    parts: _Parts
-
     @torch.no_grad()
-    def cut(self) -> None:
-        """Make ready for queries alone, and for keys and values; they share the memory of the weight."""
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
         third, self.parts = self.out_features // 3, _Parts()
         # the quantized weights of other versions may not be cut: all is asked for then
         with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
@@ -67,8 +66,8 @@ def quantized(model: Forward) -> Forward:
             Int8DynamicActivationInt8WeightConfig(),
             lambda layer, _name: isinstance(layer, nn.Linear) and id(layer) not in kept,
         )
-        for name, layer in model.slim.model.named_modules():
-            if name.endswith(".qkv") and type(layer) is nn.Linear:
-                layer.__class__ = Int8Linear
-                cast(Int8Linear, layer).cut()
+        for block in list(model.slim.model.modules()):
+            layer = getattr(block, "qkv", None)
+            if type(layer) is nn.Linear:
+                block.qkv = Int8Linear(layer)
     return model
