@@ -30,6 +30,7 @@ def test_every_family_passes_the_conformance_kit(name):
     checks = [check for check in CHECKS if check != TRACED or name in families()]
     model = small_models()[name]()
     outcomes = [run_check(check, model, plugin="timm") for check in checks]
+    assert [outcome.name for outcome in outcomes] == checks
     assert [outcome for outcome in outcomes if not outcome.passed] == []
 
 

@@ -237,6 +237,7 @@ def test_calibrate_for_several_keep_rates_trains_for_all_of_them(slim, tmp_path)
 def test_calibrate_judges_a_fall_at_all_keep_rates(slim):
     words = ["--images", 32, "--limit", 20, "--batch-size", 8, "--json"]
     one, two = (document(slim("calibrate", "quickstart", "--keep-rate", r, *words)) for r in ("0.7", "0.7,0.4"))
+    assert one["rows"][1]["keep_rate"] == 0.7
     same = [row for row in two["tried"] for other in one["tried"] if _candidate(row) == _candidate(other)]
     assert same
     apart = {_candidate(row): row["apart"] for row in one["tried"]}

@@ -128,7 +128,7 @@ def test_a_model_that_cannot_drop_patches_is_refused_by_name(slim, tmp_path):
     transformers.SwinForImageClassification(config).save_pretrained(tmp_path / "swin")
     done = slim("profile", "hf:swin")
     assert done.returncode == 2
-    assert "is a SwinForImageClassification: served are Beit" in done.stderr
+    assert "is a SwinForImageClassification: served are BeitBackbone, BeitForImageClassification" in done.stderr
 
 
 def dinov2_from_timm(state, depth):
