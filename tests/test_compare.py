@@ -139,6 +139,28 @@ def test_every_method_but_the_dense_model_is_trained_for_the_keep_rates_of_the_r
     assert cells.stages_for("dense", recipe, 0)[0].keep_rates is None
 
 
+def test_one_training_serves_all_keep_rates_that_it_teaches(slim, tiny_recipe, tmp_path):
+    words = ["--set", "stages.1.keep_rates=[1.0, 0.7, 0.4]", "--epochs", 2]
+    found = document(
+        slim("compare", tiny_recipe, "--methods", "random,life", "--keep-rate", "0.7,0.4", *words, "-o", "o", "--json")
+    )
+    rows = rows_of(found)
+    assert rows["random", 0.7]["run"] == rows["random", 0.4]["run"]
+    assert rows["life", 0.7]["run"] != rows["life", 0.4]["run"], "its head is taught softly, at one keep rate"
+    assert rows["random", 0.7]["gmacs"] > rows["random", 0.4]["gmacs"]
+    assert rows["random", 0.7]["loss"] != rows["random", 0.4]["loss"]
+    assert len(list((tmp_path / "o" / "runs").glob("random-*"))) == 1
+    (tmp_path / "o" / "cells" / "random-0.4.json").unlink()
+    again = document(
+        slim(
+            "compare", tiny_recipe, "--methods", "random,life", "--keep-rate", "0.7,0.4", *words, "-o", "o", "--json",
+            "--resume",
+        )
+    )  # fmt: skip
+    assert rows_of(again)["random", 0.4]["loss"] == rows["random", 0.4]["loss"], "measured again, not trained again"
+    assert len(list((tmp_path / "o" / "runs").glob("random-*"))) == 1
+
+
 def test_several_seeds_give_a_mean_and_its_error_and_each_is_trained_anew(slim, tiny_recipe, tmp_path):
     words = ["compare", tiny_recipe, "--methods", "resize,random", "--keep-rate", 0.5, "--epochs", 2, "-o", "out"]
     found = document(slim(*words, "--seeds", "0,3", "--set", "stages.0.epochs=1", "--json"))

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import slimcli
 from slimcli.backbones.timm_families import small_models
 from slimcli.calibration import search
+from slimcli.calibration.goal import Cost
 from slimcli.calibration.patches import _Sums, solved
+from slimcli.calibration.search import Calibration
 from slimcli.errors import SlimError
 from slimcli.life.correction import Correction
 from slimcli.life.restore import Drop, mixture
@@ -75,6 +77,19 @@ def test_calibrated_for_patches_a_model_mixes_and_is_nearer_to_the_dense_feature
         mixing.restoring = way
         errors[way] = apart(mixing, images)
     assert errors["mix"] < 0.95 * min(errors["heir"], errors["own"])
+
+
+def test_what_puts_patches_back_is_part_of_the_cost_that_was_asked_for(calibrated, mixing):
+    _, found = calibrated
+    whole, cost = mixing.schedule, mixing.multiply_adds()
+    assert cost <= mixing.usual_cost(0.5) < 1.05 * cost and found.chosen.gmacs == cost / 1e9
+    given = Calibration({}, [found.chosen])
+    given.cut(mixing, Cost(cost - 1))
+    try:
+        assert sum(mixing.patches_per_layer) < sum(whole.counts) and mixing.multiply_adds() < cost
+        assert given.tried[0].schedule == mixing.schedule and given.tried[0].gmacs == mixing.multiply_adds() / 1e9
+    finally:
+        mixing.schedule = whole
 
 
 @torch.no_grad()

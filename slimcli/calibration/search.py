@@ -77,13 +77,33 @@ class Calibration:
     #: every way of putting patches back that was looked at, the chosen one first
     ways: list[PatchError] = field(default_factory=list)
 
-    def restore(self, model: LifeModel, ways: list[PatchError]) -> None:
-        """Patches come back by the first of `ways`: put what it learnt beside the head as it was fitted, in float32."""
-        self.ways = ways
+    def restore(
+        self,
+        model: LifeModel,
+        goal: Cost | Schedule,
+        attempt: Attempt,
+        fit_on: Sequence[tuple[Tensor, Tensor]],
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        """Have patches come back in the way nearest to dense, paid for with a few patches where there is a cost.
+
+        What it learnt stands beside the head as it was fitted, in float32.
+        """
+        self.ways = choose_way(model, attempt.check_set, attempt.served(), fit_on, device, dtype, progress)
         learnt = {} if model.correction is None else model.correction.state_dict()
         self.fitted[model.schedule.life_layer].state |= {
             f"correction.{name}": value.detach().clone() for name, value in learnt.items()
         }
+        if isinstance(goal, Cost):
+            self.cut(model, goal)
+
+    def cut(self, model: LifeModel, goal: Cost) -> None:
+        """Have `model`, and the candidate that was chosen, keep as many patches as the goal allows."""
+        model.schedule = model.at_cost(model.schedule, goal.multiply_adds) or model.schedule
+        gmacs = model.multiply_adds(model.schedule) / 1e9
+        self.tried[0] = replace(self.tried[0], schedule=model.schedule, gmacs=gmacs)
 
 
 def fit_and_search(
@@ -174,7 +194,7 @@ def _calibrated(
     found = Calibration(fitted, tried, paper, notes)
     if purpose != "class":
         with work.step() as part:
-            found.restore(model, choose_way(model, attempt.check_set, attempt.served(), fit_on, device, dtype, part))
+            found.restore(model, goal, attempt, fit_on, device, dtype, part)
     return found
 
 

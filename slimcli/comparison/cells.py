@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,15 @@ class Comparison:
     def trains(self) -> bool:
         return self.epochs is not None
 
+    def taught_once(self, method: str) -> bool:
+        """Whether one training of a method serves all its keep rates: every stage teaches all of them, none softly.
+
+        A selector that learns softly learns what leaves at its own keep rate.
+        """
+        given = set(self.keep_rates)
+        stages = stages_for(method, self.recipe, self.epochs) if len(given) > 1 and method != "dense" else []
+        return bool(stages) and all(s.mode == "hard" and given <= set(s.keep_rates or ()) for s in stages)
+
     def cells(self) -> list[Cell]:
         """Every measurement, dense first, seed after seed: what is finished early has all methods."""
         found = [Cell("dense")]
@@ -153,18 +162,21 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, comparison.settings())
     lines: list[Line] = []
+    runs: dict[Cell, str] = {}
     for number, cell in enumerate(cells, 1):
         path = folder / "cells" / f"{cell.name}.json"
         kept = read_cell(path)
         if kept is None:
             progress = labelled(comparison.progress, f"{number}/{len(cells)} {cell.name}")
-            line = _measured(cell, plan, comparison, session, images, progress)
+            line = _measured(cell, plan, comparison, session, images, progress, runs.get(_training(cell, comparison)))
             write_json(path, line)
             comparison.log(f"{cell.name}: {line.summary}")
         else:
             line = Line.from_json(kept)
             comparison.log(f"{cell.name}: {line.summary} (kept)")
         lines.append(line)
+        if line.run is not None:
+            runs.setdefault(_training(cell, comparison), line.run)
     lines = against_dense(lines)
     document = {
         "recipe": recipe.name,
@@ -212,19 +224,34 @@ def _setting(cell: Cell, plan: dict[Cell, SlimModel]) -> dict[str, Any]:
     return {key: config[key] for key in ("keep_rate", "drop_layers", "drops", "patches_per_layer") if key in config}
 
 
+def _training(cell: Cell, comparison: Comparison) -> Cell:
+    """The cell whose training a cell is measured after: the first of its keep rates where one training serves all."""
+    return replace(cell, keep_rate=comparison.keep_rates[0]) if comparison.taught_once(cell.method) else cell
+
+
 def _measured(
-    cell: Cell, plan: dict[Cell, SlimModel], comparison: Comparison, session: Session, images: Any, progress: Progress
+    cell: Cell,
+    plan: dict[Cell, SlimModel],
+    comparison: Comparison,
+    session: Session,
+    images: Any,
+    progress: Progress,
+    trained: str | None,
 ) -> Line:
     """A cell measured, after its training or, where nothing is trained, its calibration.
 
-    Likeness is to the dense model as the recipe brings it, also that of what was trained.
+    `trained` is the run of a training that serves this keep rate as well. Likeness is to the dense model as the recipe
+    brings it, also that of what was trained.
     """
     target, device, dtype = session.target, session.device, session.dtype
     start = time.perf_counter()
     dense, run = cell.method == "dense", None
     if cell.trained:
-        run = _train(cell, plan, comparison, progress)
+        first = _training(cell, comparison)
+        run = _train(first, plan, comparison, progress) if trained is None else Path(trained)
         model = load(run)
+        if first != cell:
+            model = model.with_schedule(plan[cell].schedule)
     else:
         _calibrate(cell, plan, session, progress)
         model = target.model if dense else plan[cell]
