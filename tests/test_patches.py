@@ -10,9 +10,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slimcli
+from slimcli.backbones.segmenter import SegmentationHead
 from slimcli.backbones.timm_families import small_models
-from slimcli.calibration import search
+from slimcli.calibration import effort
+from slimcli.calibration.fit import batch_images
 from slimcli.calibration.goal import Cost
+from slimcli.calibration.judge import FeatureErrors, MapErrors
 from slimcli.calibration.patches import _Sums, solved
 from slimcli.calibration.search import Calibration
 from slimcli.errors import SlimError
@@ -46,7 +49,7 @@ def built(dead="heir"):
 @pytest.fixture(scope="module")
 def calibrated():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "STEPS", (20, 20))
+        patch.setattr(effort, "STEPS", (20, 20))
         model = built()
         found = slimcli.calibrate_model(model, pictures(40).split(8), keep_rate=0.5, purpose="patches")
     return model, found
@@ -231,7 +234,7 @@ def test_a_mix_that_cannot_be_is_refused_in_one_line():
 
 
 def test_without_heirs_patches_come_back_as_they_left(monkeypatch):
-    monkeypatch.setattr(search, "STEPS", (5, 5))
+    monkeypatch.setattr(effort, "STEPS", (5, 5))
     model = built("discard")
     found = slimcli.calibrate_model(model, pictures(16).split(8), keep_rate=0.7, purpose="both", keep_schedule=True)
     assert model.restoring == "own" and model.correction is None and found.chosen.patches.way == "own"
@@ -244,3 +247,32 @@ def test_a_recipe_says_how_patches_come_back_and_what_a_stage_calibrates_for():
     assert recipe.slimming.restore == "mix" and recipe.stages[0].purpose == "patches"
     with pytest.raises(ValueError, match="purpose: for mode = 'calibrate' only"):
         Recipe.model_validate({**content, "stages": [{**stage, "mode": "soft", "lr": 1e-3}]})
+
+
+@torch.no_grad()
+def test_class_maps_are_judged_by_every_class_alike():
+    head = SegmentationHead(3, 3).eval()
+    head.classifier.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+    head.classifier.bias.zero_()
+    # nine patches of the first class, two of the second and one of the third
+    classes = torch.tensor([0] * 9 + [1] * 2 + [2])
+    dense = 3.0 * F.one_hot(classes, 3).float().unsqueeze(0)
+
+    def error(wrong):
+        found = dense.clone()
+        found[0, wrong] = found[0, wrong].roll(1)
+        errors = MapErrors(head, (3, 4))
+        errors.add(found, dense)
+        return errors.mean()
+
+    assert error([]) == 0
+    assert error([11]) == pytest.approx(9 * error([0]), rel=1e-4) == pytest.approx(2 * error([9]), rel=1e-4)
+    whole = FeatureErrors()
+    whole.add(dense.roll(1, dims=2), dense)
+    assert whole.mean() == pytest.approx(2)
+
+
+def test_life_layers_are_compared_by_heads_that_saw_as_many_images_whatever_a_batch_holds():
+    few, many = (effort.brief_steps(300, tokens) for tokens in (65, 851))
+    assert few == 60 and many * batch_images(851) == pytest.approx(few * batch_images(65), rel=0.01)
+    assert effort.brief_steps(300, 5000) == 240 and effort.brief_steps(10, 5000) <= 10

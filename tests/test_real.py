@@ -3,7 +3,7 @@
 import pytest
 from conftest import document
 
-from slimcli.calibration import search
+from slimcli.calibration import effort
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def real(shared):
 
 
 def test_calibration_makes_the_real_model_cheaper_and_keeps_its_accuracy(slim, real, monkeypatch):
-    monkeypatch.setattr(search, "STEPS", (80, 1000))
+    monkeypatch.setattr(effort, "STEPS", (80, 1000))
     words = ["cifar10-dinov2-small", *real, "--keep-rate", "0.7", "--images", 64]
     report = document(slim("calibrate", *words, "--limit", 64, "--batch-size", 8, "--json"))
     dense, slimmed = report["rows"]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import slimcli
 from slimcli import train
 from slimcli.backbones.segmenter import add_segmenter
-from slimcli.calibration import search
+from slimcli.calibration import effort
 from slimcli.data import open_dataset
 from slimcli.data.segmentation import IGNORED
 from slimcli.deployment.export import export_model
@@ -83,7 +83,7 @@ def write_scenes(root, counts=(("train", 12), ("val", 6))):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(search, "STEPS", (32, 64))
+    monkeypatch.setattr(effort, "STEPS", (32, 64))
 
 
 @pytest.fixture(scope="module")

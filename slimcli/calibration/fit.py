@@ -100,6 +100,12 @@ def head_widths(model: SlimModel) -> tuple[int, int]:
     return projection, block if cost <= CONTEXT_COST * model.cost(None) else 0
 
 
+def batch_images(tokens: int) -> int:
+    """Images in a batch that the life head is taught with, where an image has so many tokens."""
+    most, least = BATCH_IMAGES
+    return min(most, max(least, BATCH_TOKENS // tokens))
+
+
 def fit(
     model: LifeModel,
     observed: Observed,
@@ -112,7 +118,6 @@ def fit(
     backbone = model.backbone
     head = LifeHead(backbone.embed_dim, backbone.global_token)
     head.extend(model.life_head.similarity_dim, model.life_head.context_dim)
-    most, least = BATCH_IMAGES
     errors = fit_life_head(
         head,
         observed.tokens[layer],
@@ -122,7 +127,7 @@ def fit(
         backbone.num_prefix_tokens,
         device,
         steps,
-        min(most, max(least, BATCH_TOKENS // observed.tokens[layer].shape[1])),
+        batch_images(observed.tokens[layer].shape[1]),
         progress=progress,
         label=f"fitting the life head after block {layer}",
     )

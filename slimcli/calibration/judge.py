@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slimcli.backbones.segmenter import SegmentationHead
 from slimcli.measure.evaluation import Scores, pooled
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
@@ -99,7 +100,8 @@ def observe_checks(
 class PatchError:
     """The features of all patches beside the dense model's, patches that left put back `way`.
 
-    `error` is the squared error over the squared dense features, in the mean of the images; `cosine` the mean cosine.
+    `error` is the squared error over the squared dense features, in the mean of the images; of a model that segments,
+    that of its class maps (`MapErrors`). `cosine` is the mean cosine of the features.
     """
 
     way: str
@@ -107,11 +109,59 @@ class PatchError:
     cosine: float
 
 
+class FeatureErrors:
+    """The squared error of features (B, N, D) over the squared dense ones, in the mean of the images."""
+
+    def __init__(self) -> None:
+        self.errors: list[Tensor] = []
+
+    def add(self, found: Tensor, dense: Tensor) -> None:
+        """More images."""
+        squares = dense.square().sum(dim=(1, 2)).clamp(min=1e-12)
+        self.errors.append((found - dense).square().sum(dim=(1, 2)) / squares)
+
+    def mean(self) -> float:
+        """Of all images so far."""
+        return torch.cat(self.errors).mean().item()
+
+
+class MapErrors:
+    """The squared error of a segmentation head's logits over the squared dense ones, each patch's mean taken out.
+
+    Every class that the dense model sees counts as much as any other, as it does in mIoU, however few its patches are.
+    """
+
+    def __init__(self, head: SegmentationHead, grid: tuple[int, int]) -> None:
+        self.head, self.grid = head, grid
+        self.errors = self.counts = torch.zeros(head.num_classes)
+        self.squares = 0.0
+
+    def _logits(self, features: Tensor) -> Tensor:
+        patches = features.mT.reshape(-1, features.shape[2], *self.grid).to(self.head.classifier.weight.dtype)
+        logits = self.head(patches).float().flatten(2).transpose(1, 2).flatten(0, 1)
+        return logits - logits.mean(dim=1, keepdim=True)
+
+    def add(self, found: Tensor, dense: Tensor) -> None:
+        """More images, of features (B, N, D)."""
+        logits = self._logits(dense)
+        errors = (self._logits(found) - logits).square().sum(dim=1).cpu()
+        classes = logits.argmax(dim=1).cpu()
+        self.errors = self.errors.index_add(0, classes, errors)
+        self.counts = self.counts.index_add(0, classes, torch.ones_like(errors))
+        self.squares += logits.square().sum().item()
+
+    def mean(self) -> float:
+        """Of all classes that were seen."""
+        seen = self.counts > 0
+        spread = max(1e-12, self.squares / self.counts.sum().item())
+        return (self.errors[seen] / self.counts[seen]).mean().item() / spread
+
+
 @torch.no_grad()
 def patch_error(model: SlimModel, check_set: CheckSet, way: str) -> PatchError:
-    """How far the features of all patches are from the dense model's, under the model's schedule."""
-    backbone = model.backbone
-    errors: list[Tensor] = []
+    """How far the features of all patches, or the class maps, are from dense, under the model's schedule."""
+    backbone, head = model.backbone, model.segmenter
+    errors = FeatureErrors() if head is None else MapErrors(head, backbone.grid_size)
     cosines: list[Tensor] = []
     starts = check_set.tokens[model.schedule.life_layer]
     for tokens, positions, dense in zip(starts, check_set.positions, check_set.features, strict=True):
@@ -121,9 +171,9 @@ def patch_error(model: SlimModel, check_set: CheckSet, way: str) -> PatchError:
             model.slimmed(tokens, positions, counts)
             found = backbone.features(trail.restored(backbone.depth))[:, backbone.num_prefix_tokens :]
         found, dense = found.float(), dense.float()
-        errors.append((found - dense).square().sum(dim=(1, 2)) / dense.square().sum(dim=(1, 2)).clamp(min=1e-12))
+        errors.add(found, dense)
         cosines.append(F.cosine_similarity(found, dense, dim=-1).mean(dim=1))
-    return PatchError(way, torch.cat(errors).mean().item(), torch.cat(cosines).mean().item())
+    return PatchError(way, errors.mean(), torch.cat(cosines).mean().item())
 
 
 @torch.no_grad()

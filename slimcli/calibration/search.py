@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimcli.calibration.by_time import choose_by_time
+from slimcli.calibration.effort import brief_steps, fit_steps, plan, tokens_of
 from slimcli.calibration.fit import Fitted, fit, head_widths
 from slimcli.calibration.goal import Cost, check_cost, falling_schedule, paper_schedule
 from slimcli.calibration.judge import (
@@ -26,7 +27,7 @@ from slimcli.calibration.observe import candidate_life_layers, observe
 from slimcli.calibration.patches import choose_way
 from slimcli.errors import SlimError
 from slimcli.layout import packed
-from slimcli.progress import Progress, Step, Steps, no_progress
+from slimcli.progress import Progress, Steps, no_progress
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
 
@@ -54,12 +55,6 @@ SPACES = {
         (0.35, 0.0, 0.7), (3.5, 6.0, 100.0), ((0.0, 1.0), (0.7, 1.0), (0.7, 0.7)), Ranking(6.0, 0.0, 1.0, "pairs")
     ),
 }
-#: batches of 32 images that the life head is taught with: as many as there are images, within these bounds
-STEPS = (200, 1000)
-#: what an image that is observed, and one that a search is made with, takes beside one of these batches
-OBSERVING, SEARCHING = 0.2, 0.3
-#: the share of them that it is taught with to compare life layers
-BRIEF = 0.2
 
 
 @dataclass
@@ -162,10 +157,10 @@ def _calibrated(
         if goal.multiply_adds >= model.cost(None):
             goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
     layers, steps = (goal.life_layer,) if isinstance(goal, Schedule) else layers, fit_steps(num_images)
-    work, fitted = Steps(progress, plan(layers, isinstance(goal, Schedule), num_images, purpose), numbered=True), {}
+    brief = brief_steps(steps, tokens_of(model)) if len(layers) > 1 else steps
+    work, fitted = Steps(progress, plan(model, layers, isinstance(goal, Schedule), num_images, purpose), True), {}
     with work.step() as part:
         observed = observe(model, fit_on, layers, device, dtype, part, num_images)
-    brief = round(BRIEF * steps) if len(layers) > 1 else steps
     for layer in layers:
         with work.step() as part:
             fitted[layer] = fit(model, observed, layer, brief, device, part)
@@ -252,26 +247,6 @@ def _paper(attempt: Attempt, goal: Cost) -> Candidate | None:
         return attempt(three_drops, PLAIN) if three_drops is not None and known else None
     finally:
         model.dead = dead
-
-
-def fit_steps(num_images: int) -> int:
-    """Batches that the life head is taught with."""
-    return min(max(num_images, STEPS[0]), STEPS[1])
-
-
-def plan(layers: Sequence[int], keeps_schedule: bool, num_images: int, purpose: str = "class") -> list[Step]:
-    """The steps of a calibration, and about how long each takes beside a batch that the life head is taught with."""
-    steps = fit_steps(num_images)
-    searched = not keeps_schedule
-    brief = round(BRIEF * steps) if searched and len(layers) > 1 else steps
-    return [
-        Step("observing the dense model", OBSERVING * num_images),
-        *(Step(f"fitting the life head of block {layer}", brief) for layer in layers),
-        *([Step("searching how patches should leave", SEARCHING * num_images)] if searched else []),
-        *([Step("fitting the life head that was chosen", steps)] if searched else []),
-        Step("searching who should leave first", SEARCHING * num_images),
-        *([Step("choosing how patches come back", OBSERVING * num_images)] if purpose != "class" else []),
-    ]
 
 
 def _apart(candidate: Candidate) -> float:

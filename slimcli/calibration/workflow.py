@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from slimcli import data as datasets
+from slimcli.calibration.effort import plan
 from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
 from slimcli.calibration.judge import PURPOSES, Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
 from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
-from slimcli.calibration.search import Calibration, fit_and_search, plan
+from slimcli.calibration.search import Calibration, fit_and_search
 from slimcli.calibration.smaller import SmallerImage, smaller_images
 from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
@@ -220,7 +221,7 @@ def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tu
 def goal_steps(model: SlimModel, goal: Goal, count: int) -> list[Step]:
     """The steps of `fit_to_goal` on `count` images, and about how long each takes."""
     layers = (0,) if goal.keep_schedule else candidate_life_layers(model.backbone.depth)
-    fits = plan(layers, goal.keep_schedule, count, goal.purpose)
+    fits = plan(model, layers, goal.keep_schedule, count, goal.purpose)
     weight = sum(step.weight for step in fits)
     speed = [Step("measuring speed", 0.3 * weight)] if goal.speedup is not None else []
     return [*speed, Step("calibrating", weight, len(fits))]

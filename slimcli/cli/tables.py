@@ -159,10 +159,11 @@ def print_candidates(display: Display, done: Calibrated) -> None:
     titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
     rule = ", ".join(f"{name} {value}" for name, value in vars(tried[0].ranking).items())
     meaning = "squared error of the dense model's logits, over their variance; Agrees: same class"
+    of = "class maps, all classes alike," if done.session.model.segments else "features of all patches"
     if done.purpose == "patches":
-        meaning = "squared error of the features of all patches, over their squares; Agrees: 100 times the cosine"
+        meaning = f"squared error of the {of} over their squares; Agrees: 100 times the features' cosine"
     elif done.purpose == "both":
-        meaning = "geometric mean of the errors of logits and of the features of all patches; Agrees: mean of both"
+        meaning = f"geometric mean of the errors of logits and of the {of} over squares; Agrees: mean of both"
     display.table(titles, body, f"Chosen with {rule}.\nApart: {meaning}; {len(tried)} tried")
     if done.found.ways:
         first, *others = [f"{found.way} {found.error:.4f}, cosine {found.cosine:.4f}" for found in done.found.ways]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from slimcli import data as datasets
+from slimcli.calibration.effort import brief_steps, fit_steps, tokens_of
+from slimcli.calibration.fit import batch_images
 from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
-from slimcli.calibration.search import BRIEF, STEPS, Calibration, fit_and_search
+from slimcli.calibration.search import Calibration, fit_and_search
 from slimcli.calibration.workflow import Goal, aim
 from slimcli.device import find_dtype
 from slimcli.measure.evaluation import first_images
@@ -41,11 +43,13 @@ class CalibrationStage(UndividedStage):
     @property
     def teaching(self) -> float:
         count, checked, batch = self._numbers()
-        steps = min(max(count, STEPS[0]), STEPS[1])
+        steps, tokens = fit_steps(count), tokens_of(self.session.model)
         layers = len(self._life_layers())
-        fits = steps if layers == 1 else steps * (1 + layers * BRIEF)
+        fits = steps if layers == 1 else steps + layers * brief_steps(steps, tokens)
         candidates = (CANDIDATES if layers > 1 else CANDIDATES // 2) * checked / batch
-        whole = (count + checked) / batch + candidates * CANDIDATE_SHARE + fits * FIT_SHARE * 32 / batch
+        whole = (
+            (count + checked) / batch + candidates * CANDIDATE_SHARE + fits * FIT_SHARE * batch_images(tokens) / batch
+        )
         # in batches of the recipe's size
         return whole * batch / self.session.recipe.data.batch_size
 
