@@ -226,13 +226,13 @@ def _shares(
     settings = (tuple(counts), num_prefix_tokens, dtype)
 
     def agree() -> bool:
-        given = plain.plan(
-            _random(heirs.device, 2, counts[0], 16), _random(heirs.device, 2, counts[0]), counts, 2.0, float(weighted)
-        )
-        share, log_size = _launch_shares(given.heirs, weight if given.weight is None else given.weight, *settings)
+        device, processor = heirs.device, torch.device("cpu")
+        features, score = _random(processor, 2, counts[0], 16), _random(processor, 2, counts[0])
+        given = plain.plan(features, score, counts, 2.0, float(weighted))
         known = plain.shares(given, *settings)
-        places, times = torch.arange(share.shape[2], device=share.device), torch.tensor(counts, device=share.device)
-        there = places < (times + num_prefix_tokens).unsqueeze(1)
+        mass = weight if given.weight is None else given.weight.to(device)
+        share, log_size = (found.cpu() for found in _launch_shares(given.heirs.to(device), mass, *settings))
+        there = torch.arange(share.shape[2]) < (torch.tensor(counts) + num_prefix_tokens).unsqueeze(1)
         close = torch.isclose(share, known.share.transpose(1, 2), rtol=1e-2) | ~there[:-1]
         return bool(close.all() & (torch.isclose(log_size, known.log_size, atol=1e-4) | ~there).all())
 
