@@ -153,7 +153,8 @@ def main() -> None:
         f"cost at the same size. Figure: {chosen.plot}.",
     ]
     compared = {"speedup": "higher", "agreement": "higher", "similarity": "higher"}
-    finish(chosen, device, f"Resolution, {chosen.precision}", COLUMNS, rows, compared, notes)
+    columns = {key: title for key, title in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    finish(chosen, device, f"Resolution, {chosen.precision}", columns, rows, compared, notes)
 
 
 if __name__ == "__main__":
