@@ -267,6 +267,9 @@ def test_class_maps_are_judged_by_every_class_alike():
 
     assert error([]) == 0
     assert error([11]) == pytest.approx(9 * error([0]), rel=1e-4) == pytest.approx(2 * error([9]), rel=1e-4)
+    # the only patch of one of three classes, whose logits are 3, 0, 0 instead of 0, 0, 3
+    sure, unsure = (torch.tensor([3.0, 0.0, 0.0]).softmax(0)[n] for n in (0, 1))
+    assert error([11]) == pytest.approx((3 * (sure - unsure)).item() / 3, rel=1e-4)
     whole = FeatureErrors()
     whole.add(dense.roll(1, dims=2), dense)
     assert whole.mean() == pytest.approx(2)

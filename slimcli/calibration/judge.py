@@ -101,7 +101,7 @@ class PatchError:
     """The features of all patches beside the dense model's, patches that left put back `way`.
 
     `error` is the squared error over the squared dense features, in the mean of the images; of a model that segments,
-    that of its class maps (`MapErrors`). `cosine` is the mean cosine of the features.
+    the divergence of its class maps (`MapErrors`). `cosine` is the mean cosine of the features.
     """
 
     way: str
@@ -126,7 +126,7 @@ class FeatureErrors:
 
 
 class MapErrors:
-    """The squared error of a segmentation head's logits over the squared dense ones, each patch's mean taken out.
+    """The Kullback-Leibler divergence of class maps from the dense model's, in nats a patch.
 
     Every class that the dense model sees counts as much as any other, as it does in mIoU, however few its patches are.
     """
@@ -134,27 +134,24 @@ class MapErrors:
     def __init__(self, head: SegmentationHead, grid: tuple[int, int]) -> None:
         self.head, self.grid = head, grid
         self.errors = self.counts = torch.zeros(head.num_classes)
-        self.squares = 0.0
 
-    def _logits(self, features: Tensor) -> Tensor:
+    def _logs(self, features: Tensor) -> Tensor:
+        """Features (B, N, D) to the logarithms (B N, C) of what the head gives each class."""
         patches = features.mT.reshape(-1, features.shape[2], *self.grid).to(self.head.classifier.weight.dtype)
-        logits = self.head(patches).float().flatten(2).transpose(1, 2).flatten(0, 1)
-        return logits - logits.mean(dim=1, keepdim=True)
+        return self.head(patches).float().flatten(2).mT.flatten(0, 1).log_softmax(dim=1)
 
     def add(self, found: Tensor, dense: Tensor) -> None:
         """More images, of features (B, N, D)."""
-        logits = self._logits(dense)
-        errors = (self._logits(found) - logits).square().sum(dim=1).cpu()
-        classes = logits.argmax(dim=1).cpu()
+        logs = self._logs(dense)
+        errors = F.kl_div(self._logs(found), logs, reduction="none", log_target=True).sum(dim=1).cpu()
+        classes = logs.argmax(dim=1).cpu()
         self.errors = self.errors.index_add(0, classes, errors)
         self.counts = self.counts.index_add(0, classes, torch.ones_like(errors))
-        self.squares += logits.square().sum().item()
 
     def mean(self) -> float:
         """Of all classes that were seen."""
         seen = self.counts > 0
-        spread = max(1e-12, self.squares / self.counts.sum().item())
-        return (self.errors[seen] / self.counts[seen]).mean().item() / spread
+        return (self.errors[seen] / self.counts[seen]).mean().item()
 
 
 @torch.no_grad()

@@ -159,11 +159,13 @@ def print_candidates(display: Display, done: Calibrated) -> None:
     titles = ["", "Life", "Patches in later blocks", "G MACs", "Apart", "Agrees"]
     rule = ", ".join(f"{name} {value}" for name, value in vars(tried[0].ranking).items())
     meaning = "squared error of the dense model's logits, over their variance; Agrees: same class"
-    of = "class maps, all classes alike," if done.session.model.segments else "features of all patches"
+    patches = "squared error of the features of all patches, over their squares"
+    if done.session.model.segments:
+        patches = "KL divergence of the class maps, all classes alike"
     if done.purpose == "patches":
-        meaning = f"squared error of the {of} over their squares; Agrees: 100 times the features' cosine"
+        meaning = f"{patches}; Agrees: 100 times the features' cosine"
     elif done.purpose == "both":
-        meaning = f"geometric mean of the errors of logits and of the {of} over squares; Agrees: mean of both"
+        meaning = f"geometric mean of the error of the logits and the {patches}; Agrees: mean of both"
     display.table(titles, body, f"Chosen with {rule}.\nApart: {meaning}; {len(tried)} tried")
     if done.found.ways:
         first, *others = [f"{found.way} {found.error:.4f}, cosine {found.cosine:.4f}" for found in done.found.ways]
