@@ -228,3 +228,8 @@ def test_a_summary_says_that_the_life_head_was_never_taught(slim, tiny_recipe):
 )
 def test_a_calibration_keeps_a_fifth_of_few_images_to_check_on(fit, available, check, expected):
     assert share_out(fit, available, check) == expected
+
+
+def test_class_maps_are_checked_on_more_images_since_some_classes_are_on_few_of_them():
+    assert share_out(96, fewest=64) == (96, 64) and share_out(1024, fewest=64) == (1024, 256)
+    assert share_out(24, available=40, fewest=64) == (24, 16), "of few images most are to fit on"

@@ -13,7 +13,7 @@ from torch import Tensor
 from slimcli.api.batches import BATCH, Images, batches_of, check_batch_size, place_of, take, twin
 from slimcli.calibration import search, workflow
 from slimcli.calibration.judge import Candidate
-from slimcli.calibration.observe import candidate_life_layers, images_that_fit, share_out, split
+from slimcli.calibration.observe import candidate_life_layers, fewest_checked, images_that_fit, share_out, split
 from slimcli.device import DTYPES
 from slimcli.errors import SlimError
 from slimcli.measure import profiling
@@ -148,10 +148,11 @@ def calibrate_model(
     where, precision = place_of(model, device, precision)
     count = images_that_fit(model.backbone, num_images, len(candidate_life_layers(model.backbone.depth)))
     batches, notes = batches_of(images, model, where, batch_size, train=True, labelled=False)
-    taken = take(batches, sum(share_out(count)))
+    fewest = fewest_checked(model)
+    taken = take(batches, sum(share_out(count, fewest=fewest)))
     if (given := sum(len(batch) for batch, _ in taken)) < FEWEST_IMAGES:
         raise SlimError(f"images: gave fewer than {FEWEST_IMAGES}: expected some hundred")
-    fit_on, check_on = split(taken, share_out(count, given)[0])
+    fit_on, check_on = split(taken, share_out(count, given, fewest=fewest)[0])
     done = _calibrate(model, goal, fit_on, check_on, len(taken[0][0]), where, DTYPES[precision], seed, progress)
     return Calibration(
         tuple(done.tried),

@@ -20,6 +20,8 @@ REMEMBERED_BYTES = 2 * 2**30
 MOST_IN_A_BATCH = 64
 #: the fewest images that candidates are compared on, where there are enough
 FEWEST_CHECKED = 8
+#: the same for class maps: some classes are seen on few images, and count as much as the others
+FEWEST_CHECKED_FOR_MAPS = 64
 #: patches of an image that teach how alike patches are: their pairs grow with the square
 COMPARED_PATCHES = 256
 
@@ -54,13 +56,20 @@ def images_that_fit(backbone: Backbone, wanted: int, layers: int) -> int:
     return max(1, min(wanted, REMEMBERED_BYTES // (2 * layers * (tokens + min(patches, COMPARED_PATCHES) ** 2))))
 
 
-def share_out(fit: int, available: int | None = None, check: int | None = None) -> tuple[int, int]:
+def fewest_checked(model: SlimModel) -> int:
+    """The fewest images that candidates of this model are compared on, where there are enough."""
+    return FEWEST_CHECKED_FOR_MAPS if model.segments else FEWEST_CHECKED
+
+
+def share_out(
+    fit: int, available: int | None = None, check: int | None = None, fewest: int = FEWEST_CHECKED
+) -> tuple[int, int]:
     """How many images to fit on and how many others to check on, at least 1 each.
 
-    That is `fit` and a quarter as many, or `check` if that is less than `fit`, eight at least; where fewer are
+    That is `fit` and a quarter as many, or `check` if that is less than `fit`, but at least `fewest`; where fewer are
     `available`, a fifth of them is for checking.
     """
-    check = max(FEWEST_CHECKED, min(fit // 4 if check is None else check, fit))
+    check = max(fewest, min(fit // 4 if check is None else check, fit))
     total = fit + check if available is None else min(fit + check, available)
     fit = max(1, min(fit, total - max(1, total // 5)))
     return fit, max(1, total - fit)

@@ -18,7 +18,14 @@ from slimcli.calibration.effort import plan
 from slimcli.calibration.goal import Cost, check_target, cost_for_speedup
 from slimcli.calibration.judge import PURPOSES, Agreement, Candidate, comparison
 from slimcli.calibration.next_recipe import next_recipe
-from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
+from slimcli.calibration.observe import (
+    MOST_IN_A_BATCH,
+    candidate_life_layers,
+    fewest_checked,
+    images_that_fit,
+    share_out,
+    split,
+)
 from slimcli.calibration.search import Calibration, fit_and_search
 from slimcli.calibration.smaller import SmallerImage, smaller_images
 from slimcli.errors import SlimError, parameter
@@ -208,12 +215,13 @@ def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tu
     """Batches of training images to fit on, as many as memory holds; others to check on; how many the first are."""
     layers = candidate_life_layers(session.model.backbone.depth)
     count = images_that_fit(session.model.backbone, wanted, len(layers))
-    total = sum(share_out(count, None, checked))
+    fewest = fewest_checked(session.model)
+    total = sum(share_out(count, None, checked, fewest))
     # a limit of the recipe's own is kept
     total = min(session.data.train_limit or total, total)
     images = datasets.shuffled(session.images(train=True, train_limit=total))
     taken = list(first_images(session.loader(images, batch), total))
-    count, _ = share_out(count, sum(len(targets) for _, targets in taken), checked)
+    count, _ = share_out(count, sum(len(targets) for _, targets in taken), checked, fewest)
     fit_on, check_on = split(taken, count)
     return fit_on, check_on, sum(len(targets) for _, targets in fit_on)
 

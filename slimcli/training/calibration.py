@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from slimcli import data as datasets
 from slimcli.calibration.effort import brief_steps, fit_steps, tokens_of
 from slimcli.calibration.fit import batch_images
-from slimcli.calibration.observe import MOST_IN_A_BATCH, candidate_life_layers, images_that_fit, share_out, split
+from slimcli.calibration.observe import (
+    MOST_IN_A_BATCH,
+    candidate_life_layers,
+    fewest_checked,
+    images_that_fit,
+    share_out,
+    split,
+)
 from slimcli.calibration.search import Calibration, fit_and_search
 from slimcli.calibration.workflow import Goal, aim
 from slimcli.device import find_dtype
@@ -62,7 +69,7 @@ class CalibrationStage(UndividedStage):
         """Images to fit on, others to compare candidates on, and the size of their batches."""
         session = self.session
         wanted = images_that_fit(session.model.backbone, self.section.images, len(self._life_layers()))
-        fit, check = share_out(wanted, len(session.train_set))
+        fit, check = share_out(wanted, len(session.train_set), fewest=fewest_checked(session.model))
         return fit, check, min(session.recipe.data.batch_size, MOST_IN_A_BATCH)
 
     def teach(self, control: Control, progress: Progress) -> tuple[dict[str, Any], str]:
