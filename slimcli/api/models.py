@@ -148,11 +148,10 @@ def calibrate_model(
     where, precision = place_of(model, device, precision)
     count = images_that_fit(model.backbone, num_images, len(candidate_life_layers(model.backbone.depth)))
     batches, notes = batches_of(images, model, where, batch_size, train=True, labelled=False)
-    fewest = fewest_checked(model)
-    taken = take(batches, sum(share_out(count, fewest=fewest)))
+    taken = take(batches, sum(share_out(count, fewest=fewest_checked(model))))
     if (given := sum(len(batch) for batch, _ in taken)) < FEWEST_IMAGES:
         raise SlimError(f"images: gave fewer than {FEWEST_IMAGES}: expected some hundred")
-    fit_on, check_on = split(taken, share_out(count, given, fewest=fewest)[0])
+    fit_on, check_on = split(taken, share_out(count, given, fewest=fewest_checked(model))[0])
     done = _calibrate(model, goal, fit_on, check_on, len(taken[0][0]), where, DTYPES[precision], seed, progress)
     return Calibration(
         tuple(done.tried),
