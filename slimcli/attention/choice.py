@@ -13,9 +13,12 @@ KERNELS = ("auto", "reference", "mask", "channel", "flex")
 #: up to this many tokens the plain formula is faster on a CPU than a fused kernel with its backward pass, where the
 #: bias learns or the dtype is bfloat16
 FEW_TOKENS = 160
-#: up to this many tokens, in bfloat16 and for at least so many images, it is faster without a backward pass too
+#: up to this many tokens, in bfloat16 and for at least so many images, it is faster without a backward pass too, where
+#: the processor has no tiles to multiply in
 FEWER_TOKENS = 66
 SEVERAL_IMAGES = 8
+#: whether the processor multiplies bfloat16 in tiles (AMX), as torch's fused kernel does there
+TILES: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 #: channels a head that fused kernels take, the one for the bias included
 MAX_CHANNELS = 256
 
@@ -40,7 +43,7 @@ def choose(
         return "flex" if device == "cuda" and not learns and not dropout else "mask"
     if device == "cpu" and tokens <= FEW_TOKENS and (learns or (bfloat16 and trains)):
         return "reference"
-    if device == "cpu" and tokens <= FEWER_TOKENS and bfloat16 and images >= SEVERAL_IMAGES:
+    if device == "cpu" and tokens <= FEWER_TOKENS and bfloat16 and images >= SEVERAL_IMAGES and not TILES:
         return "reference"
     if not learns:
         return "mask"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimcli.layout import is_plain_linear
+from slimcli.layout import has_hooks, is_plain_linear
 from slimcli.life.correction import Correction
 from slimcli.life.lives import exports_to_onnx, normalise_life
 
@@ -77,13 +77,22 @@ class Context(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, n, D) to what they are in context (B, n, width): see `score` and `features`."""
         with torch.autocast(tokens.device.type, enabled=False):
-            x = self.reduce(self.norm(tokens.to(self.norm.weight.dtype)))
-            qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(*qkv.unbind(0))
-            x = x + self.proj(attended.transpose(1, 2).flatten(2))
-            x = x + self.mlp(self.mlp_norm(x))
-            found: Tensor = self.final_norm(x)
-            return found
+            return self.block(self.reduce(self.norm(tokens.to(self.norm.weight.dtype))))
+
+    def block(self, x: Tensor) -> Tensor:
+        """The transformer block on reduced tokens (B, n, width), autocast being off: (B, n, width)."""
+        qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*qkv.unbind(0))
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        x = x + self.mlp(self.mlp_norm(x))
+        found: Tensor = self.final_norm(x)
+        return found
+
+
+def _folded(layer: nn.Linear, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """What a linear layer says of LayerNorm's output, for x (..., D) as it is before the norm's own weight and bias."""
+    bias = layer.weight @ norm.bias
+    return F.linear(x, layer.weight * norm.weight, bias if layer.bias is None else bias + layer.bias)
 
 
 def normalised(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -167,6 +176,8 @@ class LifeHead(nn.Module):
         Both are float32. The paper's product is folded, s_i = (W_k^T W_q h_0) . h_i, which costs 2 D^2 + N D
         multiply-adds an image.
         """
+        if exports_to_onnx() and compare and self._shares_a_norm:
+            return self._read_folded(tokens, num_prefix_tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             h = normalised(tokens, self.norm)
             patches = h[:, num_prefix_tokens:]
@@ -186,6 +197,31 @@ class LifeHead(nn.Module):
             if features is not None:
                 features = _plus(features, self.context.features, seen)
             return score, features
+
+    @property
+    def _shares_a_norm(self) -> bool:
+        """Whether plain linear layers alone read tokens, each behind a LayerNorm, and these differ by weights only."""
+        if self.similarity is None or self.context is None:
+            return False
+        norms = (self.norm, self.similarity.norm, self.context.norm)
+        layers = (self.query, self.key, self.similarity.projection, self.context.reduce)
+        plain = all(map(is_plain_linear, layers)) and not has_hooks(*norms)
+        return plain and len({norm.eps for norm in norms}) == 1 and self.query.weight.dtype == torch.float32
+
+    def _read_folded(self, tokens: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+        """`read` with tokens normalised once: the norms' own weights are in those of the layers behind them.
+
+        Scores are less by a number that is the same for all patches of an image.
+        """
+        assert self.similarity is not None and self.context is not None
+        n = F.layer_norm(tokens, self.norm.normalized_shape, eps=self.norm.eps)
+        patches = n[:, num_prefix_tokens:]
+        whole = n[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
+        query = _folded(self.query, self.norm, whole) @ (self.key.weight * self.norm.weight)
+        seen = self.context.block(_folded(self.context.reduce, self.context.norm, n))[:, num_prefix_tokens:]
+        features = _folded(self.similarity.projection, self.similarity.norm, patches)
+        score = torch.baddbmm(self.context.score(seen), patches, query.unsqueeze(-1)).squeeze(-1)
+        return score, _plus(features, self.context.features, seen)
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:
         """Lives tau (B, N), float32, with mean `life_mean` and standard deviation `life_std` in every image."""

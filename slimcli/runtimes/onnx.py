@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slimcli.errors import SlimError, parameter
+from slimcli.life.exported import known
 from slimcli.runtimes.base import (
     IMAGES,
     Conversion,
@@ -79,6 +80,8 @@ class OnnxRuntime(Runtime):
         options.log_severity_level = 3
         # threads that spin after a run take the cores from what runs next
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # attention to noise, which models are timed on, is full of numbers too small for the processor's fast ways
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
             session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # a damaged file, an operator that this version does not have
@@ -96,7 +99,7 @@ def graph(model: Forward, conversion: Conversion, path: Path) -> None:
     free = free_batch(conversion)
     with _quietly():
         try:
-            with torch.no_grad():
+            with torch.no_grad(), known():
                 program = torch.onnx.export(
                     model,
                     (example(model, conversion),),

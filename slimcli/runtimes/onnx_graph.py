@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
+from slimcli.life.exported import OPERATOR
+
 #: queries, keys and values of one layer, (B, n, parts, heads, d), to parts first
 PARTS_FIRST = [2, 0, 3, 1, 4]
 #: of what is folded, and the end of what is not cut off
@@ -18,7 +20,8 @@ LARGEST_CONSTANT = 2**63 - 1
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operators of torch's that are written in other ones than the exporter would.
 
-    Attention, of which the exporter copies the keys twice, by shapes that it finds at run time; GELU in one operator.
+    Attention, of which the exporter copies the keys twice, by shapes that it finds at run time; GELU in one operator;
+    and slim's own, `slimcli.life.exported`.
     """
     from onnxscript import opset20 as op
 
@@ -51,8 +54,16 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return op.Sub(self, found)
         return op.Add(self, found if alpha == 1 else op.Mul(found, op.Constant(value_float=float(alpha))))
 
+    def join(tokens: Any, rows: Any, share: Any, stay: int) -> Any:
+        numbers: Any = [op.Constant(value_ints=[number]) for number in (0, stay, LARGEST_CONSTANT, 1)]
+        zero, first, last, axis = numbers
+        leave, stays = op.Slice(tokens, first, last, axis), op.Slice(tokens, zero, first, axis)
+        more = op.Mul(op.Sub(leave, op.GatherND(tokens, rows)), share)
+        return op.ScatterND(stays, rows, more, reduction="add")
+
     aten = torch.ops.aten
     return {
+        OPERATOR: join,
         aten.scaled_dot_product_attention.default: attention,
         aten.gelu.default: gelu,
         aten.baddbmm.default: product,

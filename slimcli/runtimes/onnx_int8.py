@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 from torch import Tensor
+from torch.nn import LayerNorm
 
 from slimcli.runtimes.base import IMAGES, Forward
 from slimcli.runtimes.onnx import PRODUCTS, as_numpy
@@ -67,6 +68,9 @@ def kept_in_float(proto: Any, model: Forward) -> list[str]:
     from onnx import numpy_helper
 
     own = [p.detach().numpy() for p in model.slim.selector.parameters() if p.dim() == 2]
+    # those behind a LayerNorm may hold its weight
+    norms = [m.weight.detach().numpy() for m in model.slim.selector.modules() if isinstance(m, LayerNorm)]
+    own += [weight * norm for weight in own for norm in norms if weight.shape[1] == len(norm)]
     # those of queries, keys and values are taken apart
     own += [part for weight in own if len(weight) % 3 == 0 for part in numpy.split(weight, 3)]
     shapes = {shape for weight in own for shape in (weight.shape, weight.T.shape)}
