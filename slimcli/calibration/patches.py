@@ -66,6 +66,7 @@ def _observed(
 
 
 def _sums_of(found: Mixture, dense: Tensor) -> _Sums:
+    assert found.gone is not None
     wanted = dense[found.gone].float()
     given = F.pad(mixed(found)[found.gone].float(), (0, 1), value=1.0)
     weighted = given / wanted.var(dim=1, keepdim=True).clamp(min=1e-6)

@@ -33,11 +33,10 @@ class Correction(nn.Module):
         self.register_buffer("bias", torch.zeros(depth, embed_dim))
 
     def forward(self, found: Mixture, layer: int) -> Tensor:
-        """Features (B, N, D) of all patches after block `layer`, from 1; the living keep theirs."""
+        """What patches that left lack (B, N, D) after block `layer`, from 1, beside the features of their heirs."""
         at = layer - 1
         narrow = F.linear(mixed(found).to(self.down.dtype), self.down[at])
-        more = F.linear(narrow, self.up[at], self.bias[at]).to(found.now.dtype)
-        return found.now + more * found.gone.unsqueeze(-1)
+        return F.linear(narrow, self.up[at], self.bias[at]).to(found.now.dtype)
 
 
 def mixed(found: Mixture) -> Tensor:

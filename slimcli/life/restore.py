@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from slimcli.errors import SlimError
-from slimcli.life.lives import sort_patches, take_rows
+from slimcli.life.lives import inverse, sort_patches, take_rows
+from slimcli.life.tables import place_table
 
 #: how a patch that left gets a feature back. `heir`: that of the token that stands for it. `own`: the one that it had
 #: when it left. `mix`: its heir's, plus a correction that was learnt from both. `last`: its own, or the mix where
@@ -35,16 +36,53 @@ class Drop:
     stay: Tensor
     into: Tensor | None = None
 
-    def afterwards(self) -> Tensor:
-        """The place afterwards (B, n) of each patch, or of what it is part of; what stays of none is at place 0."""
-        if self.into is not None:
-            return self.into
-        return _placed(self.stay, self.patches.shape[1])
 
-    def leaves(self) -> Tensor:
-        """Which patches (B, n) leave, booleans."""
-        here = torch.ones(self.patches.shape[:2], dtype=torch.bool, device=self.stay.device)
-        return here.scatter(1, self.stay, torch.zeros_like(self.stay, dtype=torch.bool))
+@dataclass(frozen=True)
+class Cut:
+    """Of patches (B, n, D) in the order in which they leave, the last first, `kept` go on after block `layer`.
+
+    `heirs` (B, N), in the order of all N patches that were there at first: the place of what each becomes part of, one
+    that stays when it leaves; None: of nothing.
+    """
+
+    layer: int
+    patches: Tensor
+    kept: int
+    heirs: Tensor | None = None
+
+    @property
+    def stay(self) -> Tensor:
+        """As `Drop` has it."""
+        return self._places[:, : self.kept]
+
+    @property
+    def into(self) -> Tensor | None:
+        """As `Drop` has it."""
+        places = self._places
+        if self.heirs is None:
+            return None
+        return torch.cat((places[:, : self.kept], self.heirs[:, self.kept : places.shape[1]]), dim=1)
+
+    @property
+    def _places(self) -> Tensor:
+        batch, n = self.patches.shape[:2]
+        return torch.arange(n, device=self.patches.device).expand(batch, -1)
+
+
+Drops = Sequence[Drop | Cut]
+
+
+def _afterwards(drop: Drop | Cut) -> Tensor:
+    """The place afterwards (B, n) of each patch, or of what it is part of; what stays of none is at place 0."""
+    into = drop.into
+    return _placed(drop.stay, drop.patches.shape[1]) if into is None else into
+
+
+def _leaves(drop: Drop | Cut) -> Tensor:
+    """Which patches (B, n) leave, booleans."""
+    stay = drop.stay
+    here = torch.ones(drop.patches.shape[:2], dtype=torch.bool, device=stay.device)
+    return here.scatter(1, stay, torch.zeros_like(stay, dtype=torch.bool))
 
 
 class Whereabouts(NamedTuple):
@@ -59,21 +97,21 @@ class Whereabouts(NamedTuple):
     weight: Tensor
 
 
-def whereabouts(drops: Sequence[Drop], batch: int, count: int, depth: int, device: torch.device) -> Whereabouts:
+def whereabouts(drops: Drops, batch: int, count: int, depth: int, device: torch.device) -> Whereabouts:
     """Where `count` patches of `batch` images are after `drops`."""
     token = torch.arange(count, device=device).expand(batch, -1)
     left_after, joined = torch.full_like(token, depth), torch.ones_like(token, dtype=torch.bool)
     for drop in drops:
-        leaves = drop.leaves().gather(1, token) & joined
+        leaves = _leaves(drop).gather(1, token) & joined
         left_after = left_after.masked_fill(leaves & (left_after == depth), drop.layer)
         if drop.into is None:
             joined = joined & ~leaves
-        token = drop.afterwards().gather(1, token)
+        token = _afterwards(drop).gather(1, token)
     size = torch.zeros_like(token, dtype=torch.float32).scatter_add(1, token, joined.float())
     return Whereabouts(token, left_after, joined / size.gather(1, token).clamp(min=1))
 
 
-def living(drops: Sequence[Drop], batch: int, count: int, device: torch.device) -> Tensor:
+def living(drops: Drops, batch: int, count: int, device: torch.device) -> Tensor:
     """Places (B, n), ascending, of those of `count` patches that are there after `drops`.
 
     Raises:
@@ -87,7 +125,7 @@ def living(drops: Sequence[Drop], batch: int, count: int, device: torch.device) 
     return places.sort(dim=1).values
 
 
-def stand_ins(drops: Sequence[Drop], batch: int, count: int, device: torch.device) -> list[tuple[int, Tensor]]:
+def stand_ins(drops: Drops, batch: int, count: int, device: torch.device) -> list[tuple[int, Tensor]]:
     """After each block that patches left after: the block, and for each of N patches the one that stands for it.
 
     Patches (B, N) are named by their place in raster order. A living one stands for itself; -1: none does.
@@ -96,10 +134,10 @@ def stand_ins(drops: Sequence[Drop], batch: int, count: int, device: torch.devic
     itself = joined = torch.ones_like(token, dtype=torch.bool)
     found: dict[int, Tensor] = {}
     for drop in drops:
-        leaves = drop.leaves().gather(1, token)
+        leaves = _leaves(drop).gather(1, token)
         itself = itself & ~leaves
         joined = joined if drop.into is not None else joined & ~leaves
-        token = drop.afterwards().gather(1, token)
+        token = _afterwards(drop).gather(1, token)
         if not leaves.any():
             continue
         names = torch.arange(count, device=device).expand(batch, -1)
@@ -124,16 +162,16 @@ class _Places(NamedTuple):
     drop: Tensor
 
 
-def _places(drops: Sequence[Drop], with_beside: bool) -> _Places:
+def _places(drops: Drops, with_beside: bool) -> _Places:
     batch, count = drops[0].patches.shape[:2]
     place = torch.arange(count, device=drops[0].stay.device).expand(batch, -1)
     left, gone = place, torch.full_like(place, len(drops))
     alive, first = torch.ones_like(place, dtype=torch.bool), 0
     for number, drop in enumerate(drops):
-        leaves = drop.leaves().gather(1, place) & alive
+        leaves = _leaves(drop).gather(1, place) & alive
         left = torch.where(leaves, first + place, left)
         gone = gone.masked_fill(leaves, number)
-        alive, place, first = alive & ~leaves, drop.afterwards().gather(1, place), first + drop.patches.shape[1]
+        alive, place, first = alive & ~leaves, _afterwards(drop).gather(1, place), first + drop.patches.shape[1]
     beside = there = place
     for number, drop in reversed(list(enumerate(drops)) if with_beside else []):
         first -= drop.patches.shape[1]
@@ -142,19 +180,28 @@ def _places(drops: Sequence[Drop], with_beside: bool) -> _Places:
     return _Places(place, left, beside, gone)
 
 
-def restore(
-    tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int, way: str, correct: Correct | None = None
-) -> Tensor:
+def restore(tokens: Tensor, drops: Drops, num_prefix_tokens: int, way: str, correct: Correct | None = None) -> Tensor:
     """Tokens (B, P + n, D) after `drops` to (B, P + N, D): the prefix tokens, and all patches in raster order.
 
     `way` is one of `WAYS`; "last" is as "own" here. "mix" needs `correct`.
     """
     if not drops:
         return tokens
+    order, cuts = _in_order(drops)
+    if cuts:
+        there = _stands_for(cuts, tokens.shape[1] - num_prefix_tokens)
+        back = None if order is None else inverse(order)
+        if way == "heir":
+            return sort_patches(tokens, there if back is None else there.gather(1, back), num_prefix_tokens)
+        left = _left(tokens[:, num_prefix_tokens:], there, cuts, correct if way == "mix" else None)
+        tokens = torch.cat((tokens, left), dim=1)
+        return tokens if back is None else sort_patches(tokens, back, num_prefix_tokens)
     if way == "mix":
         assert correct is not None
         found = mixture(tokens, drops, num_prefix_tokens)
-        return torch.cat((tokens[:, :num_prefix_tokens], correct(found)), dim=1)
+        assert found.gone is not None
+        patches = found.now + correct(found) * found.gone.unsqueeze(-1)
+        return torch.cat((tokens[:, :num_prefix_tokens], patches), dim=1)
     places = _places(drops, with_beside=False)
     now = sort_patches(tokens, places.now, num_prefix_tokens)
     if way == "heir":
@@ -165,25 +212,64 @@ def restore(
     return torch.cat((now[:, :num_prefix_tokens], patches), dim=1)
 
 
+def _in_order(drops: Drops) -> tuple[Tensor | None, list[Cut]]:
+    """The order (B, N) that all patches were put in, None for their own, and the cuts of those with heirs after that.
+
+    No cuts where patches leave in another way.
+    """
+    order, later = None, drops
+    if isinstance(drops[0], Drop) and drops[0].stay.shape[1] == drops[0].patches.shape[1]:
+        order, later = drops[0].stay, drops[1:]
+    cuts = [drop for drop in later if isinstance(drop, Cut) and drop.heirs is not None]
+    # one plan for all of them
+    alike = len(cuts) == len(later) and all(cut.heirs is cuts[0].heirs for cut in cuts)
+    return order, cuts if alike else []
+
+
+def _stands_for(cuts: Sequence[Cut], count: int) -> Tensor:
+    """The place (B, N) among the `count` that stay of what stands for each patch, in the order in which they leave."""
+    heirs = cuts[0].heirs
+    assert heirs is not None
+    places = place_table(heirs.shape[1], heirs.device)
+    found = torch.where(places < count, places, heirs)
+    for _ in range((len(cuts) - 1).bit_length()):
+        found = found.gather(1, found)
+    return found
+
+
+def _left(living: Tensor, there: Tensor, cuts: Sequence[Cut], correct: Correct | None) -> Tensor:
+    """Patches (B, N - m, D) that left by `cuts`, in order, given those (B, m, D) that did not: as they were, or mixed.
+
+    `there` (B, N) is the place of what stands for each. How many leave when is the same for all images, so that only
+    those that left are looked for, each once.
+    """
+    own = torch.cat([cut.patches[:, cut.kept :] for cut in reversed(cuts)], dim=1)
+    if correct is None:
+        return own
+    then = [take_rows(cut.patches, there[:, cut.kept : cut.patches.shape[1]]) for cut in reversed(cuts)]
+    now = take_rows(living, there[:, living.shape[1] :])
+    return now + correct(Mixture(own, torch.cat(then, dim=1), now, None))
+
+
 class Mixture(NamedTuple):
     """What a patch is mixed of, in raster order.
 
     `own` (B, N, D): its feature when it left. `then` (B, N, D): that of what stands for it now, at the same time. `now`
     (B, N, D): that of what stands for it, now; for a living patch its own. `gone` (B, N): whether it left; where it did
-    not, the first two mean nothing.
+    not, the first two mean nothing. None: all left.
     """
 
     own: Tensor
     then: Tensor
     now: Tensor
-    gone: Tensor
+    gone: Tensor | None
 
 
-#: a mixture to features (B, N, D) of all patches
+#: a mixture to what features (B, N, D) of what stands for patches lack to be theirs
 Correct = Callable[[Mixture], Tensor]
 
 
-def mixture(tokens: Tensor, drops: Sequence[Drop], num_prefix_tokens: int) -> Mixture:
+def mixture(tokens: Tensor, drops: Drops, num_prefix_tokens: int) -> Mixture:
     """Of tokens (B, P + n, D) after `drops`, one at least: what each patch is mixed of, in one gather."""
     places = _places(drops, with_beside=True)
     rows = torch.cat([*(drop.patches for drop in drops), tokens[:, num_prefix_tokens:]], dim=1)

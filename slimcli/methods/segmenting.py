@@ -81,5 +81,6 @@ class Segmenting(DenseSurface):
             left = schedule.resolve(count)[-1]
             found += architecture.block(depth, count) - architecture.block(depth, left)
         elif self.restoring == "mix" and self.correction is not None:
-            found += count * (self.correction.down[0].numel() + self.correction.up[0].numel())
+            gone = count - schedule.resolve(count)[-1]
+            found += gone * (self.correction.down[0].numel() + self.correction.up[0].numel())
         return found

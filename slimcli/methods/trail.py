@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slimcli.life.correction import Correction
-from slimcli.life.restore import Drop, Mixture, mixture, restore
+from slimcli.life.restore import Cut, Drop, Drops, Mixture, mixture, restore
 
 
 class Reached(Exception):
@@ -31,7 +31,7 @@ class Trail:
     ) -> None:
         self.prefix, self.layers, self.way = num_prefix_tokens, frozenset(layers), way
         self.depth, self.stop_after, self.correction = depth, stop_after, correction
-        self.drops: list[Drop] = []
+        self.drops: list[Drop | Cut] = []
         #: images, patches, and where they are
         self.shape: tuple[int, int, torch.device] | None = None
         self._positions: Tensor | None = None
@@ -67,11 +67,8 @@ class Trail:
         self.drops.append(Drop(layer, tokens[:, self.prefix :], stay, into))
 
     def cut(self, layer: int, tokens: Tensor, stay: int, heirs: Tensor | None = None) -> None:
-        """Of `tokens` (B, P + n, D) the first `stay` patches go on; `heirs` (B, n) are places of those that stay."""
-        batch, n = tokens.shape[0], tokens.shape[1] - self.prefix
-        places = torch.arange(n, device=tokens.device).expand(batch, -1)
-        into = None if heirs is None else torch.cat((places[:, :stay], heirs[:, stay:n]), dim=1)
-        self.drop(layer, tokens, places[:, :stay], into)
+        """Of `tokens` (B, P + n, D) the first `stay` patches go on; `heirs` (B, N) are as in `Cut`."""
+        self.drops.append(Cut(layer, tokens[:, self.prefix :], stay, heirs))
 
     def release(self) -> None:
         """Let the features go; who left where is kept."""
@@ -84,7 +81,7 @@ class Trail:
         tokens, number = self._after[layer]
         return self._all(layer, tokens, self.drops[:number])
 
-    def _all(self, layer: int, tokens: Tensor, drops: Sequence[Drop]) -> Tensor:
+    def _all(self, layer: int, tokens: Tensor, drops: Drops) -> Tensor:
         if self.correction is None:
             return restore(tokens, drops, self.prefix, self.way)
         return restore(tokens, drops, self.prefix, "mix", partial(self.correction, layer=layer))
