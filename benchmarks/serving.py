@@ -126,7 +126,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     options = parser.parse_args()
     servers: list[Server] = options.server
-    photos = [path.read_bytes() for path in find_images(options.images)[:256]]
+    try:
+        photos = [path.read_bytes() for path in find_images(options.images)[:256]]
+    except SlimError as error:
+        parser.error(str(error))
     bodies = [json.dumps({"image": base64.b64encode(photo).decode()}).encode() for photo in photos]
     for server in servers:
         tell(f"{server.name}: waiting for {server.host}:{server.port}")

@@ -305,6 +305,8 @@ def test_class_maps_are_judged_by_every_class_alike():
 
 
 def test_life_layers_are_compared_by_heads_that_saw_as_many_images_whatever_a_batch_holds():
-    few, many = (effort.brief_steps(300, tokens) for tokens in (65, 851))
+    few, many = (effort.brief_steps(300, tokens, 2) for tokens in (65, 851))
     assert few == 60 and many * batch_images(851) == pytest.approx(few * batch_images(65), rel=0.01)
-    assert effort.brief_steps(300, 5000) == 240 and effort.brief_steps(10, 5000) <= 10
+    assert effort.brief_steps(300, 5000, 2) == 240 and effort.brief_steps(10, 5000, 2) <= 10
+    # one that is not compared is taught in full
+    assert effort.brief_steps(300, 65, 1) == 300

@@ -21,13 +21,13 @@ def fit_steps(num_images: int) -> int:
     return min(max(num_images, STEPS[0]), STEPS[1])
 
 
-def brief_steps(steps: int, tokens: int) -> int:
-    """Batches that a head is taught with to compare life layers, of `steps` for the one that is chosen.
+def brief_steps(steps: int, tokens: int, layers: int) -> int:
+    """Batches that a head is taught with to compare `layers` life layers, of `steps` for the one that is chosen.
 
-    More where images have so many `tokens` that a batch holds few: a head that has seen too few images says more of
-    them than of its life layer.
+    One alone is not compared: its head is taught in full. More where images have so many `tokens` that a batch holds
+    few: a head that has seen too few images says more of them than of its life layer.
     """
-    return min(steps, round(BRIEF * steps * BATCH_IMAGES[0] / batch_images(tokens)))
+    return steps if layers == 1 else min(steps, round(BRIEF * steps * BATCH_IMAGES[0] / batch_images(tokens)))
 
 
 def tokens_of(model: SlimModel) -> int:
@@ -41,7 +41,7 @@ def plan(
     """The steps of a calibration, and about how long each takes beside a batch that the life head is taught with."""
     steps = fit_steps(num_images)
     searched = not keeps_schedule
-    brief = brief_steps(steps, tokens_of(model)) if searched and len(layers) > 1 else steps
+    brief = brief_steps(steps, tokens_of(model), len(layers))
     return [
         Step("observing the dense model", OBSERVING * num_images),
         *(Step(f"fitting the life head of block {layer}", brief) for layer in layers),

@@ -157,7 +157,7 @@ def _calibrated(
         if goal.multiply_adds >= model.cost(None):
             goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
     layers, steps = (goal.life_layer,) if isinstance(goal, Schedule) else layers, fit_steps(num_images)
-    brief = brief_steps(steps, tokens_of(model)) if len(layers) > 1 else steps
+    brief = brief_steps(steps, tokens_of(model), len(layers))
     work, fitted = Steps(progress, plan(model, layers, isinstance(goal, Schedule), num_images, purpose), True), {}
     with work.step() as part:
         observed = observe(model, fit_on, layers, device, dtype, part, num_images)

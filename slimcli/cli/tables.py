@@ -152,7 +152,7 @@ def print_candidates(display: Display, done: Calibrated) -> None:
                 str(schedule.life_layer),
                 falls or " ".join(map(str, schedule.counts[schedule.life_layer :])),
                 f"{candidate.gmacs:.3f}",
-                f"{candidate.apart:.3f}",
+                f"{candidate.apart:.3g}",
                 f"{candidate.agreement:.1f} %",
             ]
         )

@@ -52,7 +52,7 @@ class CalibrationStage(UndividedStage):
         count, checked, batch = self._numbers()
         steps, tokens = fit_steps(count), tokens_of(self.session.model)
         layers = len(self._life_layers())
-        fits = steps if layers == 1 else steps + layers * brief_steps(steps, tokens)
+        fits = steps + (layers * brief_steps(steps, tokens, layers) if layers > 1 else 0)
         candidates = (CANDIDATES if layers > 1 else CANDIDATES // 2) * checked / batch
         whole = (
             (count + checked) / batch + candidates * CANDIDATE_SHARE + fits * FIT_SHARE * batch_images(tokens) / batch
