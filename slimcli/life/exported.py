@@ -1,4 +1,4 @@
-"""Heirs in ONNX: rows are taken and added whole, by GatherND and ScatterND, which slim's own exporter writes."""
+"""Heirs in ONNX: rows are taken and put back whole, by GatherND and ScatterND, which slim's own exporter writes."""
 
 from __future__ import annotations
 
@@ -38,28 +38,38 @@ def rows_of(heirs: Tensor) -> Tensor:
     return torch.stack((image, heirs), dim=-1)
 
 
-def join(tokens: Tensor, rows: Tensor, share: Tensor, stay: int) -> Tensor:
+def together(heirs: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, n, n): 1 where two tokens have the same heir, `heirs` (B, n) being its place."""
+    return (heirs.unsqueeze(2) == heirs.unsqueeze(1)).to(dtype)
+
+
+def join(tokens: Tensor, rows: Tensor, together: Tensor, share: Tensor, stay: int) -> Tensor:
     """The first `stay` of tokens (B, n, D), each with the tokens that it takes over; (B, stay, D).
 
-    Of the others, `rows` (B, n - stay, 2) say where their heirs are, and `share` (B, n - stay, 1) what part of them
-    they become. Shares of one token and of all that it takes over add up to 1.
+    Of the m others, `rows` (B, m, 2) say where their heirs are, `together` (B, m, m) is 1 where two have the same, and
+    `share` (B, m, 1) is what part of them they become. Shares of one token and of all that it takes over add up to 1.
+
+    An heir of several is written once by each, and the same each time: runtimes write rows at once, and lose some of
+    those that they are to add to the same row (ONNX Runtime's ScatterND).
     """
-    found: Tensor = OPERATOR(tokens, rows, share, stay)
+    found: Tensor = OPERATOR(tokens, rows, together, share, stay)
     return found
 
 
-def _join(tokens: Tensor, rows: Tensor, share: Tensor, stay: int) -> Tensor:
+def _join(tokens: Tensor, rows: Tensor, together: Tensor, share: Tensor, stay: int) -> Tensor:
     image, place = rows.unbind(-1)
-    more = (tokens[:, stay:] - tokens[image, place]) * share
-    return tokens[:, :stay].index_put((image, place), more, accumulate=True)
+    there = tokens[image, place]
+    found = there + together @ ((tokens[:, stay:] - there) * share)
+    return tokens[:, :stay].index_put((image, place), found)
 
 
 _operator = torch.library.custom_op(
-    "slim::join", _join, mutates_args=(), schema="(Tensor tokens, Tensor rows, Tensor share, int stay) -> Tensor"
-)
+    "slim::join", _join, mutates_args=(),
+    schema="(Tensor tokens, Tensor rows, Tensor together, Tensor share, int stay) -> Tensor",
+)  # fmt: skip
 
 
-def _shape(tokens: Tensor, rows: Tensor, share: Tensor, stay: int) -> Tensor:
+def _shape(tokens: Tensor, rows: Tensor, together: Tensor, share: Tensor, stay: int) -> Tensor:
     return tokens.new_empty((tokens.shape[0], stay, tokens.shape[2]))
 
 

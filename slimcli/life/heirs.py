@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimcli.life.exported import join, knows_join, rows_of
+from slimcli.life.exported import join, knows_join, rows_of, together
 from slimcli.life.lives import (
     exports_to_onnx,
     highest_first,
@@ -142,15 +142,16 @@ class Shares(NamedTuple):
 
     `share` (B, P + N, K): the share of each token, when the k-th leave, in the token that it is part of then. `adds`
     (B, P + N, P + N) is 1 where the token of the column is added to that of the row; None where a kernel adds them, by
-    the plan's `heirs` (B, N). In slim's own ONNX it is (B, P + N, 2): the image and the place of each token's heir.
-    `log_size` (B, K + 1, P + N): the logarithm of how many patches a token stands for, before any leave and after each
-    time.
+    the plan's `heirs` (B, N). `log_size` (B, K + 1, P + N): the logarithm of how many patches a token stands for,
+    before any leave and after each time. `rows`, in slim's own ONNX alone: see `slimcli.life.exported`, where `adds` is
+    what is `together`.
     """
 
     share: Tensor
     adds: Tensor | None
     log_size: Tensor
     heirs: Tensor
+    rows: Tensor | None = None
 
 
 @torch.no_grad()
@@ -184,8 +185,10 @@ def shares(found: Plan, counts: Sequence[int], num_prefix_tokens: int, dtype: to
     summed = sums.expand(shape).scatter_add(3, index, values.unsqueeze(2).expand(shape))
     size, weight = summed[:, 0], summed[:, -1]
     share = weight[:, :-1] / weight[:, 1:].gather(2, heir[:, 1:])
-    adds = rows_of(heirs) if knows_join() else added(heirs, dtype)
-    return Shares(share.to(dtype).transpose(1, 2), adds, size.log(), found.heirs)
+    share = share.to(dtype).transpose(1, 2)
+    if knows_join():
+        return Shares(share, together(heirs, dtype), size.log(), found.heirs, rows_of(heirs))
+    return Shares(share, added(heirs, dtype), size.log(), found.heirs)
 
 
 def added(heirs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,8 +208,9 @@ def take_over(tokens: Tensor, found: Shares, time: int, stay: int) -> Tensor:
     """
     n = tokens.shape[1]
     assert found.adds is not None
-    if knows_join():
-        return join(tokens, found.adds[:, stay:n], found.share[:, stay:n, time : time + 1], stay)
+    if found.rows is not None:
+        share = found.share[:, stay:n, time : time + 1]
+        return join(tokens, found.rows[:, stay:n], found.adds[:, stay:n, stay:n], share, stay)
     with torch.autocast(tokens.device.type, enabled=False):
         weighted = tokens * found.share[:, :n, time : time + 1]
         return torch.baddbmm(weighted[:, :stay], found.adds[:, :stay, stay:n], weighted[:, stay:])

@@ -54,12 +54,13 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return op.Sub(self, found)
         return op.Add(self, found if alpha == 1 else op.Mul(found, op.Constant(value_float=float(alpha))))
 
-    def join(tokens: Any, rows: Any, share: Any, stay: int) -> Any:
+    def join(tokens: Any, rows: Any, together: Any, share: Any, stay: int) -> Any:
         numbers: Any = [op.Constant(value_ints=[number]) for number in (0, stay, LARGEST_CONSTANT, 1)]
         zero, first, last, axis = numbers
         leave, stays = op.Slice(tokens, first, last, axis), op.Slice(tokens, zero, first, axis)
-        more = op.Mul(op.Sub(leave, op.GatherND(tokens, rows)), share)
-        return op.ScatterND(stays, rows, more, reduction="add")
+        there = op.GatherND(tokens, rows)
+        more = op.MatMul(together, op.Mul(op.Sub(leave, there), share))
+        return op.ScatterND(stays, rows, op.Add(there, more))
 
     aten = torch.ops.aten
     return {
