@@ -61,7 +61,7 @@ def test_the_server_of_the_manual_answers_every_client(place):
     finally:
         # as Ctrl-C does: its worker ends too
         server.send_signal(signal.SIGINT)
-        server.wait(20)
+        server.wait(60)
     (row,) = json.loads((place / "found.json").read_text())["rows"]
     assert row["errors"] == 0 and row["images"] > 4
 
