@@ -34,6 +34,7 @@ from slimcli.calibration.fit import head_widths
 from slimcli.calibration.goal import Cost, falling_schedule
 from slimcli.device import environment, synchronise
 from slimcli.life import fused, heirs
+from slimcli.life.launches import launches_noted
 from slimcli.measure import clock
 from slimcli.measure.evaluation import describe
 from slimcli.measure.profiling import random_images
@@ -245,7 +246,7 @@ def inference(
         for contender in found:
             contender.forward(images)
             launched: list[Any] = []
-            with fused.launches_noted(launched.append):
+            with launches_noted(launched.append):
                 contender.forward(images)
             contender.fused = len(launched)
             try:
@@ -370,29 +371,36 @@ def plans(report: Report, shapes: Sequence[tuple[int, int]], device: torch.devic
         counts = tuple(round(n * (0.4 ** (k / 8))) for k in range(9))
         features, score = torch.randn(batch, n, 64, device=device), torch.randn(batch, n, device=device)
 
-        def run(limit: int) -> object:
-            way = heirs.plan if limit < 0 else fused.plan
-            fused.ONE_LAUNCH = limit
-            return way(features, score, counts, 3.5, 0.7)  # noqa: B023
-
-        usual = fused.ONE_LAUNCH
-        try:
-            for name, limit in (("operators", -1), ("one launch", n), ("phases", 0)):
-                # each way is compared with the operators before it runs
-                fused._CHECKED.clear()
-                launched: list[Any] = []
-                call = partial(run, limit)
+        ways = {"operators": partial(heirs.plan, features, score, counts, 3.5, 0.7)}
+        kernels = partial(fused.plan, features, score, counts, 3.5, 0.7)
+        if device.type == "cuda":
+            ways |= {"one launch": partial(launching, n, kernels), "phases": partial(launching, 0, kernels)}
+        else:
+            ways["kernel"] = kernels
+        for name, call in ways.items():
+            # each way is compared with the operators before it runs
+            fused._CHECKED.clear()
+            launched: list[Any] = []
+            call()
+            with launches_noted(launched.append):
                 call()
-                with fused.launches_noted(launched.append):
-                    call()
-                eager = statistics.median(turns([call], device, 0.3)[0][0])
-                graph = None if device.type != "cuda" else in_a_graph(call, device)
-                row = {"way": name, "images": batch, "patches": n, "launches": len(launched)}
-                micro = {"eager": round(1e6 * eager, 1), "graph": None if graph is None else round(1e6 * graph, 1)}
-                report.plans.append({**row, **micro})
-                say(f"| {name} | {batch} | {n} | {len(launched)} | {micro['eager']} | {micro['graph']} |")
-        finally:
-            fused.ONE_LAUNCH = usual
+            eager = statistics.median(turns([call], device, 0.3)[0][0])
+            graph = None if device.type != "cuda" else in_a_graph(call, device)
+            row = {"way": name, "images": batch, "patches": n, "launches": len(launched)}
+            micro = {"eager": round(1e6 * eager, 1), "graph": None if graph is None else round(1e6 * graph, 1)}
+            report.plans.append({**row, **micro})
+            say(f"| {name} | {batch} | {n} | {len(launched)} | {micro['eager']} | {micro['graph']} |")
+
+
+def launching(most: int, call: Callable[[], object]) -> object:
+    """Call with at most so many patches planned in one launch."""
+    from slimcli.life import on_cuda
+
+    usual, on_cuda.ONE_LAUNCH = on_cuda.ONE_LAUNCH, most
+    try:
+        return call()
+    finally:
+        on_cuda.ONE_LAUNCH = usual
 
 
 def in_a_graph(call: Callable[[], object], device: torch.device) -> float:

@@ -1,5 +1,6 @@
-"""Fused kernels for heirs, run by Triton's interpreter where there is no GPU, against torch's own operators."""
+"""Kernels for heirs, by Triton (its interpreter where there is no GPU) and by Numba, against torch's operators."""
 
+import importlib
 import itertools
 import logging
 from types import SimpleNamespace
@@ -10,14 +11,20 @@ from test_heirs import taught
 from test_operators import COUNTS
 from test_slimming import images, slimmed
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 from slimcli.life import fused, heirs
+from slimcli.life.launches import launches_noted
 from slimcli.life.lives import take_rows
 from slimcli.measure.operators import PARTS, operators
 
-pytest.importorskip("triton", reason="Triton is not installed")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: what runs the kernels of each compiler: without a GPU, Triton interprets them
+DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu", "numba": "cpu"}
 FALLING = (20, 18, 15, 12, 10, 7, 5)
+
+
+def on_cuda():
+    return importlib.import_module("slimcli.life.on_cuda")
 
 
 class Trusted(dict):
@@ -27,22 +34,31 @@ class Trusted(dict):
         return True
 
 
-@pytest.fixture(autouse=True)
-def kernels_here(monkeypatch):
-    """Kernels run on the CPU too, and what was found out about them is forgotten."""
-    monkeypatch.setattr(fused, "DEVICES", {"cuda", "cpu"})
+@pytest.fixture(autouse=True, params=["triton", "numba"])
+def compiler(request, monkeypatch):
+    """Kernels of this compiler run, and what was found out about them is forgotten."""
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    where = "cuda" if request.param == "triton" else "cpu"
+    monkeypatch.setattr(fused, "KERNELS", {DEVICES[request.param]: fused.KERNELS[where]})
     monkeypatch.setattr(fused, "_CHECKED", {})
+    return request.param
+
+
+@pytest.fixture
+def device(compiler):
+    return torch.device(DEVICES[compiler])
 
 
 @pytest.fixture
 def launches():
     noted = []
-    with fused.launches_noted(noted.append):
+    with launches_noted(noted.append):
         yield noted
 
 
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+@pytest.fixture
+def noise(device):
+    return lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def planned(given, monkeypatch):
@@ -56,37 +72,38 @@ def planned(given, monkeypatch):
 
 @pytest.mark.parametrize(("redundancy", "importance"), [(0.0, 0.0), (3.5, 0.7)])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_kernels_plan_as_operators_do(redundancy, importance, at_once, monkeypatch, launches):
-    monkeypatch.setattr(fused, "ONE_LAUNCH", 20 if at_once else 19)
+def test_kernels_plan_as_operators_do(redundancy, importance, at_once, monkeypatch, launches, noise, compiler):
+    if compiler == "triton":
+        monkeypatch.setattr(on_cuda(), "ONE_LAUNCH", 20 if at_once else 19)
     found, expected = planned((noise(2, 20, 12), noise(2, 20, seed=1), FALLING, redundancy, importance), monkeypatch)
-    assert len(launches) == (1 if at_once else 14)
+    assert len(launches) == (1 if at_once or compiler == "numba" else 14)
     if importance:
         torch.testing.assert_close(found.weight, expected.weight)
 
 
-def test_kernels_break_ties_as_operators_do(monkeypatch):
+def test_kernels_break_ties_as_operators_do(monkeypatch, device):
     """Every patch counts alike, and they are the same or have nothing in common: all sums are exact."""
     rows = torch.ones(1, 1)
     for _ in range(4):
         rows = torch.cat((torch.cat((rows, rows), 1), torch.cat((rows, -rows), 1)))
-    features = rows[(7 * torch.arange(20)) % 11 % 5 + 1].expand(2, -1, -1).to(DEVICE)
-    planned((features, torch.zeros(2, 20, device=DEVICE), (20, 9), 2.0, 0.0), monkeypatch)
-    planned((torch.ones_like(features), torch.zeros(2, 20, device=DEVICE), FALLING, 2.0, 0.7), monkeypatch)
+    features = rows[(7 * torch.arange(20)) % 11 % 5 + 1].expand(2, -1, -1).to(device)
+    planned((features, torch.zeros(2, 20, device=device), (20, 9), 2.0, 0.0), monkeypatch)
+    planned((torch.ones_like(features), torch.zeros(2, 20, device=device), FALLING, 2.0, 0.7), monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_an_order_names_every_patch_once_whatever_the_features_are(monkeypatch):
+def test_an_order_names_every_patch_once_whatever_the_features_are(monkeypatch, noise, device):
     monkeypatch.setattr(fused, "_CHECKED", Trusted())
     features, score = noise(3, 20, 12), noise(3, 20)
     features[0, 3], score[1, 4], features[2] = float("nan"), float("nan"), float("inf")
     found = fused.plan(features, score, FALLING, 2.0, 0.7)
-    assert (found.order.sort()[0] == torch.arange(20, device=DEVICE)).all()
+    assert (found.order.sort()[0] == torch.arange(20, device=device)).all()
     assert ((found.heirs >= 0) & (found.heirs < 20)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_kernels_join_tokens_as_operators_do(dtype, prefix, monkeypatch):
+def test_kernels_join_tokens_as_operators_do(dtype, prefix, monkeypatch, noise):
     monkeypatch.setattr(fused, "_CHECKED", Trusted())
     plan = heirs.plan(noise(2, 20, 12), noise(2, 20, seed=1), FALLING, 2.0, 0.7 if prefix else 0.0)
     found, expected = (way.shares(plan, FALLING, prefix, dtype) for way in (fused, heirs))
@@ -94,7 +111,7 @@ def test_kernels_join_tokens_as_operators_do(dtype, prefix, monkeypatch):
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for time, (count, stay) in enumerate(itertools.pairwise(FALLING)):
         there = slice(prefix + count)
-        torch.testing.assert_close(found.share[:, there, time], expected.share[:, there, time], **near)
+        torch.testing.assert_close(found.share[:, there, time].to(dtype), expected.share[:, there, time], **near)
         torch.testing.assert_close(found.log_size[:, time, there], expected.log_size[:, time, there])
         torch.testing.assert_close(
             fused.take_over(tokens[:, there], found, time, prefix + stay),
@@ -104,40 +121,39 @@ def test_kernels_join_tokens_as_operators_do(dtype, prefix, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_model_gives_the_same_with_kernels(monkeypatch, launches):
-    model = taught(slimmed([16, 12, 7, 3])).to(DEVICE)
+def test_a_model_gives_the_same_with_kernels(monkeypatch, launches, device):
+    model = taught(slimmed([16, 12, 7, 3])).to(device)
     model.configure({"dead": "heir", "merge_importance": 0.7, "size_bias": 0.6})
-    x = images(model).to(DEVICE)
+    x = images(model).to(device)
     found = model(x)
     # a plan, its shares and three drops
     assert len(launches) == 5
-    monkeypatch.setattr(fused, "DEVICES", set())
+    monkeypatch.setattr(fused, "ALLOWED", False)
     torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-5)
 
 
-def test_kernels_that_do_not_work_or_say_otherwise_are_not_used(monkeypatch, caplog):
-    model = taught(slimmed([16, 12, 7, 3])).to(DEVICE)
+def test_kernels_that_do_not_work_or_say_otherwise_are_not_used(monkeypatch, caplog, device):
+    model = taught(slimmed([16, 12, 7, 3])).to(device)
     model.configure({"dead": "heir", "merge_importance": 0.7})
-    x = images(model).to(DEVICE)
+    x = images(model).to(device)
     with monkeypatch.context() as plain, torch.no_grad():
-        plain.setattr(fused, "DEVICES", set())
+        plain.setattr(fused, "ALLOWED", False)
         expected = model(x)
 
-    class Nothing:
+    real = fused._launcher(x)
+
+    def nothing(name):
         """A kernel that leaves memory as it is."""
+        return lambda *given: tree_map(torch.zeros_like, getattr(real, name)(*given))
 
-        def __getitem__(self, grid):
-            return lambda *args, **options: None
+    def broken(*_given):
+        raise RuntimeError("no kernel image is available\nmore")
 
-    class Broken:
-        def __getitem__(self, grid):
-            raise RuntimeError("no kernel image is available\nmore")
-
-    real = fused._kernels()
-    for kernel, said in ((Nothing(), "do not agree"), (Broken(), "no kernel image is available")):
-        stub = SimpleNamespace(ALL=real.ALL, plan=kernel, shares=kernel, take_over=kernel)
+    idle = SimpleNamespace(**{name: nothing(name) for name in ("plan", "shares", "take_over")})
+    failing = SimpleNamespace(plan=broken, shares=broken, take_over=broken)
+    for stub, said in ((idle, "do not agree"), (failing, "no kernel image is available")):
         monkeypatch.setattr(fused, "_CHECKED", {})
-        monkeypatch.setattr(fused, "_kernels", lambda stub=stub: stub)
+        monkeypatch.setattr(fused, "_launcher", lambda _x, stub=stub: stub)
         caplog.clear()
         with caplog.at_level(logging.WARNING), torch.no_grad():
             torch.testing.assert_close(model(x), expected)
@@ -146,7 +162,7 @@ def test_kernels_that_do_not_work_or_say_otherwise_are_not_used(monkeypatch, cap
         assert said in record.getMessage() and "\n" not in record.getMessage()
 
 
-def test_gradients_go_through_operators(launches):
+def test_gradients_go_through_operators(launches, noise):
     tokens = noise(2, 21, 8).requires_grad_()
     with torch.no_grad():
         plan = heirs.plan(tokens[:, 1:], noise(2, 20), FALLING)
@@ -156,7 +172,7 @@ def test_gradients_go_through_operators(launches):
     assert not launches and tokens.grad.abs().sum() > 0
 
 
-def test_a_graph_has_one_operator_for_each_kernel(monkeypatch):
+def test_a_graph_has_one_operator_for_each_kernel(monkeypatch, noise, compiler):
     monkeypatch.setattr(fused, "_CHECKED", Trusted())
     torch._dynamo.reset()
     given, graphs = (noise(2, 20, 12), noise(2, 20, seed=1), noise(2, 21, 24)), []
@@ -174,7 +190,9 @@ def test_a_graph_has_one_operator_for_each_kernel(monkeypatch):
         found = torch.compile(joined, fullgraph=True, backend=backend)(*given)
         expected = joined(*given)
     torch.testing.assert_close(found, expected)
-    assert graphs == [["slim.plan.default", "slim.shares.default", "slim.take_over.default"]]
+    # on a CPU the compiler fuses torch's own
+    own = ["slim.plan.default", "slim.shares.default", "slim.take_over.default"] if compiler == "triton" else []
+    assert graphs == [own]
     program = torch.export.export(Joined(joined), given)
     assert not any("slim" in str(node.target) for node in program.graph.nodes)
 
@@ -204,18 +222,20 @@ class Uncounted:
 
 
 @pytest.mark.parametrize("drops", ["three drops", "eight drops"])
-def test_kernels_keep_a_calibrated_model_within_half_more_than_dense(drops, monkeypatch):
-    """However often patches leave: what a GPU launches, with planning, weights and the life head's own block."""
+def test_kernels_keep_a_calibrated_model_within_half_more_than_dense(drops, monkeypatch, device, compiler):
+    """However often patches leave: all that is launched, with planning, weights and the life head's own block."""
     monkeypatch.setattr(fused, "_CHECKED", Trusted())
-    real = fused._kernels()
-    kernels = {name: Uncounted(getattr(real, name)) for name in ("plan", "shares", "take_over")}
-    monkeypatch.setattr(fused, "_kernels", lambda: SimpleNamespace(ALL=real.ALL, **kernels))
-    model = slimmed(COUNTS[drops], depth=12).to(DEVICE)
+    if compiler == "triton":
+        real = on_cuda().kernels
+        kernels = {name: Uncounted(getattr(real, name)) for name in ("plan", "shares", "take_over")}
+        monkeypatch.setattr(on_cuda(), "kernels", SimpleNamespace(ALL=real.ALL, **kernels))
+    model = slimmed(COUNTS[drops], depth=12).to(device)
     model.configure({"dead": "heir", "redundancy": 2.0, "merge_importance": 0.7, "size_bias": 0.7})
     model.life_head.extend(8, 32)
-    dense, slim = operators(model, None, 2, torch.device(DEVICE))
+    dense, slim = operators(model, None, 2, device)
     parts = {name: part["operators"] for name, part in slim["parts"].items()}
     assert tuple(parts) == PARTS
-    assert parts["plan"] == 2
+    # on a CPU the products of patches are torch's
+    assert parts["plan"] == (2 if compiler == "triton" else 5)
     assert parts["drops"] <= 4 + len(set(COUNTS[drops])) - 1
     assert slim["operators"] <= 1.5 * dense["operators"]

@@ -140,7 +140,8 @@ def _most_like(unit: Tensor, counts: tuple[int, ...]) -> Tensor:
 class Shares(NamedTuple):
     """What tokens become when heirs take over, for all K times at once; see `take_over`.
 
-    `share` (B, P + N, K): the share of each token, when the k-th leave, in the token that it is part of then. `adds`
+    `share` (B, P + N, K): the share of each token, when the k-th leave, in the token that it is part of then, of the
+    tokens' dtype, or in float32 where a kernel adds them. `adds`
     (B, P + N, P + N) is 1 where the token of the column is added to that of the row; None where a kernel adds them, by
     the plan's `heirs` (B, N). `log_size` (B, K + 1, P + N): the logarithm of how many patches a token stands for,
     before any leave and after each time. `rows`, in slim's own ONNX alone: see `slimcli.life.exported`, where `adds` is

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimcli import life as lives
-from slimcli.life.fused import launches_noted
 from slimcli.life.head import LifeHead
+from slimcli.life.launches import launches_noted
 from slimcli.measure.evaluation import describe
 from slimcli.measure.profiling import compared
 from slimcli.slimming import SlimModel
