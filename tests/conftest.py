@@ -25,7 +25,7 @@ from torch import nn
 
 from slimcli import report, train  # noqa: F401
 from slimcli.backbones.timm_families import small_models
-from slimcli.calibration import effort, goal
+from slimcli.calibration import effort, stopwatch
 from slimcli.cli import main
 from slimcli.measure import clock, evaluation
 from slimcli.plugins import find_backbone
@@ -34,7 +34,7 @@ from slimcli.plugins import find_backbone
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # the figures need not be narrow here
-evaluation.MOST_SECONDS, goal.TIMED_SECONDS, clock.LATENCIES = 0.05, 0.2, 4
+evaluation.MOST_SECONDS, stopwatch.TIMED_SECONDS, clock.LATENCIES = 0.05, 0.2, 4
 # nor a life head that is fitted on a few images be good
 effort.STEPS = (24, 1000)
 # nothing that a test writes has to survive a power failure

@@ -259,8 +259,25 @@ def test_calibrate_finds_a_measured_speedup_or_says_that_it_cannot(slim, refused
     words = ["--images", 16, "--limit", 8, "--batch-size", 8]
     report = document(slim("calibrate", "--target-speedup", "1.15", *words, "--json"))
     assert report["chosen"]["gmacs"] < report["rows"][0]["gmacs"]
+    reached = report["reached"]
+    assert reached["where"] == "with 8 images in torch on this device"
+    assert reached["enough"] == (reached["speedup"] >= 1.15)
     line = refused("calibrate", "--target-speedup", "50", *words)
     assert "50 cannot be reached" in line
+    line = refused("calibrate", "--keep-rate", "0.7", "--runtime", "onnx", *words)
+    assert "--runtime onnx: is where a speed-up is measured: give --target-speedup too" in line
+    line = refused("calibrate", "--target-speedup", "1.1", "--runtime", "onyx:int8", *words)
+    assert "no runtime is called 'onyx'" in line
+    line = refused("calibrate", "--target-speedup", "1.1", "--runtime", "torch:int4", *words)
+    assert "the runtime torch has no int4" in line
+
+
+def test_calibrate_reaches_a_speedup_in_another_runtime(slim):
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    words = ["--images", 16, "--limit", 8, "--batch-size", 8, "--runtime", "onnx:int8"]
+    report = document(slim("calibrate", "--target-speedup", "1.02", *words, "--json"))
+    assert report["reached"]["where"] == "with 8 images in onnx int8 on this device"
+    assert report["chosen"]["gmacs"] < report["rows"][0]["gmacs"]
 
 
 def test_calibrate_counts_the_classes_and_takes_a_folder_without_splits(slim, tiny_recipe, photographs):

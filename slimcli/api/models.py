@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimcli.api.batches import BATCH, Images, batches_of, check_batch_size, place_of, take, twin
 from slimcli.calibration import search, workflow
+from slimcli.calibration.by_time import Reached
 from slimcli.calibration.judge import Candidate
 from slimcli.calibration.observe import candidate_life_layers, fewest_checked, images_that_fit, share_out, split
 from slimcli.device import DTYPES
@@ -47,6 +48,8 @@ class Calibration:
     held_out: int
     #: what is worth knowing of the images, such as files that were skipped
     notes: tuple[str, ...] = ()
+    #: how fast the model was measured to be, where a speed-up was asked for
+    reached: Reached | None = None
 
     @property
     def chosen(self) -> Candidate:
@@ -107,6 +110,7 @@ def calibrate_model(
     keep_rate: KeepRates = None,
     target_flops: float | None = None,
     target_speedup: float | None = None,
+    runtime: str | None = None,
     keep_schedule: bool = False,
     purpose: str = "class",
     num_images: int = 1024,
@@ -128,6 +132,7 @@ def calibrate_model(
         keep_rate: the cost to reach: that of this keep rate at three layers; several: what serves all of them.
         target_flops: the cost to reach instead, in G multiply-adds an image.
         target_speedup: the speed-up to reach instead, measured on this device with batches of the images' size.
+        runtime: where that is measured, NAME[:PRECISION]; by default torch, and on CUDA a CUDA graph.
         keep_schedule: keep where patches leave and only teach the life head.
         purpose: what is to stay as the dense model has it: "class", its output; "patches", all patch features; "both".
         num_images: how many images to fit on, as far as memory holds them.
@@ -141,8 +146,7 @@ def calibrate_model(
     """
     if not isinstance(model, LifeModel):
         raise SlimError(f"model: {_kind(model)} has no life head to calibrate: expected a model of slim() or load()")
-    rates = keep_rates_of(keep_rate)
-    goal = workflow.Goal(target_flops, target_speedup, rates or (), keep_schedule, purpose)
+    goal = workflow.Goal(target_flops, target_speedup, keep_rates_of(keep_rate) or (), keep_schedule, purpose, runtime)
     if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < FEWEST_IMAGES:
         raise SlimError(f"num_images = {num_images!r}: expected a whole number of at least {FEWEST_IMAGES}")
     where, precision = place_of(model, device, precision)
@@ -153,13 +157,8 @@ def calibrate_model(
         raise SlimError(f"images: gave fewer than {FEWEST_IMAGES}: expected some hundred")
     fit_on, check_on = split(taken, share_out(count, given, fewest=fewest_checked(model))[0])
     done = _calibrate(model, goal, fit_on, check_on, len(taken[0][0]), where, DTYPES[precision], seed, progress)
-    return Calibration(
-        tuple(done.tried),
-        done.paper,
-        sum(len(batch) for batch, _ in fit_on),
-        sum(len(batch) for batch, _ in check_on),
-        tuple(notes),
-    )
+    fitted, checked = (sum(len(batch) for batch, _ in part) for part in (fit_on, check_on))
+    return Calibration(tuple(done.tried), done.paper, fitted, checked, tuple(notes), done.reached)
 
 
 def evaluate_model(

@@ -1,19 +1,16 @@
-"""Fewer drops, to counts that suit the device, where they are faster: measured in the runtime that will be used."""
+"""Schedules by the time that they take in the runtime that will be used: fewer drops, and a speed-up reached."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import partial
-
-import torch
+from dataclasses import replace
+from typing import NamedTuple
 
 from slimcli.calibration.goal import Cost
 from slimcli.calibration.judge import Candidate, Ranking
-from slimcli.device import DTYPES
-from slimcli.measure import clock
-from slimcli.measure.profiling import random_images
-from slimcli.runtimes import Conversion, Forward, find_runtime
+from slimcli.calibration.stopwatch import Stopwatch
+from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel
 
@@ -21,6 +18,9 @@ from slimcli.slimming import LifeModel
 MULTIPLE, MOST_DROPS = 8, 3
 #: what is faster by less than this is not worth what it gives up
 WORTH = 1.03
+#: how often a schedule is measured on the way to a speed-up; how far above it is near enough; and how much less time
+#: than it stands for is aimed at, since measurements differ
+MEASURED, CLOSE, SAFE = 5, 1.02, 0.995
 
 
 def coarser(model: LifeModel, schedule: Schedule, goal: Cost) -> Schedule | None:
@@ -57,44 +57,88 @@ def choose_by_time(
     attempt: Callable[[Schedule, Ranking], Candidate | None],
     best: Candidate,
     goal: Cost,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    stopwatch: Stopwatch,
 ) -> tuple[Candidate, list[str]]:
-    """The best candidate, or a coarser one where that is faster with `batch_size` images; and what to tell a user.
-
-    Times are of CUDA graphs on CUDA, and of torch elsewhere.
-    """
+    """The best candidate, or a coarser one where that is faster; and what to tell a user. The model is left with it."""
     schedule = coarser(model, best.schedule, goal)
     other = None if schedule is None else attempt(schedule, best.ranking)
     candidates = [best] if other is None else [best, other]
-    runtime = find_runtime("cuda-graph" if device.type == "cuda" else "torch")
-    precision = next(name for name, known in DTYPES.items() if known == dtype)
-    programs = []
-    with model.running():
-        for candidate in (None, *candidates):
-            if candidate is not None:
-                attempt(candidate.schedule, candidate.ranking)
-            forward = Forward(model, dense=candidate is None)
-            programs.append(runtime.prepare(forward, Conversion(precision, device=device)))
-    images = random_images(model, batch_size, device, torch.float32)
-    times = clock.interleave([partial(program.run, images) for program in programs], device, 7, 1.0)
-    for program in programs:
-        program.close()
-    faster = [clock.speedup(times[0], taken) for taken in times[1:]]
-    where = f"with {batch_size} image{'s' * (batch_size > 1)} in {runtime.name} on this device"
+    faster = []
+    for candidate in candidates:
+        attempt(candidate.schedule, candidate.ranking)
+        faster.append(stopwatch.speedup(model))
     notes = []
     chosen = 0
     if other is not None and faster[1] > WORTH * faster[0]:
         chosen = 1
         notes.append(
-            f"{where} {_drops(model, other.schedule)} drops to tokens in {MULTIPLE}s are {faster[1]:.2f} times as fast "
-            f"as dense, and {_drops(model, best.schedule)} drops {faster[0]:.2f} times: taken, giving up "
+            f"{stopwatch.where} {_drops(model, other.schedule)} drops to tokens in {MULTIPLE}s are {faster[1]:.2f} "
+            f"times as fast as dense, and {_drops(model, best.schedule)} drops {faster[0]:.2f} times: taken, giving up "
             f"{best.agreement - other.agreement:.2f} points of agreement with the dense model"
         )
-    if faster[chosen] < 1:
+    if faster[chosen] < 1 and stopwatch.target is None:
         notes.append(
-            f"{where} the slimmed model takes {1 / faster[chosen]:.2f} times as long as the dense one: what it saves "
-            "does not pay here: run the dense model, larger batches, or ask for a lower cost"
+            f"{stopwatch.where} the slimmed model takes {1 / faster[chosen]:.2f} times as long as the dense one: what "
+            "it saves does not pay here: run the dense model, larger batches, or ask for a lower cost"
         )
+    attempt(candidates[chosen].schedule, candidates[chosen].ranking)
     return candidates[chosen], notes
+
+
+class Reached(NamedTuple):
+    """How many times as fast as the dense model a schedule is, where that was measured, and whether it is enough."""
+
+    speedup: float
+    where: str
+    enough: bool
+
+    def __str__(self) -> str:
+        missed = "" if self.enough else ": what was asked for was not reached"
+        return f"{self.speedup:.2f} times as fast as the dense model {self.where}{missed}"
+
+
+def reach(
+    model: LifeModel,
+    attempt: Callable[[Schedule, Ranking], Candidate | None],
+    best: Candidate,
+    stopwatch: Stopwatch,
+    progress: Progress = no_progress,
+) -> tuple[Candidate, Reached]:
+    """The candidate with as many patches as the stopwatch's target allows, the form of its fall kept; how fast it is.
+
+    Between a schedule that is too slow and one that is fast enough, time is taken for linear in multiply-adds. The
+    model is left with what is found.
+    """
+    target, dense = stopwatch.target or 1.0, model.cost(None)
+    # multiply-adds, and seconds beside those of the dense model: the dearest that is fast enough, and what is too slow
+    slow, fast = (float(dense), 1.0), None
+    found, cost = best, float(model.multiply_adds(best.schedule))
+    for done in range(MEASURED):
+        progress("measuring speed", done, MEASURED)
+        schedule = best.schedule if done == 0 else model.at_cost(best.schedule, cost)
+        if schedule is None:
+            break
+        model.schedule = schedule
+        cost, faster = float(model.multiply_adds(schedule)), stopwatch.speedup(model)
+        if faster >= target:
+            if fast is None or cost > fast[0]:
+                fast, found, reached = (cost, 1 / faster), replace(best, schedule=schedule), faster
+            if faster <= CLOSE * target:
+                break
+        else:
+            slow = cost, 1 / faster
+        cost = _between(slow, fast, 1 / target, dense)
+    progress("measuring speed", 1, 1)
+    if fast is None:
+        found, reached = replace(best, schedule=model.schedule), 1 / slow[1]
+    measured = attempt(found.schedule, found.ranking) or found
+    return measured, Reached(round(reached, 3), stopwatch.where, fast is not None)
+
+
+def _between(slow: tuple[float, float], fast: tuple[float, float] | None, seconds: float, dense: float) -> float:
+    """Multiply-adds that take so many seconds, by the line through two measurements, or through the dense model."""
+    one, other = (slow, fast) if fast is not None else ((dense, 1.0), slow)
+    slope = (one[1] - other[1]) / (one[0] - other[0]) if one[0] != other[0] else 0.0
+    if slope <= 0:  # noise: fewer multiply-adds were not faster
+        return 0.9 * other[0]
+    return max(0.0, other[0] + (SAFE * seconds - other[1]) / slope)

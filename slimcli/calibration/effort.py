@@ -36,9 +36,17 @@ def tokens_of(model: SlimModel) -> int:
 
 
 def plan(
-    model: SlimModel, layers: Sequence[int], keeps_schedule: bool, num_images: int, purpose: str = "class"
+    model: SlimModel,
+    layers: Sequence[int],
+    keeps_schedule: bool,
+    num_images: int,
+    purpose: str = "class",
+    target: float | None = None,
 ) -> list[Step]:
-    """The steps of a calibration, and about how long each takes beside a batch that the life head is taught with."""
+    """The steps of a calibration, and about how long each takes beside a batch that the life head is taught with.
+
+    With a `target`, that speed-up is to be reached.
+    """
     steps = fit_steps(num_images)
     searched = not keeps_schedule
     brief = brief_steps(steps, tokens_of(model), len(layers))
@@ -49,4 +57,5 @@ def plan(
         *([Step("fitting the life head that was chosen", steps)] if searched else []),
         Step("searching who should leave first", SEARCHING * num_images),
         *([Step("choosing how patches come back", OBSERVING * num_images)] if purpose != "class" else []),
+        *([Step("measuring speed", SEARCHING * num_images)] if target is not None else []),
     ]

@@ -5,21 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-from torch import Tensor
-
+from slimcli.calibration.stopwatch import Stopwatch
 from slimcli.errors import SlimError, parameter
-from slimcli.measure import clock
-from slimcli.measure.evaluation import Variant
-from slimcli.measure.profiling import random_images
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Schedule, default_drop_layers, default_life_layer, falling_counts
 from slimcli.slimming import LifeModel, SlimModel
-
-#: seconds for which a keep rate is timed, about
-TIMED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,48 +43,28 @@ def falling_schedule(model: SlimModel, goal: Cost, life_layer: int, power: float
     return schedule(high)
 
 
-def cost_for_speedup(
-    model: SlimModel,
-    target: float,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress = no_progress,
-) -> float:
-    """Multiply-adds of the keep rate at which the model runs `target` times faster than dense, measured here."""
-    depth = model.backbone.depth
+def cost_for_speedup(model: SlimModel, stopwatch: Stopwatch, progress: Progress = no_progress) -> float:
+    """Multiply-adds at which the model may run as fast as the stopwatch's target: `by_time.reach` finds them out.
+
+    Time is taken for linear in multiply-adds, between the dense model and the steepest schedule of three drops.
+
+    Raises:
+        SlimError: where that one is not fast enough.
+    """
+    depth, target = model.backbone.depth, stopwatch.target or 1.0
     life_layer = default_life_layer(depth)
-    images = random_images(model, batch_size, device, dtype)
-    low, high = 0.05, 1.0
-    rounds = 7
-    for done in range(rounds):
-        progress("measuring speed", done, rounds)
-        rate = (low + high) / 2 if done else low
-        schedule = Schedule.uniform(depth, rate, life_layer, default_drop_layers(depth, life_layer))
-        faster = measured_speedup(model, schedule, images, device)
-        if not done and faster < target:
-            raise SlimError(
-                f"a speed-up of {target:g} cannot be reached: with nearly all patches dropped after block "
-                f"{life_layer} it is {faster:.2f} on this device"
-            )
-        low, high = (rate, high) if faster >= target else (low, rate)
+    progress("measuring speed", 0, 1)
+    steepest = Schedule.uniform(depth, 0.05, life_layer, default_drop_layers(depth, life_layer))
+    with model.running(schedule=steepest):
+        faster = stopwatch.speedup(model)
+    if faster < target:
+        raise SlimError(
+            f"a speed-up of {target:g} cannot be reached: with nearly all patches dropped after block "
+            f"{life_layer} it is {faster:.2f} {stopwatch.where}"
+        )
     progress("measuring speed", 1, 1)
-    return model.multiply_adds(Schedule.uniform(depth, low, life_layer, default_drop_layers(depth, life_layer)))
-
-
-@torch.inference_mode()
-def measured_speedup(model: SlimModel, schedule: Schedule, images: Tensor, device: torch.device) -> float:
-    """Dense seconds over slimmed seconds on `images`, the median of interleaved rounds."""
-    model.eval()
-    variants = [Variant(None), Variant(schedule)]
-
-    def run(variant: Variant) -> Tensor:
-        variant.set(model)
-        return model.logits(images)
-
-    with model.running():
-        times = clock.interleave([partial(run, variant) for variant in variants], device, 5, TIMED_SECONDS)
-    return clock.speedup(*times)
+    dense, least = model.cost(None), model.multiply_adds(steepest)
+    return dense - (dense - least) * (1 - 1 / target) / (1 - 1 / faster) if target > 1 else dense
 
 
 def paper_schedule(model: LifeModel, goal: Cost) -> Schedule | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from slimcli.calibration.by_time import choose_by_time
+from slimcli.calibration.by_time import Reached, choose_by_time, reach
 from slimcli.calibration.effort import brief_steps, fit_steps, plan, tokens_of
 from slimcli.calibration.fit import Fitted, fit, head_widths
 from slimcli.calibration.goal import Cost, check_cost, falling_schedule, paper_schedule
@@ -25,6 +25,7 @@ from slimcli.calibration.judge import (
 )
 from slimcli.calibration.observe import candidate_life_layers, observe
 from slimcli.calibration.patches import choose_way
+from slimcli.calibration.stopwatch import Stopwatch
 from slimcli.errors import SlimError
 from slimcli.layout import packed
 from slimcli.progress import Progress, Steps, no_progress
@@ -69,6 +70,8 @@ class Calibration:
     paper: Candidate | None = None
     #: what a user should know of the time that was measured
     notes: list[str] = field(default_factory=list)
+    #: how fast it was measured to be, where a speed-up was asked for
+    reached: Reached | None = None
     #: every way of putting patches back that was looked at, the chosen one first
     ways: list[PatchError] = field(default_factory=list)
 
@@ -111,14 +114,15 @@ def fit_and_search(
     dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
     others: Sequence[Cost] = (),
-    timed_with: int = 0,
+    stopwatch: Stopwatch | None = None,
     purpose: str = "class",
 ) -> Calibration:
     """Teach the life head, find how patches should leave, and leave the model with the best of it.
 
     For a cost, life layer and N_t are searched, and the model's `exact_savings` set; a schedule is kept. A form of the
     fall that is to serve `others`, lower costs, too is judged at all of them.
-    With `timed_with` images a batch, fewer drops are taken for one cost where they are faster here.
+    With a `stopwatch`, fewer drops are taken for one cost where they are faster there, and as many patches as its
+    target allows.
     `purpose`, one of `PURPOSES`, is what candidates are judged by; for patches, how they come back is chosen too.
     `fit_on` are the images to fit on, `check_on` others to compare the candidates on; labels are not used.
     """
@@ -127,7 +131,7 @@ def fit_and_search(
     model = model.to(device, dtype).eval()
     with packed(model.model):
         return _calibrated(
-            model, goal, fit_on, check_on, num_images, device, dtype, progress, others, timed_with, purpose
+            model, goal, fit_on, check_on, num_images, device, dtype, progress, others, stopwatch, purpose
         )
 
 
@@ -141,24 +145,20 @@ def _calibrated(
     dtype: torch.dtype,
     progress: Progress,
     others: Sequence[Cost],
-    timed_with: int,
+    stopwatch: Stopwatch | None,
     purpose: str,
 ) -> Calibration:
     model.mode = "hard"
     model.life_head.correct(None)
     model.life_head.extend(*head_widths(model))
-    if not isinstance(goal, Schedule):
-        # costs are those of patches compared with each other
-        SPACES[purpose].start.set(model)
-        # at a given cost, what it saves keeps more patches; nothing of it is saved where all patches are asked for
-        model.exact_savings = purpose == "class"
-        layers = candidate_life_layers(model.backbone.depth)
-        check_cost(model, min(cost.multiply_adds for cost in (goal, *others)), layers)
-        if goal.multiply_adds >= model.cost(None):
-            goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
-    layers, steps = (goal.life_layer,) if isinstance(goal, Schedule) else layers, fit_steps(num_images)
+    goal, layers = _layers(model, goal, others, purpose)
+    steps = fit_steps(num_images)
     brief = brief_steps(steps, tokens_of(model), len(layers))
-    work, fitted = Steps(progress, plan(model, layers, isinstance(goal, Schedule), num_images, purpose), True), {}
+    target = None if stopwatch is None else stopwatch.target
+    work, fitted = (
+        Steps(progress, plan(model, layers, isinstance(goal, Schedule), num_images, purpose, target), True),
+        {},
+    )
     with work.step() as part:
         observed = observe(model, fit_on, layers, device, dtype, part, num_images)
     for layer in layers:
@@ -181,8 +181,8 @@ def _calibrated(
         tried += _attempt_all(attempt, [(goal, PLAIN)])
     tried = [*sorted(tried, key=_apart), *compared]
     notes: list[str] = []
-    if timed_with and not isinstance(goal, Schedule) and not others and tried[0].schedule.drops_patches():
-        best, notes = choose_by_time(model, attempt, tried[0], goal, timed_with, device, dtype)
+    if stopwatch and not isinstance(goal, Schedule) and not others and tried[0].schedule.drops_patches():
+        best, notes = choose_by_time(model, attempt, tried[0], goal, stopwatch)
         tried = tried if best is tried[0] else [best, *tried]
     paper = None if isinstance(goal, Schedule) else _paper(attempt, goal)
     attempt(tried[0].schedule, tried[0].ranking)
@@ -190,7 +190,27 @@ def _calibrated(
     if purpose != "class":
         with work.step() as part:
             found.restore(model, goal, attempt, fit_on, device, dtype, part)
+    if stopwatch is not None and target is not None:
+        with work.step() as part:
+            found.tried[0], found.reached = reach(model, attempt, found.tried[0], stopwatch, part)
     return found
+
+
+def _layers(
+    model: LifeModel, goal: Schedule | Cost, others: Sequence[Cost], purpose: str
+) -> tuple[Schedule | Cost, Sequence[int]]:
+    """The goal, a schedule where a cost is that of the dense model, and the life layers to fit heads for."""
+    if not isinstance(goal, Schedule):
+        # costs are those of patches compared with each other
+        SPACES[purpose].start.set(model)
+        # at a given cost, what it saves keeps more patches; nothing of it is saved where all patches are asked for
+        model.exact_savings = purpose == "class"
+        layers = candidate_life_layers(model.backbone.depth)
+        check_cost(model, min(cost.multiply_adds for cost in (goal, *others)), layers)
+        if goal.multiply_adds < model.cost(None):
+            return goal, layers
+        goal = Schedule.uniform(model.backbone.depth, 1.0, model.schedule.life_layer, ())
+    return goal, (goal.life_layer,)
 
 
 @dataclass

@@ -28,12 +28,16 @@ from slimcli.calibration.observe import (
 )
 from slimcli.calibration.search import Calibration, fit_and_search
 from slimcli.calibration.smaller import SmallerImage, smaller_images
+from slimcli.calibration.stopwatch import Stopwatch, usual_place
 from slimcli.errors import SlimError, parameter
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluation import agreement, evaluate, first_images
 from slimcli.measure.rows import Row
 from slimcli.progress import Progress, Step, Steps, no_progress
 from slimcli.recipe import Recipe
+from slimcli.runtimes import find_runtime
+from slimcli.runtimes.base import CPU
+from slimcli.runtimes.measuring import Place
 from slimcli.schedule import Schedule
 from slimcli.session.session import Session
 from slimcli.slimming import SlimModel
@@ -50,7 +54,8 @@ class Goal:
 
     `flops` is in G multiply-adds an image; `speedup` is measured on the device; `keep_rates` stand for their cost at
     three layers. With `keep_schedule` patches leave where they do, and only the life head is taught. `purpose`, one of
-    `PURPOSES`, is what is to stay as the dense model has it.
+    `PURPOSES`, is what is to stay as the dense model has it. `runtime`, NAME[:PRECISION], is where the speed-up is
+    measured; None: torch, and on CUDA a CUDA graph.
     """
 
     flops: float | None = None
@@ -58,6 +63,7 @@ class Goal:
     keep_rates: Sequence[float] = ()
     keep_schedule: bool = False
     purpose: str = "class"
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         if self.purpose not in PURPOSES:
@@ -66,6 +72,13 @@ class Goal:
         check_target("target_speedup", self.speedup)
         goals = {"target_flops": self.flops, "target_speedup": self.speedup, "keep_rate": self.keep_rates or None}
         given = [parameter(name) for name, value in goals.items() if value is not None]
+        if self.runtime is not None:
+            if self.speedup is None:
+                raise SlimError(
+                    f"{parameter('runtime', self.runtime)}: is where a speed-up is measured: give "
+                    f"{parameter('target_speedup')} too"
+                )
+            self.place(CPU, torch.float32, here=False)
         if len(given) > 1:
             raise SlimError(f"{' and '.join(given)} are two goals: choose one")
         if self.keep_schedule and (self.flops is not None or self.speedup is not None):
@@ -76,6 +89,17 @@ class Goal:
             raise SlimError(
                 f"{parameter('keep_schedule')} takes one keep rate: the head that is fitted serves the others too"
             )
+
+    def place(self, device: torch.device, dtype: torch.dtype, here: bool = True) -> Place:
+        """Where a speed-up is measured; `SlimError` where it cannot be, `here`: on this device."""
+        if self.runtime is None:
+            return usual_place(device, dtype)
+        name, _, precision = self.runtime.partition(":")
+        runtime = find_runtime(name)
+        runtime.require(precision or "float32")
+        if here:
+            runtime.require_device(device)
+        return Place(runtime, precision or "float32", device)
 
     @property
     def several(self) -> list[float]:
@@ -111,7 +135,9 @@ class Calibrated:
     @property
     def notes(self) -> list[str]:
         """What a user should know: what was given up for speed, and where a smaller image would do as well."""
-        return [*self.found.notes, *(image.note for image in self.smaller if image.note is not None)]
+        reached = self.found.reached
+        missed = [str(reached)] if reached is not None and not reached.enough else []
+        return [*missed, *self.found.notes, *(image.note for image in self.smaller if image.note is not None)]
 
     def document(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -129,6 +155,7 @@ class Calibrated:
             "after": self.report["after"],
             "rows": self.rows,
             "notes": self.notes,
+            "reached": None if self.found.reached is None else self.found.reached._asdict(),
             "smaller_images": self.smaller,
         }
 
@@ -157,6 +184,7 @@ def calibrate_session(session: Session, goal: Goal, images: int = 1024, progress
         SlimError: where the goal cannot be reached, or the target comes without data.
     """
     model, device, dtype = session.model, session.device, session.dtype
+    goal.place(device, dtype)
     shown = session.images(val_limit=session.data.val_limit or REPORTED)
     batch = batch_size(session)
     fit_on, check_on, count = images_to_fit(session, images, images // 4, batch)
@@ -229,7 +257,7 @@ def images_to_fit(session: Session, wanted: int, checked: int, batch: int) -> tu
 def goal_steps(model: SlimModel, goal: Goal, count: int) -> list[Step]:
     """The steps of `fit_to_goal` on `count` images, and about how long each takes."""
     layers = (0,) if goal.keep_schedule else candidate_life_layers(model.backbone.depth)
-    fits = plan(model, layers, goal.keep_schedule, count, goal.purpose)
+    fits = plan(model, layers, goal.keep_schedule, count, goal.purpose, goal.speedup)
     weight = sum(step.weight for step in fits)
     speed = [Step("measuring speed", 0.3 * weight)] if goal.speedup is not None else []
     return [*speed, Step("calibrating", weight, len(fits))]
@@ -251,16 +279,23 @@ def fit_to_goal(
     A speed-up is measured with `batch_size` images. The model is left on `device` in `dtype`.
     """
     cost = None
-    if goal.speedup is not None:
-        with work.step() as part:
-            cost = cost_for_speedup(model, goal.speedup, batch_size, device, dtype, part)
-    sought, others = aim(model, goal, cost)
-    # where launches take the time, and not the arithmetic, it has to be measured
-    timed = batch_size if device.type == "cuda" or batch_size == 1 else 0
-    count = sum(len(images) for images, _ in fit_on)
-    with work.step() as part, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return fit_and_search(model, sought, fit_on, check_on, count, device, dtype, part, others, timed, goal.purpose)
+    stopwatch = Stopwatch(goal.place(device, dtype), batch_size, goal.speedup)
+    try:
+        if goal.speedup is not None:
+            with work.step() as part:
+                cost = cost_for_speedup(model, stopwatch, part)
+        sought, others = aim(model, goal, cost)
+        # where launches take the time, and not the arithmetic, it has to be measured
+        measured = goal.speedup is not None or device.type == "cuda" or batch_size == 1
+        timed = stopwatch if measured else None
+        count = sum(len(images) for images, _ in fit_on)
+        with work.step() as part, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return fit_and_search(
+                model, sought, fit_on, check_on, count, device, dtype, part, others, timed, goal.purpose
+            )
+    finally:
+        stopwatch.close()
 
 
 def aim(model: SlimModel, goal: Goal, cost_of_speedup: float | None = None) -> tuple[Cost | Schedule, list[Cost]]:

@@ -14,6 +14,7 @@ from slimcli.cli.options import (
     common_options,
     data_option,
     dead_option,
+    goal_options,
     limit_option,
     purpose_option,
     set_option,
@@ -25,8 +26,7 @@ from slimcli.cli.options import (
 @click.command("calibrate")
 @click.argument("target", required=False)
 @target_options
-@click.option("--target-flops", type=float, metavar="G", help="Cost to reach, in G multiply-adds an image.")
-@click.option("--target-speedup", type=float, metavar="X", help="Speed-up to reach, measured on this device.")
+@goal_options
 @click.option(
     "--keep-rate",
     "keep_rates",
@@ -53,6 +53,7 @@ def command(
     target: str | None,
     target_flops: float | None,
     target_speedup: float | None,
+    runtime: str | None,
     keep_rates: list[float] | None,
     keep_schedule: bool,
     purpose: str,
@@ -77,7 +78,7 @@ def command(
     from slimcli.store.run_folder import RECIPE, point_latest
 
     display = Display(as_json)
-    goal = Goal(target_flops, target_speedup, keep_rates or (), keep_schedule, purpose)
+    goal = Goal(target_flops, target_speedup, keep_rates or (), keep_schedule, purpose, runtime)
     embedded = target is None and asked["model"] is None
     request = Request("calibrate", target, overrides, embedded=embedded, default_dead="heir", **asked)
     if output is not None:

@@ -132,6 +132,21 @@ def target_options(command: F) -> F:
     return command
 
 
+def goal_options(command: F) -> F:
+    """--target-flops, --target-speedup, and the --runtime in which that is measured."""
+    for option in (
+        click.option(
+            "--runtime",
+            metavar="NAME[:PRECISION]",
+            help="Where that is measured: onnx:int8, openvino, ...  [default: torch; on CUDA cuda-graph]",
+        ),
+        click.option("--target-speedup", type=float, metavar="X", help="Speed-up to reach, measured on this device."),
+        click.option("--target-flops", type=float, metavar="G", help="Cost to reach, in G multiply-adds an image."),
+    ):
+        command = option(command)
+    return command
+
+
 def refuse_given(reason: str, *names: str) -> None:
     """`SlimError` with `reason` if one of these parameters stands on the command line."""
     context = click.get_current_context()

@@ -129,6 +129,8 @@ def print_calibration(display: Display, done: Calibrated) -> None:
     print_agreement(display, done)
     conditions = done.session.conditions(done.batch_size)
     across(display, done.rows, f"on {done.rows[0].images} validation images; {conditions}")
+    if done.found.reached is not None and done.found.reached.enough:
+        display.line(str(done.found.reached))
 
 
 def print_candidates(display: Display, done: Calibrated) -> None:

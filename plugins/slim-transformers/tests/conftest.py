@@ -18,7 +18,7 @@ def slim(tmp_path, monkeypatch):
     # the page that ends a training takes longer than the training; figures need not be narrow, nor a head be good
     monkeypatch.setattr("slimcli.report.report_of_training", lambda *_args: "no report in a test")
     monkeypatch.setattr("slimcli.measure.evaluation.MOST_SECONDS", 0.05)
-    monkeypatch.setattr("slimcli.calibration.goal.TIMED_SECONDS", 0.2)
+    monkeypatch.setattr("slimcli.calibration.stopwatch.TIMED_SECONDS", 0.2)
     monkeypatch.setattr("slimcli.calibration.effort.STEPS", (24, 1000))
     monkeypatch.setattr("slimcli.measure.clock.LATENCIES", 4)
     monkeypatch.chdir(tmp_path)
