@@ -102,6 +102,12 @@ def slow_heirs(model, image):
     return backbone.head(tokens[None], sizes.log()[None])[0]
 
 
+@pytest.fixture
+def by_operators(monkeypatch):
+    """Costs are of operators: kernels find out the same by other products."""
+    monkeypatch.setattr(fused, "ALLOWED", False)
+
+
 def taught(model, redundancy=2.0):
     """A head with a projection and a block that adds to it, as a calibration leaves it."""
     model.life_head.extend(8, 32)
@@ -129,9 +135,8 @@ def test_heirs_take_over_before_the_queries_of_a_patchs_last_block(kind, redunda
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["class token", "four registers"])
-def test_the_cost_formula_counts_what_heirs_cost(kind, monkeypatch):
-    # of the operators: kernels find out the same by fewer products
-    monkeypatch.setattr(fused, "ALLOWED", False)
+@pytest.mark.usefixtures("by_operators")
+def test_the_cost_formula_counts_what_heirs_cost(kind):
     model = slimmed(COUNTS, **SHAPES[kind])
     model.dead = "heir"
     taught(model)
@@ -154,6 +159,7 @@ def test_planning_leaves_the_gradient_to_the_score():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("by_operators")
 def test_where_a_block_runs_whole_heirs_take_over_after_it():
     model = slimmed(COUNTS)
     model.dead = "heir"
