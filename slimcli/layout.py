@@ -58,10 +58,10 @@ class PackedLinear(nn.Linear):
         if not self._can_pack(x):
             return F.linear(x, self.weight if whole else self.weight[first:last], bias)
         found = self._packs.get((first, last))
-        if found is None or found.version != _version(self.weight) or not _same_memory(found.source, self.weight):
+        if found is None or found.version != version(self.weight) or not _same_memory(found.source, self.weight):
             part = self.weight.detach()[first:last].contiguous()
             blocks = torch.ops.mkldnn._reorder_linear_weight(part)
-            found = self._packs[first, last] = Packed(blocks, self.weight.detach(), _version(self.weight))
+            found = self._packs[first, last] = Packed(blocks, self.weight.detach(), version(self.weight))
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, found.blocks, bias, "none", [], "")
         return product
 
@@ -100,8 +100,8 @@ class PackedLinear(nn.Linear):
         return sum((last - first) * self.in_features * self.weight.element_size() for first, last in self._packs)
 
 
-def _version(weight: Tensor) -> int:
-    # a tensor made in inference mode has no version
+def version(weight: Tensor) -> int:
+    """How often a weight was changed in place; a tensor made in inference mode has no version: -1."""
     return -1 if weight.is_inference() else weight._version
 
 

@@ -1,5 +1,6 @@
 """The life head and soft weights: the specification's equations."""
 
+import copy
 import itertools
 import math
 
@@ -230,3 +231,44 @@ def test_weights_bring_their_projection_and_their_block():
     assert torch.equal(plain.context.qkv.weight, taught.context.qkv.weight)
     plain.load_state_dict(random_head().state_dict())
     assert (plain.similarity_dim, plain.context_dim) == (0, 0)
+
+
+def _blended(seed):
+    """A head whose norms, projection and block all say something."""
+    head = LifeHead(16)
+    head.extend(8, 32)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in head.parameters():
+        with torch.no_grad():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_normalised_once_say_what_each_norm_would_say(dtype):
+    """Whatever became of the weights since they were folded."""
+    head, tokens = _blended(0).to(dtype), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+
+    def check(head):
+        expected = head.read(tokens.to(head.query.weight.dtype), 1)
+        with torch.no_grad():
+            found = head.read(tokens.to(head.query.weight.dtype), 1)
+        assert head._kept is not None
+        torch.testing.assert_close(*((score - score.mean(1, keepdim=True)) for score, _ in (found, expected)), **near)
+        torch.testing.assert_close(found[1], expected[1], **near)
+
+    check(head)
+    other = copy.deepcopy(head)
+    check(other)
+    with torch.no_grad():
+        head.norm.weight.mul_(-2)
+    check(head)
+    check(other)
+    head.load_state_dict(_blended(2).to(dtype).state_dict())
+    check(head)
+    head.load_state_dict(_blended(3).to(dtype).state_dict(), assign=True)
+    check(head)
+    check(head.to(torch.bfloat16).to(dtype))
+    head.extend(8, 0)
+    assert head.read(tokens, 1)[1].shape == (2, 8, 8)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimcli.layout import has_hooks, is_plain_linear
+from slimcli.layout import has_hooks, is_plain_linear, version
 from slimcli.life.correction import Correction
 from slimcli.life.lives import exports_to_onnx, normalise_life
+from slimcli.life.tables import records
 
 #: channels of an attention head in the life head's own transformer block
 HEAD_CHANNELS = 32
@@ -89,10 +91,31 @@ class Context(nn.Module):
         return found
 
 
-def _folded(layer: nn.Linear, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What a linear layer says of LayerNorm's output, for x (..., D) as it is before the norm's own weight and bias."""
-    bias = layer.weight @ norm.bias
-    return F.linear(x, layer.weight * norm.weight, bias if layer.bias is None else bias + layer.bias)
+def _folded(layer: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float32, with which a linear layer says of normalised tokens what it says of LayerNorm's output.
+
+    Normalised is what is to be multiplied with the norm's own weight, and added to its bias.
+    """
+    weight = layer.weight.float()
+    bias = weight @ norm.bias.float()
+    return weight * norm.weight.float(), bias if layer.bias is None else bias + layer.bias.float()
+
+
+class _Folded(NamedTuple):
+    """What reads tokens that were normalised once: weights and biases of `LifeHead` with those of its norms in them."""
+
+    query: tuple[Tensor, Tensor]
+    key: Tensor
+    features: tuple[Tensor, Tensor]
+    reduce: tuple[Tensor, Tensor]
+
+
+class _Kept(NamedTuple):
+    """Folded weights, and what they were made of, which keeps its memory: nothing else comes to lie there."""
+
+    folded: _Folded
+    sources: list[Tensor]
+    state: list[tuple[int, int]]
 
 
 def normalised(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -123,6 +146,7 @@ class LifeHead(nn.Module):
             nn.init.trunc_normal_(projection.weight, std=0.02)
         self.similarity: Similarity | None = None
         self.context: Context | None = None
+        self._kept: _Kept | None = None
         #: what the features of patches that left lack, where that was learnt
         self.correction: Correction | None = None
 
@@ -176,7 +200,7 @@ class LifeHead(nn.Module):
         Both are float32. The paper's product is folded, s_i = (W_k^T W_q h_0) . h_i, which costs 2 D^2 + N D
         multiply-adds an image.
         """
-        if exports_to_onnx() and compare and self._shares_a_norm:
+        if compare and self._shares_a_norm and self._may_fold():
             return self._read_folded(tokens, num_prefix_tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             h = normalised(tokens, self.norm)
@@ -206,22 +230,47 @@ class LifeHead(nn.Module):
         norms = (self.norm, self.similarity.norm, self.context.norm)
         layers = (self.query, self.key, self.similarity.projection, self.context.reduce)
         plain = all(map(is_plain_linear, layers)) and not has_hooks(*norms)
-        return plain and len({norm.eps for norm in norms}) == 1 and self.query.weight.dtype == torch.float32
+        return plain and len({norm.eps for norm in norms}) == 1
+
+    def _may_fold(self) -> bool:
+        # a compiler would fold in every pass; what exports to ONNX folds once, in float32
+        if records():
+            return exports_to_onnx() and self.query.weight.dtype == torch.float32
+        return not torch.is_grad_enabled()
 
     def _read_folded(self, tokens: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
         """`read` with tokens normalised once: the norms' own weights are in those of the layers behind them.
 
         Scores are less by a number that is the same for all patches of an image.
         """
+        assert self.context is not None
+        folded, dtype = self._fold(), self.context.reduce.weight.dtype
+        with torch.autocast(tokens.device.type, enabled=False):
+            n = F.layer_norm(tokens.float(), self.norm.normalized_shape, eps=self.norm.eps)
+            patches = n[:, num_prefix_tokens:]
+            whole = n[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
+            query = F.linear(whole, *folded.query) @ folded.key
+            seen = self.context.block(F.linear(n.to(dtype), *folded.reduce))[:, num_prefix_tokens:]
+            features = F.linear(patches, *folded.features)
+            score = torch.baddbmm(self.context.score(seen).float(), patches, query.unsqueeze(-1)).squeeze(-1)
+            return score, _plus(features, self.context.features, seen)
+
+    def _fold(self) -> _Folded:
+        """The folded weights, kept until one that they are made of changes."""
         assert self.similarity is not None and self.context is not None
-        n = F.layer_norm(tokens, self.norm.normalized_shape, eps=self.norm.eps)
-        patches = n[:, num_prefix_tokens:]
-        whole = n[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
-        query = _folded(self.query, self.norm, whole) @ (self.key.weight * self.norm.weight)
-        seen = self.context.block(_folded(self.context.reduce, self.context.norm, n))[:, num_prefix_tokens:]
-        features = _folded(self.similarity.projection, self.similarity.norm, patches)
-        score = torch.baddbmm(self.context.score(seen), patches, query.unsqueeze(-1)).squeeze(-1)
-        return score, _plus(features, self.context.features, seen)
+        norms = self.norm, self.similarity.norm, self.context.norm
+        layers = self.query, self.key, self.similarity.projection, self.context.reduce
+        sources = [x for module in (*norms, *layers) for x in (module.weight, module.bias) if x is not None]
+        state = [] if records() else [(x.data_ptr(), version(x)) for x in sources]
+        if self._kept is not None and self._kept.state == state:
+            return self._kept.folded
+        with nullcontext() if records() else torch.inference_mode(False), torch.no_grad():
+            query, features = _folded(self.query, norms[0]), _folded(self.similarity.projection, norms[1])
+            reduce, bias = (x.to(self.context.reduce.weight.dtype) for x in _folded(self.context.reduce, norms[2]))
+            folded = _Folded(query, self.key.weight.float() * norms[0].weight.float(), features, (reduce, bias))
+        if not records():
+            self._kept = _Kept(folded, [x.detach() for x in sources], state)
+        return folded
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int, life_mean: float, life_std: float) -> Tensor:
         """Lives tau (B, N), float32, with mean `life_mean` and standard deviation `life_std` in every image."""
