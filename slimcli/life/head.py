@@ -244,13 +244,13 @@ class LifeHead(nn.Module):
         Scores are less by a number that is the same for all patches of an image.
         """
         assert self.context is not None
-        folded, dtype = self._fold(), self.context.reduce.weight.dtype
+        folded, dtype = self._fold(), self.context.qkv.weight.dtype
         with torch.autocast(tokens.device.type, enabled=False):
             n = F.layer_norm(tokens.float(), self.norm.normalized_shape, eps=self.norm.eps)
             patches = n[:, num_prefix_tokens:]
             whole = n[:, 0] if self.global_token == "cls" else patches.mean(dim=1)
             query = F.linear(whole, *folded.query) @ folded.key
-            seen = self.context.block(F.linear(n.to(dtype), *folded.reduce))[:, num_prefix_tokens:]
+            seen = self.context.block(F.linear(n, *folded.reduce).to(dtype))[:, num_prefix_tokens:]
             features = F.linear(patches, *folded.features)
             score = torch.baddbmm(self.context.score(seen).float(), patches, query.unsqueeze(-1)).squeeze(-1)
             return score, _plus(features, self.context.features, seen)
@@ -266,8 +266,8 @@ class LifeHead(nn.Module):
             return self._kept.folded
         with nullcontext() if records() else torch.inference_mode(False), torch.no_grad():
             query, features = _folded(self.query, norms[0]), _folded(self.similarity.projection, norms[1])
-            reduce, bias = (x.to(self.context.reduce.weight.dtype) for x in _folded(self.context.reduce, norms[2]))
-            folded = _Folded(query, self.key.weight.float() * norms[0].weight.float(), features, (reduce, bias))
+            key, reduce = self.key.weight.float() * norms[0].weight.float(), _folded(self.context.reduce, norms[2])
+            folded = _Folded(query, key, features, reduce)
         if not records():
             self._kept = _Kept(folded, [x.detach() for x in sources], state)
         return folded
