@@ -58,13 +58,15 @@ def choose_by_time(
     best: Candidate,
     goal: Cost,
     stopwatch: Stopwatch,
+    progress: Progress = no_progress,
 ) -> tuple[Candidate, list[str]]:
-    """The best candidate, or a coarser one where that is faster; and what to tell a user. The model is left with it."""
+    """The best candidate, or a coarser one where that is faster; and what to tell a user."""
     schedule = coarser(model, best.schedule, goal)
     other = None if schedule is None else attempt(schedule, best.ranking)
     candidates = [best] if other is None else [best, other]
     faster = []
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates):
+        progress("timing schedules", number, len(candidates))
         attempt(candidate.schedule, candidate.ranking)
         faster.append(stopwatch.speedup(model))
     notes = []
@@ -81,7 +83,7 @@ def choose_by_time(
             f"{stopwatch.where} the slimmed model takes {1 / faster[chosen]:.2f} times as long as the dense one: what "
             "it saves does not pay here: run the dense model, larger batches, or ask for a lower cost"
         )
-    attempt(candidates[chosen].schedule, candidates[chosen].ranking)
+    progress("timing schedules", 1, 1)
     return candidates[chosen], notes
 
 
@@ -109,7 +111,8 @@ def reach(
     Between a schedule that is too slow and one that is fast enough, time is taken for linear in multiply-adds. The
     model is left with what is found.
     """
-    target, dense = stopwatch.target or 1.0, model.cost(None)
+    assert stopwatch.target is not None
+    target, dense = stopwatch.target, model.cost(None)
     # multiply-adds, and seconds beside those of the dense model: the dearest that is fast enough, and what is too slow
     slow, fast = (float(dense), 1.0), None
     found, cost = best, float(model.multiply_adds(best.schedule))

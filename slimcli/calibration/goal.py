@@ -51,7 +51,8 @@ def cost_for_speedup(model: SlimModel, stopwatch: Stopwatch, progress: Progress 
     Raises:
         SlimError: where that one is not fast enough.
     """
-    depth, target = model.backbone.depth, stopwatch.target or 1.0
+    assert stopwatch.target is not None
+    depth, target = model.backbone.depth, stopwatch.target
     life_layer = default_life_layer(depth)
     progress("measuring speed", 0, 1)
     steepest = Schedule.uniform(depth, 0.05, life_layer, default_drop_layers(depth, life_layer))
@@ -64,7 +65,7 @@ def cost_for_speedup(model: SlimModel, stopwatch: Stopwatch, progress: Progress 
         )
     progress("measuring speed", 1, 1)
     dense, least = model.cost(None), model.multiply_adds(steepest)
-    return dense - (dense - least) * (1 - 1 / target) / (1 - 1 / faster) if target > 1 else dense
+    return dense - (dense - least) * (1 - 1 / target) / (1 - 1 / faster)
 
 
 def paper_schedule(model: LifeModel, goal: Cost) -> Schedule | None:
@@ -90,7 +91,7 @@ def check_cost(model: SlimModel, target: float, layers: Sequence[int]) -> None:
         )
 
 
-def check_target(name: str, value: float | None) -> None:
-    """`SlimError` unless a goal is a positive, finite number."""
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise SlimError(f"{parameter(name, value)} is not possible: expected a number above 0")
+def check_target(name: str, value: float | None, least: float = 0) -> None:
+    """`SlimError` unless a goal is a finite number above `least`."""
+    if value is not None and not (math.isfinite(value) and value > least):
+        raise SlimError(f"{parameter(name, value)} is not possible: expected a number above {least:g}")

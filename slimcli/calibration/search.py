@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -182,7 +183,8 @@ def _calibrated(
     tried = [*sorted(tried, key=_apart), *compared]
     notes: list[str] = []
     if stopwatch and not isinstance(goal, Schedule) and not others and tried[0].schedule.drops_patches():
-        best, notes = choose_by_time(model, attempt, tried[0], goal, stopwatch)
+        with work.step() if target is not None else nullcontext(no_progress) as part:
+            best, notes = choose_by_time(model, attempt, tried[0], goal, stopwatch, part)
         tried = tried if best is tried[0] else [best, *tried]
     paper = None if isinstance(goal, Schedule) else _paper(attempt, goal)
     attempt(tried[0].schedule, tried[0].ranking)

@@ -69,7 +69,7 @@ class Goal:
         if self.purpose not in PURPOSES:
             raise SlimError(f"{parameter('purpose', self.purpose)}: expected one of {', '.join(PURPOSES)}")
         check_target("target_flops", self.flops)
-        check_target("target_speedup", self.speedup)
+        check_target("target_speedup", self.speedup, 1)
         goals = {"target_flops": self.flops, "target_speedup": self.speedup, "keep_rate": self.keep_rates or None}
         given = [parameter(name) for name, value in goals.items() if value is not None]
         if self.runtime is not None:
