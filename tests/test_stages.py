@@ -77,6 +77,29 @@ def test_a_run_goes_on_after_a_stage_that_calibrated_to_the_same_weights(calibra
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("changes", [{"keep_rates": [0.8, 0.5]}, {"end_temperature": 9.0}])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_run_that_stops_between_batches_goes_on_to_the_same(tiny_recipe, tmp_path, monkeypatch, changes, batches):
+    """Also where each step runs at other keep rates, or at another temperature: neither is the model's own."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(tiny_recipe)
+    (stage,) = recipe.stages[-1:]
+    recipe = recipe.model_copy(update={"stages": [stage.model_copy(update={"epochs": 1, **changes})]})
+    whole, _ = train.train(recipe, "cpu")
+    other = recipe.model_copy(update={"output": tmp_path / "broken"})
+    asked = []
+    monkeypatch.setattr(control.Control, "stopping", lambda *_given: asked.append(1) or len(asked) == batches)
+    with pytest.raises(Interrupted):
+        train.train(other, "cpu")
+    assert len(asked) == batches
+    run = train.unfinished_run(other)
+    train.train(other, "cpu", resume=run)
+    one, two = (json.loads((folder / "config.json").read_text())["slimming"] for folder in (whole, run))
+    assert one == two
+    one, two = (load_file(folder / "last" / "model.safetensors") for folder in (whole, run))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_stopping_during_a_validation_loses_nothing(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(tiny_recipe)

@@ -73,6 +73,8 @@ class Learner:
         self.task.start(update / max(1, self.updates - 1))
         with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             loss, hits = self._gradients(images, targets)
+        # a step's own schedule and temperature are in no checkpoint: a run that goes on would take them for the model's
+        self.task.finish()
         return Step(loss, hits, self._update(update + 1) if last else None)
 
     def _gradients(self, images: Tensor, targets: Tensor) -> tuple[float, float]:

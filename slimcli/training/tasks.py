@@ -78,7 +78,7 @@ class Task(nn.Module, ABC):
             self.model.temperature = self.temperature + share * (self.stage.end_temperature - self.temperature)
 
     def finish(self) -> None:
-        """Give the model back the schedule and the temperature that it had before the stage."""
+        """Give the model back the schedule and the temperature that it had before the step."""
         self.model.schedule, self.model.temperature = self.schedules[None], self.temperature
 
     def batch(self, images: Tensor, targets: Tensor) -> Batch:
