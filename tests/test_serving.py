@@ -1,5 +1,6 @@
 """The server of docs/serve.md, under load, and the class of docs/large-collections.md in a local Ray."""
 
+import contextlib
 import json
 import os
 import signal
@@ -54,14 +55,20 @@ def test_the_server_of_the_manual_answers_every_client(place):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "server.py", "exported", str(port)], cwd=place, env=ENVIRONMENT)
+    words = [sys.executable, "server.py", "exported", str(port)]
+    server = subprocess.Popen(words, cwd=place, env=ENVIRONMENT, start_new_session=True)
     try:
         load = ["--server", f"slim=http://127.0.0.1:{port}", "--clients", "4", "--seconds", "1.5"]
         run(place, ROOT / "benchmarks" / "serving.py", "photos", *load, "--json", "found.json")
     finally:
         # as Ctrl-C does: its worker ends too
         server.send_signal(signal.SIGINT)
-        server.wait(60)
+        try:
+            server.wait(60)
+        finally:
+            # nor is anything left where it did not
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
     (row,) = json.loads((place / "found.json").read_text())["rows"]
     assert row["errors"] == 0 and row["images"] > 4
 
