@@ -24,8 +24,8 @@ _inner = numba.njit(**_OPTIONS, fastmath=_REORDERED)
 _minimum = numba.njit(**_OPTIONS, fastmath=_REORDERED | {"nnan"})
 
 
-def _kernel(*signatures):
-    return numba.njit(list(signatures), **_OPTIONS, fastmath=_REORDERED)
+def _kernel(signature):
+    return numba.njit([signature], **_OPTIONS, fastmath=_REORDERED)
 
 
 @_inner
