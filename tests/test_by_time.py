@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_slimming import slimmed
 
-from slimcli.calibration.by_time import MOST_DROPS, MULTIPLE, choose_by_time, coarser, reach
+from slimcli.calibration.by_time import MOST_DROPS, MULTIPLE, choose_by_time, coarser, reach, reach_best
 from slimcli.calibration.goal import Cost, cost_for_speedup
 from slimcli.calibration.judge import PLAIN, Candidate
 from slimcli.calibration.stopwatch import Stopwatch, usual_place
@@ -91,6 +91,24 @@ def test_a_speedup_is_reached_with_as_many_patches_as_it_allows(monkeypatch, fix
     assert found.schedule == model.schedule and found.gmacs == model.multiply_adds(found.schedule) / 1e9
     assert found.schedule.life_layer == 4 and len(set(found.schedule.counts)) > 6
     assert reached.speedup == round(stopwatch.speedup(model), 3)
+
+
+@pytest.mark.parametrize("coarser_is_nearer", [True, False])
+def test_of_two_forms_that_are_fast_enough_the_nearer_is_taken(monkeypatch, coarser_is_nearer):
+    model = slimmed((64,) * 4 + tuple(range(60, 28, -4)), depth=12, img_size=64)
+    stopwatch = clocked(model, 0.1, monkeypatch)(1.2)
+
+    def attempt(schedule, ranking):
+        model.schedule = schedule
+        few = len(set(schedule.counts)) <= MOST_DROPS + 1
+        return Candidate(
+            schedule, ranking, model.multiply_adds(schedule) / 1e9, 0.1 + 0.1 * (few != coarser_is_nearer), 92
+        )
+
+    goal = Cost(model.multiply_adds())
+    found, reached = reach_best(model, attempt, attempt(model.schedule, PLAIN), goal, stopwatch)
+    assert reached.enough and found.schedule == model.schedule
+    assert (len(set(found.schedule.counts)) <= MOST_DROPS + 1) == coarser_is_nearer
 
 
 def test_measurements_that_differ_do_not_lead_astray(monkeypatch):

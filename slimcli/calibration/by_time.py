@@ -58,15 +58,13 @@ def choose_by_time(
     best: Candidate,
     goal: Cost,
     stopwatch: Stopwatch,
-    progress: Progress = no_progress,
 ) -> tuple[Candidate, list[str]]:
     """The best candidate, or a coarser one where that is faster; and what to tell a user."""
     schedule = coarser(model, best.schedule, goal)
     other = None if schedule is None else attempt(schedule, best.ranking)
     candidates = [best] if other is None else [best, other]
     faster = []
-    for number, candidate in enumerate(candidates):
-        progress("timing schedules", number, len(candidates))
+    for candidate in candidates:
         attempt(candidate.schedule, candidate.ranking)
         faster.append(stopwatch.speedup(model))
     notes = []
@@ -78,12 +76,11 @@ def choose_by_time(
             f"times as fast as dense, and {_drops(model, best.schedule)} drops {faster[0]:.2f} times: taken, giving up "
             f"{best.agreement - other.agreement:.2f} points of agreement with the dense model"
         )
-    if faster[chosen] < 1 and stopwatch.target is None:
+    if faster[chosen] < 1:
         notes.append(
             f"{stopwatch.where} the slimmed model takes {1 / faster[chosen]:.2f} times as long as the dense one: what "
             "it saves does not pay here: run the dense model, larger batches, or ask for a lower cost"
         )
-    progress("timing schedules", 1, 1)
     return candidates[chosen], notes
 
 
@@ -97,6 +94,32 @@ class Reached(NamedTuple):
     def __str__(self) -> str:
         missed = "" if self.enough else ": what was asked for was not reached"
         return f"{self.speedup:.2f} times as fast as the dense model {self.where}{missed}"
+
+
+def reach_best(
+    model: LifeModel,
+    attempt: Callable[[Schedule, Ranking], Candidate | None],
+    best: Candidate,
+    goal: Cost,
+    stopwatch: Stopwatch,
+    progress: Progress = no_progress,
+) -> tuple[Candidate, Reached]:
+    """Of the best candidate and a coarser one, both as fast as the stopwatch's target asks, the nearer to dense.
+
+    The model is left with it.
+    """
+    schedule = coarser(model, best.schedule, goal)
+    other = None if schedule is None else attempt(schedule, best.ranking)
+    forms, found = [best] if other is None else [best, other], []
+    for number, form in enumerate(forms):
+
+        def part(label: str, done: float, total: float, number: int = number) -> None:
+            progress(label, number * total + done, len(forms) * total)
+
+        found.append(reach(model, attempt, form, stopwatch, part))
+    chosen = min(found, key=lambda one: (not one[1].enough, one[0].apart))
+    attempt(chosen[0].schedule, chosen[0].ranking)
+    return chosen
 
 
 def reach(

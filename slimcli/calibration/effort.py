@@ -56,7 +56,6 @@ def plan(
         *([Step("searching how patches should leave", SEARCHING * num_images)] if searched else []),
         *([Step("fitting the life head that was chosen", steps)] if searched else []),
         Step("searching who should leave first", SEARCHING * num_images),
-        *([Step("timing schedules", SEARCHING * num_images)] if target is not None else []),
         *([Step("choosing how patches come back", OBSERVING * num_images)] if purpose != "class" else []),
         *([Step("measuring speed", SEARCHING * num_images)] if target is not None else []),
     ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from slimcli.calibration.by_time import Reached, choose_by_time, reach
+from slimcli.calibration.by_time import Reached, choose_by_time, reach_best
 from slimcli.calibration.effort import brief_steps, fit_steps, plan, tokens_of
 from slimcli.calibration.fit import Fitted, fit, head_widths
 from slimcli.calibration.goal import Cost, check_cost, falling_schedule, paper_schedule
@@ -155,7 +154,7 @@ def _calibrated(
     goal, layers = _layers(model, goal, others, purpose)
     steps = fit_steps(num_images)
     brief = brief_steps(steps, tokens_of(model), len(layers))
-    target = None if stopwatch is None else stopwatch.target
+    target = stopwatch.target if stopwatch else None
     work, fitted = (
         Steps(progress, plan(model, layers, isinstance(goal, Schedule), num_images, purpose, target), True),
         {},
@@ -178,13 +177,12 @@ def _calibrated(
     del observed
     with work.step() as part:
         tried = choose_ranking(chosen, model.dead, attempt, part, purpose)
-    if isinstance(goal, Schedule):
-        tried += _attempt_all(attempt, [(goal, PLAIN)])
-    tried = [*sorted(tried, key=_apart), *compared]
+    given = [(goal, PLAIN)] if isinstance(goal, Schedule) else []
+    tried = [*sorted([*tried, *_attempt_all(attempt, given)], key=_apart), *compared]
     notes: list[str] = []
-    if stopwatch and not isinstance(goal, Schedule) and not others and tried[0].schedule.drops_patches():
-        with work.step() if target is not None else nullcontext(no_progress) as part:
-            best, notes = choose_by_time(model, attempt, tried[0], goal, stopwatch, part)
+    timed = target is None and not others and tried[0].schedule.drops_patches()
+    if timed and stopwatch is not None and isinstance(goal, Cost):
+        best, notes = choose_by_time(model, attempt, tried[0], goal, stopwatch)
         tried = tried if best is tried[0] else [best, *tried]
     paper = None if isinstance(goal, Schedule) else _paper(attempt, goal)
     attempt(tried[0].schedule, tried[0].ranking)
@@ -192,9 +190,9 @@ def _calibrated(
     if purpose != "class":
         with work.step() as part:
             found.restore(model, goal, attempt, fit_on, device, dtype, part)
-    if stopwatch is not None and target is not None:
+    if isinstance(goal, Cost) and stopwatch is not None and target is not None:
         with work.step() as part:
-            found.tried[0], found.reached = reach(model, attempt, found.tried[0], stopwatch, part)
+            found.tried[0], found.reached = reach_best(model, attempt, found.tried[0], goal, stopwatch, part)
     return found
 
 
