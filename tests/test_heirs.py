@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from slimcli import slim
 from slimcli.backbones.counting import counted
 from slimcli.backbones.timm_vit import build_model
-from slimcli.life import fused, normalise_life
+from slimcli.life import normalise_life
 
 COUNTS = [16, 12, 7, 3]
 
@@ -102,12 +102,6 @@ def slow_heirs(model, image):
     return backbone.head(tokens[None], sizes.log()[None])[0]
 
 
-@pytest.fixture
-def by_operators(monkeypatch):
-    """Costs are of operators: kernels find out the same by other products."""
-    monkeypatch.setattr(fused, "ALLOWED", False)
-
-
 def taught(model, redundancy=2.0):
     """A head with a projection and a block that adds to it, as a calibration leaves it."""
     model.life_head.extend(8, 32)
@@ -135,7 +129,6 @@ def test_heirs_take_over_before_the_queries_of_a_patchs_last_block(kind, redunda
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["class token", "four registers"])
-@pytest.mark.usefixtures("by_operators")
 def test_the_cost_formula_counts_what_heirs_cost(kind):
     model = slimmed(COUNTS, **SHAPES[kind])
     model.dead = "heir"
@@ -159,7 +152,6 @@ def test_planning_leaves_the_gradient_to_the_score():
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("by_operators")
 def test_where_a_block_runs_whole_heirs_take_over_after_it():
     model = slimmed(COUNTS)
     model.dead = "heir"

@@ -17,10 +17,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from slimcli.life import heirs as plain
 from slimcli.life.heirs import Plan, Shares
-from slimcli.life.launches import not_noted
+from slimcli.life.launches import are_noted, not_noted
 from slimcli.life.lives import inverse
 from slimcli.life.tables import records
 
@@ -115,6 +116,9 @@ def _way(
         return "operators"
     if records():
         return "one operator" if kernels.in_graphs else "operators"
+    # what counts operators knows torch's own, unless it is told of launches
+    if _get_current_dispatch_mode() is not None and not are_noted():
+        return "operators"
     return "kernels"
 
 

@@ -20,6 +20,11 @@ def launches_noted(note: Callable[[Sequence[Any]], None]) -> Iterator[None]:
         _NOTED.remove(note)
 
 
+def are_noted() -> bool:
+    """Whether anybody is told of launches."""
+    return bool(_NOTED)
+
+
 @contextmanager
 def not_noted() -> Iterator[None]:
     """What is launched inside it is a trial: nobody is told."""
