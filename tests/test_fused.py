@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import logging
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,15 @@ def test_kernels_that_do_not_work_or_say_otherwise_are_not_used(monkeypatch, cap
             torch.testing.assert_close(model(x), expected)
         (record,) = caplog.records
         assert said in record.getMessage() and "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_whoever_waits_for_a_compiler_is_told(long, monkeypatch, device):
+    said = Event()
+    monkeypatch.setattr(fused, "PATIENCE", 0.0 if long else 60.0)
+    monkeypatch.setattr(fused.logger, "handle", lambda record: said.set())
+    assert fused._trusted(device, "long", lambda: said.wait(10) if long else True)
+    assert said.is_set() == long
 
 
 def test_gradients_go_through_operators(launches, noise):

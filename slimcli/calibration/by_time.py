@@ -22,6 +22,9 @@ WORTH = 1.03
 #: than it stands for is aimed at, since measurements differ
 MEASURED, CLOSE, SAFE = 5, 1.02, 0.995
 
+#: judges a schedule: what it is worth, and None where it was dismissed early. The model is left with it
+Judge = Callable[[Schedule, Ranking], "Candidate | None"]
+
 
 def coarser(model: LifeModel, schedule: Schedule, goal: Cost) -> Schedule | None:
     """A schedule like this one and no dearer than `goal`, with fewer drops and tokens in eights; None if there is none.
@@ -47,6 +50,13 @@ def coarser(model: LifeModel, schedule: Schedule, goal: Cost) -> Schedule | None
     return found if found.drops_patches() and found != schedule else None
 
 
+def _forms(model: LifeModel, attempt: Judge, best: Candidate, goal: Cost) -> list[Candidate]:
+    """The best candidate, and a coarser one if there is one."""
+    schedule = coarser(model, best.schedule, goal)
+    other = None if schedule is None else attempt(schedule, best.ranking)
+    return [best] if other is None else [best, other]
+
+
 def _drops(model: LifeModel, schedule: Schedule) -> int:
     """How often patches leave."""
     return len(set(schedule.resolve(model.num_patches))) - 1
@@ -54,23 +64,20 @@ def _drops(model: LifeModel, schedule: Schedule) -> int:
 
 def choose_by_time(
     model: LifeModel,
-    attempt: Callable[[Schedule, Ranking], Candidate | None],
+    attempt: Judge,
     best: Candidate,
     goal: Cost,
     stopwatch: Stopwatch,
 ) -> tuple[Candidate, list[str]]:
     """The best candidate, or a coarser one where that is faster; and what to tell a user."""
-    schedule = coarser(model, best.schedule, goal)
-    other = None if schedule is None else attempt(schedule, best.ranking)
-    candidates = [best] if other is None else [best, other]
-    faster = []
-    for candidate in candidates:
-        attempt(candidate.schedule, candidate.ranking)
+    forms, faster = _forms(model, attempt, best, goal), []
+    for form in forms:
+        attempt(form.schedule, form.ranking)
         faster.append(stopwatch.speedup(model))
     notes = []
-    chosen = 0
-    if other is not None and faster[1] > WORTH * faster[0]:
-        chosen = 1
+    chosen = len(forms) - 1 if faster[-1] > WORTH * faster[0] else 0
+    other = forms[chosen]
+    if other is not best:
         notes.append(
             f"{stopwatch.where} {_drops(model, other.schedule)} drops to tokens in {MULTIPLE}s are {faster[1]:.2f} "
             f"times as fast as dense, and {_drops(model, best.schedule)} drops {faster[0]:.2f} times: taken, giving up "
@@ -81,7 +88,7 @@ def choose_by_time(
             f"{stopwatch.where} the slimmed model takes {1 / faster[chosen]:.2f} times as long as the dense one: what "
             "it saves does not pay here: run the dense model, larger batches, or ask for a lower cost"
         )
-    return candidates[chosen], notes
+    return other, notes
 
 
 class Reached(NamedTuple):
@@ -98,7 +105,7 @@ class Reached(NamedTuple):
 
 def reach_best(
     model: LifeModel,
-    attempt: Callable[[Schedule, Ranking], Candidate | None],
+    attempt: Judge,
     best: Candidate,
     goal: Cost,
     stopwatch: Stopwatch,
@@ -108,9 +115,7 @@ def reach_best(
 
     The model is left with it.
     """
-    schedule = coarser(model, best.schedule, goal)
-    other = None if schedule is None else attempt(schedule, best.ranking)
-    forms, found = [best] if other is None else [best, other], []
+    forms, found = _forms(model, attempt, best, goal), []
     for number, form in enumerate(forms):
 
         def part(label: str, done: float, total: float, number: int = number) -> None:
@@ -124,7 +129,7 @@ def reach_best(
 
 def reach(
     model: LifeModel,
-    attempt: Callable[[Schedule, Ranking], Candidate | None],
+    attempt: Judge,
     best: Candidate,
     stopwatch: Stopwatch,
     progress: Progress = no_progress,

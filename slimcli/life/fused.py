@@ -11,7 +11,9 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Timer
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,6 +59,8 @@ ALLOWED = os.environ.get("SLIM_KERNELS") != "0"
 #: the share of patches about which the kernels and the operators must agree on what is random: sums are rounded
 #: otherwise, so that two that are as good as equal may change places
 AGREE = 0.98
+#: seconds of compiling after which somebody who waits is told
+PATIENCE = 2.0
 #: falling patch counts, and channels of features, of random images that tell of kernels that are the same for all
 SAMPLE, SAMPLE_CHANNELS = (48, 41, 33, 24, 18, 12, 9), 16
 
@@ -138,7 +142,7 @@ def _trusted(device: torch.device, key: Hashable, agree: Callable[[], bool]) -> 
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
     try:
-        with not_noted():
+        with not_noted(), _told_of_waiting(device):
             found, why = agree(), "they do not agree with torch's own operators"
     except Exception as error:  # no compiler, an old device, or whatever Triton or Numba says
         found, why = False, (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -146,6 +150,19 @@ def _trusted(device: torch.device, key: Hashable, agree: Callable[[], bool]) -> 
         logger.warning("slim: no fused kernels for heirs on %s, torch's own operators run: %s", device, why)
     _CHECKED[device, key] = found
     return found
+
+
+@contextmanager
+def _told_of_waiting(device: torch.device) -> Iterator[None]:
+    """One line, where this takes long: what compiles keeps what it made, so that the next process does not wait."""
+    line = "slim: compiling kernels for heirs on %s: some seconds, the first time only"
+    timer = Timer(PATIENCE, logger.warning, (line, device))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _random(device: torch.device, *shape: int) -> Tensor:
