@@ -43,6 +43,11 @@ def quick(folder, name, *words):
     return document["rows"]
 
 
+def test_memory(tmp_path):
+    rows = quick(tmp_path, "memory")
+    assert len(rows) == 5 and all(row["plain_ms"] >= 0 < row["faster"] for row in rows)
+
+
 def test_inference(tmp_path):
     rows = quick(
         tmp_path, "inference", "--keep-rates", "0.5", "--exact-rates", "0.5", "--precisions", "float32,bfloat16"

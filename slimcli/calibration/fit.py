@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from slimcli.calibration.observe import Observed, attention_target, cosines
 from slimcli.life import HEAD_CHANNELS, LifeHead, normalise_life
+from slimcli.memory import freed_memory_kept
 from slimcli.progress import Progress, no_progress
 from slimcli.schedule import Planning
 from slimcli.slimming import LifeModel, SlimModel
@@ -106,6 +107,7 @@ def batch_images(tokens: int) -> int:
     return min(most, max(least, BATCH_TOKENS // tokens))
 
 
+@freed_memory_kept()
 def fit(
     model: LifeModel,
     observed: Observed,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from slimcli.backbones.segmenter import SegmentationHead
 from slimcli.measure.evaluation import Scores, pooled
+from slimcli.memory import freed_memory_kept
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
 
@@ -72,6 +73,7 @@ class Candidate:
 
 
 @torch.no_grad()
+@freed_memory_kept()
 def observe_checks(
     model: SlimModel,
     batches: Iterable[tuple[Tensor, Tensor]],

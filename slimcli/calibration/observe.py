@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from slimcli.backbones.base import Backbone
 from slimcli.life import normalise_life
+from slimcli.memory import freed_memory_kept
 from slimcli.progress import Progress, no_progress
 from slimcli.slimming import SlimModel
 
@@ -89,6 +90,7 @@ def split(
 
 
 @torch.no_grad()
+@freed_memory_kept()
 def observe(
     model: SlimModel,
     batches: Iterable[tuple[Tensor, Tensor]],

@@ -28,6 +28,7 @@ from slimcli.calibration.patches import choose_way
 from slimcli.calibration.stopwatch import Stopwatch
 from slimcli.errors import SlimError
 from slimcli.layout import packed
+from slimcli.memory import freed_memory_kept
 from slimcli.progress import Progress, Steps, no_progress
 from slimcli.schedule import Schedule
 from slimcli.slimming import LifeModel, SlimModel
@@ -273,6 +274,7 @@ def _apart(candidate: Candidate) -> float:
     return candidate.apart
 
 
+@freed_memory_kept()
 def search(
     model: SlimModel,
     goal: Cost,
@@ -299,6 +301,7 @@ def search(
     return sorted(tried, key=_apart)
 
 
+@freed_memory_kept()
 def choose_ranking(
     schedule: Schedule, dead: str, attempt: Attempt, progress: Progress = no_progress, purpose: str = "class"
 ) -> list[Candidate]:

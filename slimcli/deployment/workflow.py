@@ -17,6 +17,7 @@ from slimcli.deployment.prediction import Prediction, Predictor
 from slimcli.documents import json_text
 from slimcli.errors import SlimError, parameter
 from slimcli.files import check_writable, write_file
+from slimcli.memory import freed_memory_kept
 from slimcli.progress import Progress, no_progress
 from slimcli.runtimes.base import MAPS
 
@@ -77,6 +78,7 @@ class Predicted:
     written: str | None = None
 
 
+@freed_memory_kept()
 def predict_images(
     predictor: Predictor,
     inputs: Inputs,

@@ -10,6 +10,7 @@ from slimcli import data as datasets
 from slimcli.device import environment, find_dtype
 from slimcli.files import write_file, write_json
 from slimcli.measure.evaluation import evaluate
+from slimcli.memory import freed_memory_kept
 from slimcli.progress import Progress
 from slimcli.recipe import Recipe
 from slimcli.store.model_folder import load_weights, read_config
@@ -48,7 +49,7 @@ def run_recipe(
         log(f"going on with {run.folder} from {run.position.words(len(stages))}")
         run.tracker = Tracker(session.accelerator, recipe, run.folder, log)
     try:
-        with stop_signals(log) as stop:
+        with stop_signals(log) as stop, freed_memory_kept():
             run_stages(stages, run, state, Control(log, work, stop, step_schedule))
     finally:
         assert run.tracker is not None
