@@ -1,6 +1,7 @@
 """Where models run: lean graphs, ties broken alike, int8, and which runtime is the fastest here."""
 
 import collections
+import logging
 from unittest.mock import Mock
 
 import pytest
@@ -126,7 +127,9 @@ def test_products_in_int8_add_their_bias_and_give_float_at_once(exported, tmp_pa
     from slimcli.runtimes.onnx_int8 import kept_in_float, quantize
 
     made, source = without_order("calibrated"), exported["calibrated"] / "model.onnx"
+    level = logging.getLogger().level
     quantize(source, tmp_path / "model.onnx", Forward(made), [images(4)])
+    assert logging.getLogger().level == level
     proto = onnx.load(tmp_path / "model.onnx")
     kept = kept_in_float(onnx.load(source), Forward(made))
     producers = {name: node for node in proto.graph.node for name in node.output}

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ class _Reader:
         return None if batch is None else {IMAGES: batch}
 
 
+@contextlib.contextmanager
+def _errors_alone() -> Iterator[None]:
+    """ONNX Runtime warns by the root logger; what others warn of afterwards is heard again."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def quantize(source: Path, to: Path, model: Forward, calibration: Sequence[Tensor]) -> None:
     """Write an ONNX file in float32 once more, its products with weights in int8."""
     import onnx
@@ -37,8 +49,8 @@ def quantize(source: Path, to: Path, model: Forward, calibration: Sequence[Tenso
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    logging.getLogger().setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="slim-") as folder, contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory(prefix="slim-") as folder, quiet, _errors_alone():
         joined, prepared = Path(folder) / "joined.onnx", Path(folder) / "prepared.onnx"
         graph = ir.load(source)
         join_biases(graph, kept_in_float(onnx.load(str(source)), model))
